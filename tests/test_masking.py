@@ -1,0 +1,136 @@
+"""Properties of uniform masking over shapes and seeds."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from umae_jax import masking
+
+sizes = st.tuples(st.integers(1, 5), st.integers(1, 5))
+seeds = st.integers(0, 2**31 - 1)
+quick = settings(max_examples=25, deadline=None)
+
+
+def draw(seed, batch, cells, ratio=0.25):
+    return masking.sample_uniform_mask(jax.random.key(seed), batch, cells, ratio)
+
+
+def random_map(seed, batch, cells, side, channels):
+    shape = (batch, 2 * cells[0] * side, 2 * cells[1] * side, channels)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def sampled_units(offset):
+    """Independent of the code under test: bool over the unit grid, True where the unit was sampled."""
+    batch, rows, columns = offset.shape
+    flags = np.zeros((batch, 2 * rows, 2 * columns), bool)
+    for image, row, column in np.ndindex(offset.shape):
+        dy, dx = divmod(int(offset[image, row, column]), 2)
+        flags[image, 2 * row + dy, 2 * column + dx] = True
+    return flags
+
+
+@quick
+@given(seeds, sizes, st.integers(1, 3), st.floats(0, 0.99))
+def test_one_unit_a_cell_and_exactly_the_visible_count(seed, cells, batch, ratio):
+    mask = draw(seed, batch, cells, ratio)
+    assert mask.offset.shape == mask.hidden.shape == (batch, *cells)
+    assert mask.offset.dtype == jnp.int32
+    assert mask.hidden.dtype == jnp.bool_
+    flags = sampled_units(np.asarray(mask.offset))
+    assert (flags.reshape(batch, cells[0], 2, cells[1], 2).sum((2, 4)) == 1).all()
+    count = cells[0] * cells[1]
+    assert (count - np.asarray(mask.hidden).sum((1, 2)) == math.floor(count * (1 - ratio))).all()
+
+
+@quick
+@given(seeds, sizes, st.integers(1, 3), st.integers(1, 4), st.integers(1, 5))
+def test_sampled_and_complement_together_are_the_image(seed, cells, batch, side, channels):
+    offset = draw(seed, batch, cells).offset
+    x = random_map(seed, batch, cells, side, channels)
+    sampled, masked = masking.compact(x, offset), masking.masked_units(x, offset)
+    assert sampled.shape == (batch, cells[0] * side, cells[1] * side, channels)
+    assert masked.shape == (batch, 3, *sampled.shape[1:])
+    np.testing.assert_array_equal(masking.assemble(sampled, masked, offset), x)
+
+
+@quick
+@given(seeds, sizes, st.integers(1, 3))
+def test_compaction_then_scattering_is_the_identity_on_sampled_units(seed, cells, side):
+    offset = draw(seed, 2, cells).offset
+    x = random_map(seed, 2, cells, side, 3)
+    nothing = jnp.zeros((1, 1, 1, 1, 1))
+    scattered = masking.assemble(masking.compact(x, offset), nothing, offset)
+    flags = sampled_units(np.asarray(offset)).repeat(side, 1).repeat(side, 2)[..., None]
+    np.testing.assert_array_equal(scattered, np.where(flags, x, 0))
+
+
+@quick
+@given(seeds, sizes, st.integers(1, 4))
+def test_coordinates_are_where_compaction_takes_its_tokens_from(seed, cells, side):
+    offset = draw(seed, 2, cells).offset
+    rows, columns = 2 * cells[0] * side, 2 * cells[1] * side
+    grid = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).astype(np.int32)
+    taken = masking.compact(jnp.asarray(grid)[None], offset)
+    np.testing.assert_array_equal(masking.original_coordinates(offset, side), taken)
+
+
+def test_marginals_are_uniform():
+    mask = draw(3, 4000, (2, 2))
+    for cell in np.ndindex(2, 2):
+        offsets = np.bincount(np.asarray(mask.offset[:, *cell]), minlength=4)
+        assert scipy.stats.chisquare(offsets).pvalue > 1e-4
+    # Which unit is hidden: one of four, each as often; and independent of the offset that was drawn.
+    hidden = np.asarray(mask.hidden).reshape(-1, 4)
+    assert scipy.stats.chisquare(hidden.sum(0)).pvalue > 1e-4
+    table = [np.bincount(np.asarray(mask.offset)[np.asarray(mask.hidden) == flag], minlength=4) for flag in (0, 1)]
+    assert scipy.stats.chi2_contingency(table).pvalue > 1e-4
+
+
+def test_the_chi_square_test_can_fail():
+    skewed = np.minimum(np.asarray(draw(3, 4000, (2, 2)).offset) + 0, 2)[:, 0, 0]
+    assert scipy.stats.chisquare(np.bincount(skewed, minlength=4)).pvalue < 1e-4
+
+
+def test_the_mask_belongs_to_the_key_of_its_image():
+    keys = jax.random.split(jax.random.key(0), 6)
+    together = masking.sample_uniform_mask(keys, 6, (3, 4), 0.25)
+    for image in range(6):
+        alone = masking.sample_uniform_mask(keys[image : image + 1], 1, (3, 4), 0.25)
+        np.testing.assert_array_equal(alone.offset[0], together.offset[image])
+        np.testing.assert_array_equal(alone.hidden[0], together.hidden[image])
+
+
+def test_works_under_jit_and_vmap():
+    key = jax.random.key(1)
+    compiled = jax.jit(masking.sample_uniform_mask, static_argnums=(1, 2, 3))(key, 2, (2, 3), 0.25)
+    np.testing.assert_array_equal(compiled.offset, masking.sample_uniform_mask(key, 2, (2, 3), 0.25).offset)
+    many = jax.vmap(lambda key: masking.sample_uniform_mask(key, 2, (2, 3), 0.25))(jax.random.split(key, 5))
+    assert many.offset.shape == (5, 2, 2, 3)
+    x = random_map(0, 2, (2, 3), 2, 3)
+    stacked = jax.jit(jax.vmap(masking.compact, in_axes=(None, 0)))(x, many.offset)
+    np.testing.assert_array_equal(stacked[4], masking.compact(x, many.offset[4]))
+
+
+def test_accepts_a_key_of_the_old_kind():
+    old = masking.sample_uniform_mask(jax.random.PRNGKey(5), 2, (2, 2), 0.25)
+    new = masking.sample_uniform_mask(jax.random.key(5), 2, (2, 2), 0.25)
+    np.testing.assert_array_equal(old.offset, new.offset)
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, float("nan")])
+def test_a_ratio_outside_its_range_is_refused(ratio):
+    with pytest.raises(ValueError, match="secondary masking ratio"):
+        draw(0, 1, (2, 2), ratio)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 6, 3), (1, 7, 8, 3), (1, 2, 2, 3)])
+def test_a_map_that_is_not_made_of_cells_is_refused(shape):
+    with pytest.raises(ValueError, match="does not divide"):
+        masking.compact(jnp.zeros(shape), jnp.zeros((1, 2, 2), jnp.int32))

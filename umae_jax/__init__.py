@@ -1,0 +1,1 @@
+"""UM-MAE: masked pre-training of pyramid vision transformers, in JAX."""

@@ -1,0 +1,1 @@
+"""Encoders, and what is trained around them."""
