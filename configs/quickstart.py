@@ -1,0 +1,35 @@
+"""A small Swin on the photographs that come along: minutes on two CPU cores.
+
+    python -m umae_jax.pretrain --config configs/quickstart.py --workdir runs/quickstart
+"""
+
+from ml_collections import ConfigDict
+
+from umae_jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.image_size = (128, 128)
+    config.batch_size = 16
+    config.dtype = "float32"
+    config.total_steps = 600
+
+    config.model.width = 32
+    config.model.depths = (1, 1, 2, 1)
+    config.model.heads = (1, 2, 4, 8)
+    config.model.decoder_width = 128
+    config.model.decoder_heads = 4
+    config.model.normalize_target = False  # plain pixels: blurred, but pictures need no borrowed statistics
+
+    config.data.source = "photos"
+    config.data.threads = 2
+
+    config.optimizer.base_learning_rate = 1.6e-2
+    config.optimizer.warmup_steps = 50
+    config.optimizer.clip_norm = 1.0
+
+    config.log_every = 20
+    config.picture_every = 200
+    config.checkpoint_every = 200
+    return config

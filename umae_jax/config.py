@@ -1,0 +1,164 @@
+"""Every key a configuration has, its default and its unit. The files in `configs/` start from here."""
+
+import json
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict, config_dict
+
+from umae_jax.data.on_device import IMAGENET_MEAN, IMAGENET_STD
+from umae_jax.errors import UserError, require
+
+
+def default_config() -> ConfigDict:
+    """Pre-training of a Swin-T with uniform masking after SPEC 10 and 11."""
+    config = ConfigDict()
+    config.seed = 0
+    config.image_size = (256, 256)  # height, width in pixels
+    config.batch_size = 4096  # images a step, over all devices
+    config.accumulate = 1  # parts that a batch is computed in, to save memory
+    config.dtype = "bfloat16"  # of the linear layers' arithmetic; parameters, norms, softmax and loss are float32
+
+    # How long to train: give one; steps win over examples, and examples over epochs.
+    config.total_steps = config_dict.placeholder(int)
+    config.total_examples = config_dict.placeholder(int)
+    config.total_epochs = 200.0
+
+    model = config.model = ConfigDict()
+    model.channels = 3
+    model.patch = 4  # pixels
+    model.width = 96  # of the first stage; doubles from stage to stage
+    model.depths = (2, 2, 6, 2)
+    model.heads = (3, 6, 12, 24)
+    model.window = 8  # tokens on a side
+    model.position_width = 32  # hidden width of the position MLP
+    model.secondary_ratio = 0.25  # the share of sampled units that secondary masking hides
+    model.decoder_factor = 2  # mask units along the side of an encoder token; the unit is 4 * 2**3 / 2 = 16 pixels
+    model.decoder_width = 512
+    model.decoder_depth = 2
+    model.decoder_heads = 16
+    model.normalize_target = True  # predict pixels normalised by their unit's mean and variance
+    model.reference_order = False  # True: the reference's decoder positions (SPEC 6)
+
+    data = config.data = ConfigDict()
+    data.source = "photos"  # photos, folder:PATH or tfds:NAME
+    data.split = "train"  # of a TFDS data set
+    data.data_dir = config_dict.placeholder(str)  # where TFDS data sets lie; TFDS's default if None
+    data.area = 0.2  # the smallest share of an image that a random crop keeps
+    data.mean = IMAGENET_MEAN
+    data.std = IMAGENET_STD
+    data.threads = 16  # that read and decode, in each process or worker
+    data.workers = 0  # processes that read and decode; 0: the threads of this one suffice
+
+    optimizer = config.optimizer = ConfigDict()
+    optimizer.base_learning_rate = 1.5e-4  # for a batch of 256; scaled by batch_size / 256
+    optimizer.beta1 = 0.9
+    optimizer.beta2 = 0.95
+    optimizer.weight_decay = 0.05  # not on 1-D parameters
+    optimizer.clip_norm = config_dict.placeholder(float)  # of the global gradient; None for no clipping
+    optimizer.warmup_steps = config_dict.placeholder(int)  # the warm-up, in the same units as the total
+    optimizer.warmup_examples = config_dict.placeholder(int)
+    optimizer.warmup_epochs = 10.0
+
+    mesh = config.mesh = ConfigDict()
+    mesh.fsdp = 1  # devices over which parameters and optimiser are sharded; the batch is over all
+
+    config.log_every = 50  # steps
+    config.picture_every = 5000  # steps; 0 for never
+    config.pictures = 6  # images in a picture
+    config.checkpoint_every = 1000  # steps
+    config.checkpoint_keep = 3  # the newest so many are kept,
+    config.checkpoint_keep_every = 50_000  # and one each so many steps for good; 0 for none
+    config.stop_after_bad_steps = 10  # in a row, whose loss or gradient was not finite
+    return config.lock()
+
+
+def resolve_steps(config: ConfigDict, name: str, examples_per_epoch: int, batch_size: int) -> int:
+    """A duration in steps, given as `name`_steps, else `name`_examples, else `name`_epochs.
+
+    Raises:
+        UserError: if none is given, or the one given is negative.
+    """
+    steps, examples, epochs = (config.get(f"{name}_{unit}") for unit in ("steps", "examples", "epochs"))
+    if steps is None:
+        if examples is None:
+            require(epochs is not None, f"{name}_steps: set it, or {name}_examples or {name}_epochs")
+            examples = epochs * examples_per_epoch
+        steps = round(examples / batch_size)
+    require(steps >= 0, f"{name}_steps: a duration cannot be negative, got {steps} steps")
+    return steps
+
+
+def check(config: ConfigDict) -> None:
+    """Check what no model or source checks for itself.
+
+    Raises:
+        UserError: naming the key and what to write.
+    """
+    for key in ("batch_size", "accumulate", "log_every", "checkpoint_every", "checkpoint_keep", "stop_after_bad_steps"):
+        require(config[key] >= 1, f"{key} must be at least 1, not {config[key]}")
+    for key in ("picture_every", "checkpoint_keep_every", "pictures"):
+        require(config[key] >= 0, f"{key} must not be negative, not {config[key]}")
+    require(len(config.image_size) == 2, f"image_size is height and width, such as (256, 256), not {config.image_size}")
+    require(config.dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16, not {config.dtype!r}")
+    channels = config.model.channels
+    require(channels in (1, 3), f"model.channels must be 3, or 1 for grayscale: image files hold no {channels}")
+    for key in ("mean", "std"):
+        require(
+            len(config.data[key]) == channels,
+            f"data.{key} names {len(config.data[key])} channels but model.channels is {channels}; write one number each",
+        )
+    require(0 < config.data.area <= 1, f"data.area must lie in (0, 1], not {config.data.area}")
+    require(config.data.threads >= 1, f"data.threads must be at least 1, not {config.data.threads}")
+    require(config.data.workers >= 0, f"data.workers must not be negative, not {config.data.workers}")
+    devices = jax.device_count()
+    require(
+        config.mesh.fsdp >= 1 and devices % config.mesh.fsdp == 0,
+        f"mesh.fsdp: {config.mesh.fsdp} does not divide the {devices} devices; choose a divisor of {devices}",
+    )
+    parts = devices * config.accumulate
+    what = f"{devices} devices" + (f" x {config.accumulate} accumulated parts" if config.accumulate > 1 else "")
+    require(
+        config.batch_size % parts == 0,
+        f"batch_size: {config.batch_size} does not divide among {what}; choose a multiple of {parts}, "
+        f"such as {max(1, round(config.batch_size / parts)) * parts}",
+    )
+
+
+def to_json(config: ConfigDict) -> str:
+    """The resolved configuration as JSON."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str) -> ConfigDict:
+    """The configuration that `to_json` wrote: the defaults, and what it says otherwise.
+
+    Raises:
+        UserError: if it is no such configuration.
+    """
+
+    def fill(config: ConfigDict, values: dict[str, Any]) -> None:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                fill(config[key], value)
+            else:
+                config[key] = tuple(value) if isinstance(value, list) else value
+
+    config = default_config()
+    try:
+        fill(config, json.loads(text))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"not a configuration that this program wrote: {error}") from None
+    return config
+
+
+def differences(old: ConfigDict, new: ConfigDict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """The keys in which two configurations differ, each with its old and its new value."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted({*old.keys(), *new.keys()}):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, ConfigDict) and isinstance(after, ConfigDict):
+            found |= differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found[prefix + key] = (before, after)
+    return found

@@ -1,0 +1,127 @@
+"""Grain reads, shuffles and prefetches; each process takes its share; what comes out are global sharded arrays."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+from absl import flags, logging
+
+from umae_jax.data.sources import Source
+from umae_jax.data.transforms import LoadCrop, Sample
+from umae_jax.errors import UserError, listing, require
+
+# A run stops where more than this share of the reads fails, judged from this many samples on.
+MOST_UNREADABLE = 0.5
+JUDGE_AFTER = 16
+
+
+class Batch(NamedTuple):
+    """A global batch, sharded over its first axis.
+
+    Attributes:
+        image: uint8 [B, H, W, C].
+        index: uint32 [B], global sample indices.
+        label: int32 [B].
+        unreadable: int32 [B], how many records each sample had to skip.
+    """
+
+    image: Any
+    index: Any
+    label: Any
+    unreadable: Any
+
+
+class _LocalBatch(NamedTuple):
+    arrays: Batch
+    names: tuple[str, ...]
+
+
+def _stack(samples: Sequence[Sample]) -> _LocalBatch:
+    images, indices, labels, unreadable = zip(*samples, strict=True)
+    counts = np.array([len(names) for names in unreadable], np.int32)
+    arrays = Batch(np.stack(images), np.stack(indices), np.stack(labels), counts)
+    return _LocalBatch(arrays, tuple(itertools.chain(*unreadable)))
+
+
+class Loader:
+    """An endless stream of training batches.
+
+    Sample i of a run is the same image with the same crop whatever the number of processes, workers or devices, so
+    the whole state of the stream is one number: how many samples have been seen.
+
+    Args:
+        source: the images.
+        batch_size: global.
+        sharding: of a batch, over its first axis.
+        seed: of the shuffle and of the crops.
+        first_sample: index of the first sample to give, the number seen before.
+        size: height and width in pixels.
+        channels: 3, or 1 for grayscale.
+        area: the smallest share of an image that a crop keeps.
+        threads: that read and decode, in this process or in each worker.
+        workers: processes that read and decode; 0 for threads alone.
+
+    Raises:
+        UserError: on reading, if most records cannot be read.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        batch_size: int,
+        sharding: jax.sharding.Sharding,
+        seed: int,
+        first_sample: int = 0,
+        size: tuple[int, int],
+        channels: int = 3,
+        area: float,
+        threads: int,
+        workers: int = 0,
+    ) -> None:
+        processes = jax.process_count()
+        require(
+            batch_size % processes == 0,
+            f"batch_size: {batch_size} does not divide among {processes} processes; choose a multiple of {processes}",
+        )
+        local = batch_size // processes
+        load = LoadCrop(source, seed, size, channels, area)
+        samples = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat().map_with_index(load)
+        samples = samples[first_sample + jax.process_index() :: processes]
+        # Batched before they are handed to threads or workers: what a batch holds must not depend on their number.
+        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
+        batches = samples.batch(local, batch_fn=_stack).to_iter_dataset(reading)
+        if workers:
+            if not flags.FLAGS.is_parsed():  # a notebook or a test; the workers read Grain's flags
+                flags.FLAGS.mark_as_parsed()
+            batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+        self._batches = iter(batches)
+        self._sharding = sharding
+        self._named: set[str] = set()
+        self._samples = self._failures = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def close(self) -> None:
+        """Stop reading ahead and end the workers."""
+        self._batches.close()
+
+    def __next__(self) -> Batch:
+        """The next global batch; its transfer to the devices goes on after this returns."""
+        batch, names = next(self._batches)
+        self._samples += len(batch.index)
+        self._failures += len(names)
+        for name in names:
+            if name not in self._named:
+                self._named.add(name)
+                logging.warning("skipped an image that cannot be read: %s", name)
+        if self._samples >= JUDGE_AFTER and self._failures > MOST_UNREADABLE * (self._samples + self._failures):
+            raise UserError(
+                f"data.source: {self._failures} of {self._samples + self._failures} reads failed; "
+                f"repair or remove the files, among them {listing(sorted(self._named), 3)}"
+            )
+        return jax.tree.map(lambda array: jax.make_array_from_process_local_data(self._sharding, array), batch)

@@ -1,0 +1,202 @@
+"""Where images come from: bundled photographs, a folder, a TFDS data set. All are read at random, one record an index."""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from umae_jax.errors import UserError, listing
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+NO_LABEL = -1
+
+# The photographs among the images that scikit-image installs with its wheel.
+PHOTOGRAPHS = (
+    "astronaut.png",
+    "brick.png",
+    "camera.png",
+    "chelsea.png",
+    "coffee.png",
+    "coins.png",
+    "grass.png",
+    "gravel.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "moon.png",
+    "motorcycle_left.png",
+    "motorcycle_right.png",
+    "retina.jpg",
+    "rocket.jpg",
+)
+
+
+class Record(NamedTuple):
+    """One image as it lies on disk.
+
+    Attributes:
+        name: how to call it in a message.
+        data: the encoded bytes.
+        label: its class, or NO_LABEL.
+    """
+
+    name: str
+    data: bytes
+    label: int
+
+
+class Source(Protocol):
+    """A data set of encoded images. Reading may raise; workers receive it by pickling."""
+
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def __getitem__(self, index: int) -> Record:
+        """The record at a place."""
+        ...
+
+
+class Files:
+    """Image files, read in place.
+
+    Args:
+        paths: the files, in the order that makes their index.
+        labels: one class a file, or nothing.
+        classes: names of the classes.
+    """
+
+    def __init__(self, paths: Sequence[str], labels: Sequence[int] | None = None, classes: Sequence[str] = ()) -> None:
+        # One fixed-width array instead of a list: nothing to count references of in forked or pickled workers.
+        self.paths = np.array(paths)
+        self.labels = None if labels is None else np.array(labels, np.int64)
+        self.classes = tuple(classes)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Record:
+        path = str(self.paths[index])
+        label = NO_LABEL if self.labels is None else int(self.labels[index])
+        return Record(path, Path(path).read_bytes(), label)
+
+
+class TfdsImages:
+    """A prepared TFDS data set with an image feature, read undecoded.
+
+    Args:
+        data: what TFDS's `as_data_source` returned.
+        image: name of the image feature.
+        label: name of the class feature, if there is one.
+        classes: names of the classes.
+    """
+
+    def __init__(self, data: Any, image: str, label: str | None, classes: Sequence[str]) -> None:  # noqa: ANN401
+        self.data, self.image, self.label = data, image, label
+        self.classes = tuple(classes)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self.data[index]
+        label = NO_LABEL if self.label is None else int(record[self.label])
+        return Record(f"record {index}", record[self.image], label)
+
+
+def open_source(name: str, *, split: str = "train", data_dir: str | None = None) -> Source:
+    """Open `photos`, `folder:PATH` or `tfds:NAME`.
+
+    Args:
+        name: the configuration's `data.source`.
+        split: the split of a TFDS data set.
+        data_dir: where TFDS data sets lie; TFDS's own default if None.
+
+    Raises:
+        UserError: if there is no such source, or nothing in it.
+    """
+    kind, _, rest = name.partition(":")
+    if name == "photos":
+        return _photographs()
+    if kind == "folder" and rest:
+        return open_folder(rest)
+    if kind == "tfds" and rest:
+        return _open_tfds(rest, split, data_dir)
+    raise UserError(f"data.source: unknown source {name!r}; write photos, folder:PATH or tfds:NAME")
+
+
+def _photographs() -> Files:
+    """The photographs that scikit-image ships."""
+    package = importlib.util.find_spec("skimage")
+    if package is None or package.origin is None:
+        raise UserError('data.source: photos come with scikit-image; install it with pip install "umae_jax[demo]"')
+    folder = Path(package.origin).parent / "data"
+    paths = [str(folder / name) for name in PHOTOGRAPHS if (folder / name).is_file()]
+    if not paths:
+        raise UserError(f"data.source: {folder} holds none of the expected photographs; install scikit-image anew")
+    return Files(paths)
+
+
+def open_folder(path: str) -> Files:
+    """A tree of image files; the subfolders directly below it, if every file lies in one, are the classes.
+
+    Raises:
+        UserError: if the folder is missing or holds no images.
+    """
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise UserError(f"data.source: there is no folder {path}; write folder:PATH with the path of one")
+    paths = []
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders.sort()
+        paths += [os.path.join(folder, file) for file in files if file.lower().endswith(SUFFIXES)]
+    if not paths:
+        raise UserError(f"data.source: no image in {path} or below it; expected files ending in {listing(SUFFIXES)}")
+    paths.sort()
+    parts = [Path(file).relative_to(root).parts for file in paths]
+    if any(len(part) == 1 for part in parts):
+        return Files(paths)
+    classes = sorted({part[0] for part in parts})
+    number = {name: index for index, name in enumerate(classes)}
+    return Files(paths, [number[part[0]] for part in parts], classes)
+
+
+def _open_tfds(name: str, split: str, data_dir: str | None) -> TfdsImages:
+    """A TFDS data set that has been prepared as ArrayRecord, by name or by the folder of one version."""
+    import tensorflow_datasets as tfds  # slow to import, and needed by this source alone
+
+    where = data_dir or "TFDS's default folder"
+    try:
+        if Path(name).is_dir():
+            builder = tfds.builder_from_directory(name)
+        else:
+            builder = tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+        raise UserError(
+            f"data.source: no TFDS data set {name} in {where}, nor one that TFDS knows; check the name and data.data_dir"
+        ) from None
+    if not builder.is_prepared():
+        raise UserError(
+            f"data.source: {name} has not been prepared in {where}; "
+            f"run tfds build {name} --file_format=array_record, or set data.data_dir to where it lies"
+        )
+    features = builder.info.features
+    images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
+    if not images:
+        raise UserError(f"data.source: {name} has no image feature, only {listing(list(features))}")
+    labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
+    if split not in builder.info.splits:
+        raise UserError(f"data.split: {name} has no split {split}; choose {listing(list(builder.info.splits))}")
+    try:
+        data = builder.as_data_source(split, decoders={images[0]: tfds.decode.SkipDecoding()})
+    except NotImplementedError:
+        raise UserError(
+            f"data.source: {name} in {where} is not stored as ArrayRecord, which random access needs; "
+            f"run tfds build {name} --file_format=array_record --overwrite"
+        ) from None
+    label = labels[0] if labels else None
+    return TfdsImages(data, images[0], label, features[label].names if label else ())

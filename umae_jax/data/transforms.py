@@ -1,0 +1,162 @@
+"""On the host: from encoded bytes to uint8 pixels of one size, with Pillow. Imports nothing of JAX."""
+
+import io
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from umae_jax.data.sources import NO_LABEL, Source
+
+AREA_TRIES = 10  # torchvision's number, after which a random resized crop falls back to a central one
+# How many images in a row may be unreadable before a sample gives up on finding one that is not.
+READ_TRIES = 8
+# A JPEG is decoded at a reduced scale only where that leaves this many pixels for each one wanted, on either axis.
+DRAFT_MARGIN = 2.0
+
+Box = tuple[float, float, float, float]  # left, upper, right, lower
+
+
+def random_crop(rng: np.random.Generator, width: int, height: int, size: tuple[int, int], area: float) -> Box:
+    """The box of a random resized crop (SPEC 10): `area` to all of the image, aspect ratio 3/4 to 4/3 of the output's.
+
+    Args:
+        rng: the image's own generator.
+        width, height: of the image.
+        size: height and width of the output.
+        area: the smallest share of the image to keep.
+    """
+    aspect = size[1] / size[0]
+    for _ in range(AREA_TRIES):
+        target = width * height * rng.uniform(area, 1)
+        ratio = aspect * math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        box_width, box_height = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            left = int(rng.integers(width - box_width + 1))
+            upper = int(rng.integers(height - box_height + 1))
+            return (left, upper, left + box_width, upper + box_height)
+    return central_crop(width, height, size)
+
+
+def central_crop(width: int, height: int, size: tuple[int, int]) -> Box:
+    """The largest central box of the output's aspect ratio: resizing it is to resize the shorter side and crop."""
+    scale = min(width / size[1], height / size[0])
+    box_width, box_height = size[1] * scale, size[0] * scale
+    left, upper = (width - box_width) / 2, (height - box_height) / 2
+    return (left, upper, left + box_width, upper + box_height)
+
+
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Any image as 8-bit "RGB" or "L": 16 bits are scaled, what is transparent shows white."""
+    if image.mode.startswith("I"):  # 16-bit grayscale; Pillow's own conversion would clip it
+        values = np.asarray(image).astype(np.int64)
+        image = Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == mode else image.convert(mode)
+
+
+class DecodedSize(NamedTuple):
+    """Size of an image the right way up, and the orientation that its EXIF data asks for."""
+
+    width: int
+    height: int
+
+
+class EncodedImage:
+    """An opened image whose pixels have not been decoded: its size is known, and decoding can be as small as a crop allows.
+
+    Raises:
+        OSError and others of Pillow's: if the bytes are no image.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        self._image = Image.open(io.BytesIO(data))
+        turned = self._image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        width, height = self._image.size
+        self.size = DecodedSize(height, width) if turned else DecodedSize(width, height)
+
+    def crop(self, box: Box, size: tuple[int, int], channels: int) -> np.ndarray:
+        """Decode, and resize from the box, bicubic and antialiased: uint8 [size, channels].
+
+        Args:
+            box: in pixels of the image the right way up.
+            size: height and width of the output.
+            channels: 3, or 1 for grayscale.
+        """
+        image = self._image
+        if image.format == "JPEG":
+            # Let the decoder shrink by 2, 4 or 8 what would be shrunk as much anyway.
+            scale = DRAFT_MARGIN * max(size[1] / (box[2] - box[0]), size[0] / (box[3] - box[1]))
+            if scale < 1:
+                image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+        mode = "RGB" if channels == 3 else "L"
+        image = to_mode(ImageOps.exif_transpose(image), mode)
+        shrunk = (image.width / self.size.width, image.height / self.size.height)
+        box = (box[0] * shrunk[0], box[1] * shrunk[1], box[2] * shrunk[0], box[3] * shrunk[1])
+        box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
+        pixels = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box))
+        return pixels if channels == 3 else pixels[..., None]
+
+
+def load_whole(data: bytes, size: tuple[int, int], channels: int) -> np.ndarray:
+    """The largest central part of an image, resized to `size`: uint8 [height, width, channels].
+
+    Raises:
+        OSError and others of Pillow's: if the bytes cannot be decoded.
+    """
+    image = EncodedImage(data)
+    return image.crop(central_crop(*image.size, size), size, channels)
+
+
+class Sample(NamedTuple):
+    """One training example.
+
+    Attributes:
+        image: uint8 [height, width, channels].
+        index: the global sample index, to which all random draws of this sample belong.
+        label: class, or NO_LABEL.
+        unreadable: the records that were skipped on the way to this one, with the reason.
+    """
+
+    image: np.ndarray
+    index: np.uint32
+    label: np.int32
+    unreadable: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LoadCrop:
+    """Read a record and take its random resized crop; a function of (sample index, record) and the seed alone.
+
+    A record that cannot be read or decoded is skipped: the sample takes the record after it instead. So the other
+    samples stay what they are, and the same run sees the same images on any number of processes.
+    """
+
+    source: Source
+    seed: int
+    size: tuple[int, int]
+    channels: int
+    area: float
+
+    def __call__(self, index: int, record: int) -> Sample:
+        """The sample of a global index, from the record that the shuffle gave it."""
+        unreadable: list[str] = []
+        for attempt in range(READ_TRIES):
+            place = (int(record) + attempt) % len(self.source)
+            name = f"record {place}"
+            try:
+                name, data, label = self.source[place]
+                image = EncodedImage(data)
+                rng = np.random.default_rng((self.seed, index))
+                box = random_crop(rng, *image.size, self.size, self.area)
+                pixels = image.crop(box, self.size, self.channels)
+            except Exception as error:  # noqa: BLE001 - decoders raise anything, and no file may stop a run
+                unreadable.append(f"{name} ({type(error).__name__}: {error})")
+            else:
+                return Sample(pixels, np.uint32(index), np.int32(label), tuple(unreadable))
+        blank = np.zeros((*self.size, self.channels), np.uint8)
+        return Sample(blank, np.uint32(index), np.int32(NO_LABEL), tuple(unreadable))

@@ -1,0 +1,142 @@
+"""Checkpoints: everything a run continues from, written while it goes on, whole or not at all."""
+
+import logging as std_logging
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+
+from umae_jax.errors import UserError
+from umae_jax.training.step import TrainState
+
+_UNREADABLE = "checkpoints_unreadable"
+
+
+def _ignore_closed_event_loops() -> None:
+    """Keep what Orbax's read-ahead prints of a loop that its own failure closed off the user's terminal.
+
+    When one array of a checkpoint cannot be read, the callbacks of all the others still pending find their event loop
+    closed, and each prints a traceback by way of `sys.excepthook` or asyncio's log. The failure itself is raised.
+    """
+    std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
+    inherited = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            inherited(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
+
+
+class Checkpoints:
+    """The checkpoints of one working directory, DIR/checkpoints/STEP.
+
+    Beside the state lies the state of the data, {"samples": how many have been seen}: all that the stream of samples
+    depends on (see `data/loader.py`), so that a run may go on with other devices, processes or batch sizes.
+
+    Args:
+        workdir: the directory.
+        keep: the newest so many are kept.
+        keep_every: and each that this number of steps divides; 0 for none.
+    """
+
+    def __init__(self, workdir: Path, *, keep: int = 1, keep_every: int = 0) -> None:
+        _ignore_closed_event_loops()
+        self._workdir = workdir
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=keep_every or None,
+            step_prefix=None,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+
+    def any(self) -> bool:
+        """Whether there is a checkpoint."""
+        return bool(self._manager.all_steps())
+
+    def save(self, step: int, state: TrainState, samples: int) -> None:
+        """Copy the state to the host and write it in the background; waits for the one before to be written.
+
+        Raises:
+            UserError: if this or the one before could not be written.
+        """
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"samples": samples}))
+        self._guard(lambda: self._manager.save(step, args=items, force=True))
+
+    def wait(self) -> None:
+        """Wait until everything has been written.
+
+        Raises:
+            UserError: if it could not be.
+        """
+        self._guard(self._manager.wait_until_finished)
+
+    def _guard(self, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"could not write a checkpoint in {self._workdir / 'checkpoints'} ({_first_line(error)}); "
+                "make room or choose another --workdir, and start again to continue from the newest whole one"
+            ) from error
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, int] | None:
+        """The newest whole checkpoint, on the shardings of `abstract`: the state and how many samples it has seen.
+
+        One that cannot be read is moved aside, with a warning. None if there is no checkpoint.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+            try:
+                restored = self._manager.restore(step, args=items)
+                return restored["state"], int(restored["data"]["samples"])
+            except Exception as error:  # noqa: BLE001 - whatever a broken file makes the libraries raise
+                self._set_aside(step, error)
+        return None
+
+    def restore_params(self, abstract: Any) -> tuple[Any, int] | None:  # noqa: ANN401 - any pytree
+        """The parameters alone of the newest whole checkpoint, and its step. Leaves the directory as it is."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                part = ocp.args.PyTreeRestore(
+                    {"params": abstract},
+                    restore_args=ocp.checkpoint_utils.construct_restore_args({"params": abstract}),
+                    partial_restore=True,
+                )
+                with ocp.PyTreeCheckpointer() as checkpointer:
+                    path = (self._workdir / "checkpoints" / str(step) / "state").absolute()
+                    return checkpointer.restore(path, args=part)["params"], step
+            except Exception as error:  # noqa: BLE001 - as above
+                logging.warning("checkpoint %d cannot be read (%s); trying the one before", step, _first_line(error))
+        return None
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        aside = self._workdir / _UNREADABLE
+        logging.warning(
+            "checkpoint %d cannot be read (%s); moved it to %s and going back to the one before",
+            step,
+            _first_line(error),
+            aside,
+        )
+        if jax.process_index() == 0:
+            aside.mkdir(exist_ok=True)
+            shutil.rmtree(aside / str(step), ignore_errors=True)
+            shutil.move(self._workdir / "checkpoints" / str(step), aside / str(step))
+        self._manager.reload()
+
+    def close(self) -> None:
+        """Let go of the directory; waits for what is being written."""
+        self._manager.close()

@@ -1,0 +1,183 @@
+"""The one loop of everything that trains: act, save, next batch, step; report the step before."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jax
+
+from umae_jax.data.loader import Batch
+from umae_jax.errors import UserError
+from umae_jax.training.checkpoint import Checkpoints
+from umae_jax.training.metrics import MetricsWriter, Progress
+from umae_jax.training.step import Metrics, TrainState
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to leave, and saved first
+    """The run was stopped by a signal, after its state was saved.
+
+    Attributes:
+        signal: the signal's number.
+    """
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}")
+        self.signal = number
+
+
+class Action(NamedTuple):
+    """Something done between steps, such as drawing a picture.
+
+    Attributes:
+        every: steps; done also before the first step and after the last. 0: never.
+        run: from (step, state) to metrics to write, if any.
+    """
+
+    every: int
+    run: Callable[[int, TrainState], dict[str, float]]
+
+
+class _Signals:
+    """Remembers the first SIGTERM or SIGINT; a second one acts as it always does."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._inherited: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._inherited[number] = signal.signal(number, self._remember)
+        return self
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._inherited.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+
+class _Clock:
+    """Speed, and the share of time spent waiting for data, since the last report."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._start, self._images, self._waited = time.monotonic(), 0, 0.0
+
+    def next(self, batches: Iterator[Batch]) -> Batch:
+        start = time.monotonic()
+        batch = next(batches)
+        self._waited += time.monotonic() - start
+        return batch
+
+    def count(self, images: int) -> None:
+        self._images += images
+
+    def rates(self) -> dict[str, float]:
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        rates = {"images_per_second": self._images / seconds, "data_wait": min(1.0, self._waited / seconds)}
+        self.restart()
+        return rates
+
+
+def train(
+    state: TrainState,
+    *,
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    batches: Iterator[Batch],
+    first_step: int,
+    samples: int,
+    total_steps: int,
+    batch_size: int,
+    checkpoints: Checkpoints,
+    checkpoint_every: int,
+    log_every: int,
+    stop_after_bad_steps: int,
+    workdir: Path,
+    actions: Sequence[Action] = (),
+) -> TrainState:
+    """Train from `first_step` to `total_steps`.
+
+    Each step is dispatched before the metrics of the one before it are read, so that the device never waits for the
+    log; nothing else is read from the device between two steps.
+
+    Args:
+        state: after `first_step` steps; donated.
+        step: the compiled step.
+        batches: from sample `samples` on.
+        samples: seen so far.
+
+    Raises:
+        Interrupted: on SIGTERM or SIGINT, after saving.
+        UserError: after `stop_after_bad_steps` steps in a row without a finite loss and gradient, or if a checkpoint
+            cannot be written.
+    """
+    writer = MetricsWriter(workdir, first_step)
+    progress = Progress(first_step, total_steps)
+    clock = _Clock()
+    saved = first_step if first_step else None
+
+    def read(number: int, metrics: Metrics) -> None:
+        """Read the metrics of a step, waiting for it; stop on bad ones, write and say them where due."""
+        values = jax.device_get(metrics)
+        clock.count(batch_size)
+        progress.advance(number)
+        if values.bad_steps >= stop_after_bad_steps:
+            raise UserError(
+                f"the loss or gradient was not finite in {values.bad_steps} steps in a row, up to step {number} "
+                f"(loss {values.loss}); lower optimizer.base_learning_rate or set optimizer.clip_norm, and start again: "
+                f"the run continues from its newest checkpoint in {workdir}"
+            )
+        if number % log_every == 0 or number == total_steps:
+            line = {key: getattr(value, "item", lambda: value)() for key, value in values._asdict().items()}
+            line |= clock.rates()
+            writer.write(number, line)
+            progress.report(number, line)
+
+    try:
+        with _Signals() as signals:
+            pending: tuple[int, Metrics] | None = None
+            for number in range(first_step, total_steps + 1):
+                due = [
+                    action.run
+                    for action in actions
+                    if action.every and (number % action.every == 0 or number == total_steps)
+                ]
+                save = number > 0 and (number % checkpoint_every == 0 or number == total_steps)
+                save = (save or signals.received is not None) and number != saved
+                if pending and (due or save or signals.received is not None):
+                    read(*pending)  # a state that is looked at or saved is one whose step was found good
+                    pending = None
+                for act in due:
+                    if metrics := act(number, state):
+                        writer.write(number, metrics)
+                if save:
+                    checkpoints.save(number, state, samples)
+                    saved = number
+                if signals.received is not None:
+                    checkpoints.wait()
+                    raise Interrupted(signals.received, number)
+                if due or save:
+                    clock.restart()
+                if number == total_steps:
+                    break
+                batch = clock.next(batches)
+                state, metrics_of_step = step(state, batch)
+                samples += batch_size
+                if pending:
+                    read(*pending)
+                pending = (number + 1, metrics_of_step)
+        checkpoints.wait()
+    finally:
+        progress.close()
+        writer.close()
+    return state

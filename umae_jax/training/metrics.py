@@ -1,0 +1,131 @@
+"""What a run reports: metrics.jsonl and TensorBoard in the working directory, and a line or a bar on the terminal."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _keep_up_to(path: Path, step: int) -> None:
+    """Drop the lines that a run wrote after the checkpoint it now continues from, and one that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step and line.endswith(b"\n"):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_whole(path, b"".join(kept))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: "42 s", "3:07", "1:02:09"."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class MetricsWriter:
+    """Writes one JSON object a line, each at once, and the same to TensorBoard.
+
+    Args:
+        workdir: the run's directory.
+        step: the step from which the run goes on; lines of later steps are dropped, as they will be written again.
+    """
+
+    def __init__(self, workdir: Path, step: int) -> None:
+        path = workdir / METRICS_FILE
+        _keep_up_to(path, step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, write_to_disk=True)
+
+    def write(self, step: int, values: dict[str, float | int]) -> None:
+        """One line. A number that is not finite is written as a string, which JSON can hold."""
+        line = {
+            key: value if isinstance(value, int) or abs(value) < float("inf") else str(value)
+            for key, value in values.items()
+        }
+        self._file.write(json.dumps({"step": step, **line}) + "\n")
+        self._file.flush()
+        for key, value in values.items():
+            self._board.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._file.close()
+        self._board.close()
+
+
+class Progress:
+    """How far a run is: a bar on a terminal, plain lines elsewhere. Writes to standard error.
+
+    Args:
+        first, total: steps done before, and in all.
+    """
+
+    def __init__(self, first: int, total: int, stream: TextIO | None = None) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._first, self._total = first, total
+        self._start = time.monotonic()
+        self._bar = tqdm(
+            total=total,
+            initial=first,
+            file=self._stream,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self._stream.isatty(),
+        )
+
+    def advance(self, step: int) -> None:
+        """The run has done `step` steps."""
+        self._bar.update(step - self._bar.n)
+
+    def report(self, step: int, values: dict[str, float | int]) -> None:
+        """Say the metrics of a step."""
+        parts = [f"loss {values['loss']:.4f}", f"{values['images_per_second']:.1f} images/s"]
+        parts.append(f"waiting for data {values['data_wait']:.0%}")
+        if values["skipped_images"]:
+            parts.append(f"{values['skipped_images']} images skipped")
+        if values["skipped_updates"]:
+            parts.append(f"{values['skipped_updates']} updates skipped")
+        if self._bar.disable:
+            left = (time.monotonic() - self._start) / max(1, step - self._first) * (self._total - step)
+            self.say(f"step {step}/{self._total} | {' | '.join(parts)} | {duration(left)} left")
+        else:
+            self._bar.set_postfix_str(", ".join(parts))
+
+    def say(self, line: str) -> None:
+        """A line of its own, above the bar."""
+        if self._bar.disable:
+            print(line, file=self._stream, flush=True)  # noqa: T201 - this is the terminal
+        else:
+            self._bar.write(line, file=self._stream)
+
+    def close(self) -> None:
+        """Leave the terminal tidy."""
+        self._bar.close()

@@ -1,0 +1,130 @@
+"""The training step, one pure compiled function of (state, batch), whatever is trained."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jax.sharding import Mesh
+
+from umae_jax.data.loader import Batch
+from umae_jax.training.mesh import replicated
+
+Params = Any  # a pytree of float32 arrays
+LossFunction = Callable[[Params, Batch], jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that a run continues from, but for its place in the data, which follows from `samples`.
+
+    Attributes:
+        step: int32, updates tried so far.
+        params: the model's parameters.
+        optimizer: Optax's state.
+        bad_steps: int32, tries in a row, up to now, whose loss or gradient was not finite.
+        skipped_updates: int32, such tries in all.
+        skipped_images: int32, images in all that could not be read.
+    """
+
+    step: jax.Array
+    params: Params
+    optimizer: optax.OptState
+    bad_steps: jax.Array
+    skipped_updates: jax.Array
+    skipped_images: jax.Array
+
+
+class Metrics(NamedTuple):
+    """What a step reports, scalars on the device.
+
+    Attributes:
+        loss: mean over the batch.
+        gradient_norm: global, before clipping.
+        learning_rate: of this update.
+        bad_steps, skipped_updates, skipped_images: as in the state after this step.
+    """
+
+    loss: jax.Array
+    gradient_norm: jax.Array
+    learning_rate: jax.Array
+    bad_steps: jax.Array
+    skipped_updates: jax.Array
+    skipped_images: jax.Array
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    # Four arrays, not one four times: the step donates each.
+    step, bad_steps, skipped_updates, skipped_images = (jnp.zeros((), jnp.int32) for _ in range(4))
+    return TrainState(step, params, optimizer.init(params), bad_steps, skipped_updates, skipped_images)
+
+
+def _gradient(loss_function: LossFunction, params: Params, batch: Batch, parts: int) -> tuple[jax.Array, Params]:
+    """Loss and gradient of a batch, computed in `parts` equal parts one after the other."""
+    if parts == 1:
+        return jax.value_and_grad(loss_function)(params, batch)
+    # Every part takes each `parts`-th sample, so that it stays spread over all devices.
+    split = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(total: tuple[jax.Array, Params], part: Batch) -> tuple[tuple[jax.Array, Params], None]:
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_function)(params, part)), None
+
+    zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, zero, split)
+    return jax.tree.map(lambda x: x / parts, total)
+
+
+def make_train_step(
+    loss_function: LossFunction,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    accumulate: int = 1,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Build the step: state, batch -> state, metrics.
+
+    The learning rate follows the state's step rather than a counter of the optimiser's, so that an update skipped
+    for a loss or gradient that is not finite leaves the schedule in its place and everything else untouched.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss, gradient = _gradient(loss_function, state.params, batch, accumulate)
+        learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
+        with jax.named_scope("optimizer"):
+            norm = optax.global_norm(gradient)
+            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+            direction, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+            params = jax.tree.map(lambda param, change: param - learning_rate * change, state.params, direction)
+            params, optimizer_state = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old),
+                (params, optimizer_state),
+                (state.params, state.optimizer),
+            )
+        skipped = 1 - finite.astype(jnp.int32)
+        new = TrainState(
+            step=state.step + 1,
+            params=params,
+            optimizer=optimizer_state,
+            bad_steps=(state.bad_steps + 1) * skipped,
+            skipped_updates=state.skipped_updates + skipped,
+            skipped_images=state.skipped_images + batch.unreadable.sum(dtype=jnp.int32),
+        )
+        metrics = Metrics(loss, norm, learning_rate, new.bad_steps, new.skipped_updates, new.skipped_images)
+        return new, metrics
+
+    return train_step
+
+
+def compile_step(
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]], state: TrainState, batch: Batch, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Compile the step ahead of time, so that nothing compiles later on; it donates its state.
+
+    Args:
+        state, batch: arrays or `jax.ShapeDtypeStruct`s, with the shardings that the step takes, and gives back.
+    """
+    shardings = jax.tree.map(lambda array: array.sharding, state)
+    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    return jitted.lower(state, batch).compile()
