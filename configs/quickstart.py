@@ -1,6 +1,6 @@
 """A small Swin on the photographs that come along: minutes on two CPU cores.
 
-    python -m umae_jax.pretrain --config configs/quickstart.py --workdir runs/quickstart
+python -m umae_jax.pretrain --config configs/quickstart.py --workdir runs/quickstart
 """
 
 from ml_collections import ConfigDict
@@ -15,14 +15,15 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"
     config.total_steps = 600
 
-    config.model.width = 32
-    config.model.depths = (1, 1, 2, 1)
-    config.model.heads = (1, 2, 4, 8)
+    config.model.width = 48
+    config.model.depths = (1, 1, 2)
+    config.model.heads = (2, 4, 8)
     config.model.decoder_width = 128
     config.model.decoder_heads = 4
     config.model.normalize_target = False  # plain pixels: blurred, but pictures need no borrowed statistics
 
     config.data.source = "photos"
+    config.data.area = 0.5
     config.data.threads = 2
 
     config.optimizer.base_learning_rate = 1.6e-2

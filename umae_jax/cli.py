@@ -5,13 +5,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from umae_jax.errors import UserError
 from umae_jax.training.loop import Interrupted
+
+T = TypeVar("T")
 
 # Failures of the file system that are the user's to mend, and say so themselves.
 _FILE_ERRORS = (
@@ -33,6 +35,17 @@ def define_config() -> flags.FlagHolder[ConfigDict]:
     return config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 
 
+def required(flag: flags.FlagHolder[T | None], what: str) -> T:
+    """The value of a flag that must be given.
+
+    Raises:
+        UserError: saying what to write.
+    """
+    if flag.value is None:
+        raise UserError(f"--{flag.name} is missing; write --{flag.name} with {what}")
+    return flag.value
+
+
 def _leave(message: str, status: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201 - this is the terminal
     sys.exit(status)
@@ -43,7 +56,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
         if "config" in flags.FLAGS and flags.FLAGS.config is not None:
-            path = flags.FLAGS["config"].config_filename
+            path = config_flags.get_config_filename(flags.FLAGS["config"])
             if not Path(path).is_file():
                 _leave(f"--config: there is no file {path}; write the path of a file such as configs/quickstart.py", 2)
             flags.FLAGS.config.keys()

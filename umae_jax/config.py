@@ -9,6 +9,8 @@ from ml_collections import ConfigDict, config_dict
 from umae_jax.data.on_device import IMAGENET_MEAN, IMAGENET_STD
 from umae_jax.errors import UserError, require
 
+CONFIG_FILE = "config.json"  # in a run's directory
+
 
 def default_config() -> ConfigDict:
     """Pre-training of a Swin-T with uniform masking after SPEC 10 and 11."""
@@ -106,7 +108,7 @@ def check(config: ConfigDict) -> None:
     for key in ("mean", "std"):
         require(
             len(config.data[key]) == channels,
-            f"data.{key} names {len(config.data[key])} channels but model.channels is {channels}; write one number each",
+            f"data.{key} names {len(config.data[key])} channels, model.channels is {channels}; write one number each",
         )
     require(0 < config.data.area <= 1, f"data.area must lie in (0, 1], not {config.data.area}")
     require(config.data.threads >= 1, f"data.threads must be at least 1, not {config.data.threads}")

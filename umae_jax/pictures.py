@@ -11,7 +11,15 @@ from flax import nnx
 from PIL import Image, ImageDraw, ImageFont
 
 from umae_jax.data.on_device import denormalize, normalize
-from umae_jax.masking import UniformMask, assemble, compact, expand, original_coordinates, sample_uniform_mask
+from umae_jax.masking import (
+    UniformMask,
+    assemble,
+    compact,
+    expand,
+    masked_units,
+    original_coordinates,
+    sample_uniform_mask,
+)
 from umae_jax.models.autoencoder import MaskedAutoencoder
 from umae_jax.patches import patchify, unpatchify
 
@@ -26,6 +34,7 @@ STATISTICS = {
 PLAIN = "pixels as predicted"
 COLUMNS = ("original", "what the encoder saw", "prediction in what was visible", "prediction alone")
 MARGIN, LINE = 8, 22
+LEAST_WIDTH = 200  # of a panel, in pixels: room for its heading
 
 
 class Panels(NamedTuple):
@@ -62,16 +71,9 @@ def _nearest_statistics(model: MaskedAutoencoder, images: jax.Array, mask: Unifo
     def spread(statistic: jax.Array) -> jax.Array:
         chosen = jax.vmap(lambda values, places: values[places])(statistic.reshape(batch, -1), nearest)
         whole = (weights * chosen).sum(-1).reshape(batch, 2 * rows, 2 * columns, 1)
-        return masked_units_of(whole, mask)
+        return masked_units(whole, mask.offset)
 
     return spread(units.mean(-1)), spread(units.var(-1, ddof=1))
-
-
-def masked_units_of(whole: jax.Array, mask: UniformMask) -> jax.Array:
-    """`masked_units` of a map over the unit grid: [B, Gh, Gw, 1] -> [B, 3, rows, columns, 1]."""
-    from umae_jax.masking import masked_units
-
-    return masked_units(whole, mask.offset)
 
 
 def reconstruct(
@@ -95,8 +97,6 @@ def reconstruct(
     error = jnp.square(prediction - target).mean((1, 2, 3, 4))
     if model.normalize_target:
         if statistics == "unit":
-            from umae_jax.masking import masked_units
-
             own = masked_units(pixels, mask.offset)
             own = patchify(own.reshape(-1, *own.shape[2:]), model.unit).reshape(prediction.shape)
             average, variance = own.mean(-1, keepdims=True), own.var(-1, keepdims=True, ddof=1)
@@ -127,8 +127,8 @@ def reconstruct(
 
 def draw(panels: Panels, caption: str) -> bytes:
     """Lay panels out, a row an image, with headings and a caption: a PNG."""
-    panels = jax.device_get(panels)
-    sampled, hidden = panels.sampled[..., None], panels.hidden[..., None]
+    original, seen, pasted, predicted, sampled, hidden = (np.asarray(panel) for panel in panels[:6])
+    sampled, hidden = sampled[..., None], hidden[..., None]
 
     def paint(pixels: np.ndarray, *fills: tuple[np.ndarray, tuple[int, int, int]]) -> np.ndarray:
         pixels = np.broadcast_to(pixels, (*pixels.shape[:3], 3))
@@ -137,13 +137,13 @@ def draw(panels: Panels, caption: str) -> bytes:
         return pixels
 
     columns = (
-        paint(panels.original),
-        paint(panels.seen, (~sampled, NOT_SAMPLED), (hidden, HIDDEN)),
-        paint(panels.pasted, (hidden, HIDDEN)),
-        paint(panels.predicted, (sampled, NOT_SAMPLED)),
+        paint(original),
+        paint(seen, (~sampled, NOT_SAMPLED), (hidden, HIDDEN)),
+        paint(pasted, (hidden, HIDDEN)),
+        paint(predicted, (sampled, NOT_SAMPLED)),
     )
     rows, height, width = columns[0].shape[:3]
-    zoom = max(1, 192 // width)  # small images are shown larger, pixel by pixel
+    zoom = -(-LEAST_WIDTH // width)  # small images are shown larger, pixel by pixel
     height, width = height * zoom, width * zoom
     font = ImageFont.load_default(13)
     lines = [

@@ -10,15 +10,14 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
-from absl import flags, logging
+from absl import flags
 from ml_collections import ConfigDict
 
 from umae_jax import cli
-from umae_jax.config import check, differences, from_json, resolve_steps, to_json
+from umae_jax.config import CONFIG_FILE, check, differences, from_json, resolve_steps, to_json
 from umae_jax.data.loader import Loader
-from umae_jax.data.sources import Source, open_source
-from umae_jax.data.transforms import load_whole
+from umae_jax.data.sources import open_source
+from umae_jax.data.transforms import first_readable
 from umae_jax.errors import UserError, require
 from umae_jax.pictures import make_illustrator
 from umae_jax.training import pretraining
@@ -29,7 +28,6 @@ from umae_jax.training.metrics import duration, write_whole
 from umae_jax.training.optimizer import learning_rate_schedule
 from umae_jax.training.step import TrainState, compile_step, make_train_step
 
-CONFIG_FILE = "config.json"
 PICTURES = "reconstructions"
 MOST_SAMPLES = 2**32  # sample indices are 32-bit
 
@@ -57,25 +55,10 @@ def check_same_model(old: ConfigDict, new: ConfigDict, workdir: Path) -> None:
         say(f"continuing with {key} = {after} (was {before})")
 
 
-def readable_images(source: Source, config: ConfigDict, count: int) -> np.ndarray:
-    """The first images that can be read, whole: uint8 [at most count, H, W, C]."""
-    images: list[np.ndarray] = []
-    for place in range(min(len(source), 4 * count)):
-        if len(images) == count:
-            break
-        try:
-            images.append(load_whole(source[place].data, config.image_size, config.model.channels))
-        except Exception:  # noqa: BLE001, S112 - the loader counts and names what cannot be read
-            continue
-    require(bool(images), "data.source: none of its first images can be read; repair or remove them")
-    return np.stack(images)
-
-
 def main() -> None:
     """Pre-train, or continue."""
-    require(_CONFIG.value is not None, "--config is missing; write for example --config configs/quickstart.py")
-    require(bool(_WORKDIR.value), "--workdir is missing; write --workdir with a directory for what the run produces")
-    config, workdir = _CONFIG.value, Path(_WORKDIR.value).expanduser()
+    config = cli.required(_CONFIG, "a file such as configs/quickstart.py")
+    workdir = Path(cli.required(_WORKDIR, "a directory for what the run produces")).expanduser()
     check(config)
     mesh = make_mesh(config.mesh.fsdp)
     what = pretraining.describe(config, mesh)
@@ -85,7 +68,7 @@ def main() -> None:
     require(total_steps > 0, "total_steps: the run has no steps; set total_steps, total_examples or total_epochs")
     require(
         total_steps * config.batch_size < MOST_SAMPLES,
-        f"total_steps: {total_steps} steps of {config.batch_size} images are more than the {MOST_SAMPLES} that a run counts",
+        f"total_steps: {total_steps} steps of {config.batch_size} images are more than a run can count, {MOST_SAMPLES}",
     )
 
     # Resume if there is a checkpoint, else start from scratch.
@@ -103,12 +86,13 @@ def main() -> None:
     first_step = int(state.step)
 
     parameters = sum(array.size for array in jax.tree.leaves(state.params))
-    say(f"{parameters:,} parameters, {len(source):,} images, {jax.device_count()} {jax.devices()[0].device_kind} device(s)")
+    devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
+    say(f"{parameters:,} parameters, {len(source):,} images, {devices}")
     if first_step:
         say(f"continuing at step {first_step} of {total_steps}")
     illustrate = make_illustrator(
         what.graph,
-        readable_images(source, config, config.pictures or 1),
+        first_readable(source, max(1, config.pictures), config.image_size, config.model.channels),
         seed=config.seed,
         mean=tuple(config.data.mean),
         std=tuple(config.data.std),

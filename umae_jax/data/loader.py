@@ -23,13 +23,13 @@ class Batch(NamedTuple):
 
     Attributes:
         image: uint8 [B, H, W, C].
-        index: uint32 [B], global sample indices.
+        sample_index: uint32 [B], global.
         label: int32 [B].
         unreadable: int32 [B], how many records each sample had to skip.
     """
 
     image: Any
-    index: Any
+    sample_index: Any
     label: Any
     unreadable: Any
 
@@ -113,7 +113,7 @@ class Loader:
     def __next__(self) -> Batch:
         """The next global batch; its transfer to the devices goes on after this returns."""
         batch, names = next(self._batches)
-        self._samples += len(batch.index)
+        self._samples += len(batch.sample_index)
         self._failures += len(names)
         for name in names:
             if name not in self._named:

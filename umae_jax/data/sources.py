@@ -1,4 +1,4 @@
-"""Where images come from: bundled photographs, a folder, a TFDS data set. All are read at random, one record an index."""
+"""Where images come from: bundled photographs, a folder, a TFDS data set; all give a record for an index."""
 
 import importlib.util
 import os
@@ -12,6 +12,7 @@ from umae_jax.errors import UserError, listing
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 NO_LABEL = -1
+FILE_NAME = "file_name"  # the feature in which TFDS data sets often say where an image came from
 
 # The photographs among the images that scikit-image installs with its wheel.
 PHOTOGRAPHS = (
@@ -105,7 +106,9 @@ class TfdsImages:
     def __getitem__(self, index: int) -> Record:
         record = self.data[index]
         label = NO_LABEL if self.label is None else int(record[self.label])
-        return Record(f"record {index}", record[self.image], label)
+        name = record.get(FILE_NAME, b"")
+        name = name.decode() if isinstance(name, bytes) else str(name)
+        return Record(f"record {index} {name}".strip(), record[self.image], label)
 
 
 def open_source(name: str, *, split: str = "train", data_dir: str | None = None) -> Source:
@@ -170,20 +173,18 @@ def _open_tfds(name: str, split: str, data_dir: str | None) -> TfdsImages:
     import tensorflow_datasets as tfds  # slow to import, and needed by this source alone
 
     where = data_dir or "TFDS's default folder"
+    unprepared = UserError(
+        f"data.source: there is no prepared data set {name} in {where}; set data.data_dir to where it lies, "
+        f"or prepare it with tfds build {name} --file_format=array_record"
+    )
     try:
-        if Path(name).is_dir():
-            builder = tfds.builder_from_directory(name)
-        else:
-            builder = tfds.builder(name, data_dir=data_dir)
-    except tfds.core.DatasetNotFoundError:
-        raise UserError(
-            f"data.source: no TFDS data set {name} in {where}, nor one that TFDS knows; check the name and data.data_dir"
-        ) from None
-    if not builder.is_prepared():
-        raise UserError(
-            f"data.source: {name} has not been prepared in {where}; "
-            f"run tfds build {name} --file_format=array_record, or set data.data_dir to where it lies"
+        builder = (
+            tfds.builder_from_directory(name) if Path(name).is_dir() else tfds.builder(name, data_dir=data_dir)
         )
+    except (tfds.core.DatasetNotFoundError, ImportError):  # its code may need packages that only preparing it needs
+        raise unprepared from None
+    if not builder.is_prepared():
+        raise unprepared
     features = builder.info.features
     images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
     if not images:

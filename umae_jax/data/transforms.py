@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 from PIL import ExifTags, Image, ImageOps
 
 from umae_jax.data.sources import NO_LABEL, Source
+from umae_jax.errors import require
 
 AREA_TRIES = 10  # torchvision's number, after which a random resized crop falls back to a central one
 # How many images in a row may be unreadable before a sample gives up on finding one that is not.
@@ -67,7 +69,7 @@ class DecodedSize(NamedTuple):
 
 
 class EncodedImage:
-    """An opened image whose pixels have not been decoded: its size is known, and decoding can be as small as a crop allows.
+    """An opened image, not yet decoded: its size is known, and its pixels can be decoded as coarsely as a crop allows.
 
     Raises:
         OSError and others of Pillow's: if the bytes are no image.
@@ -87,12 +89,12 @@ class EncodedImage:
             size: height and width of the output.
             channels: 3, or 1 for grayscale.
         """
-        image = self._image
-        if image.format == "JPEG":
+        image: Image.Image = self._image
+        if self._image.format == "JPEG":
             # Let the decoder shrink by 2, 4 or 8 what would be shrunk as much anyway.
             scale = DRAFT_MARGIN * max(size[1] / (box[2] - box[0]), size[0] / (box[3] - box[1]))
             if scale < 1:
-                image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+                self._image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
         mode = "RGB" if channels == 3 else "L"
         image = to_mode(ImageOps.exif_transpose(image), mode)
         shrunk = (image.width / self.size.width, image.height / self.size.height)
@@ -112,18 +114,37 @@ def load_whole(data: bytes, size: tuple[int, int], channels: int) -> np.ndarray:
     return image.crop(central_crop(*image.size, size), size, channels)
 
 
+def first_readable(source: Source, count: int, size: tuple[int, int], channels: int) -> np.ndarray:
+    """The first images of a source that can be read, whole: uint8 [at most count, height, width, channels].
+
+    Raises:
+        UserError: if none of the first ones can be.
+    """
+    images: list[np.ndarray] = []
+    tried = range(min(len(source), READ_TRIES * count))
+    for place in tried:
+        try:
+            images.append(load_whole(source[place].data, size, channels))
+        except Exception as error:  # decoders raise anything
+            logging.warning("skipped an image that cannot be read: number %d (%s)", place, error)
+        if len(images) == count:
+            break
+    require(bool(images), f"none of the first {len(tried)} images can be read; repair or remove them")
+    return np.stack(images)
+
+
 class Sample(NamedTuple):
     """One training example.
 
     Attributes:
         image: uint8 [height, width, channels].
-        index: the global sample index, to which all random draws of this sample belong.
+        sample_index: global, to which all random draws of this sample belong.
         label: class, or NO_LABEL.
         unreadable: the records that were skipped on the way to this one, with the reason.
     """
 
     image: np.ndarray
-    index: np.uint32
+    sample_index: np.uint32
     label: np.int32
     unreadable: tuple[str, ...]
 
@@ -154,7 +175,7 @@ class LoadCrop:
                 rng = np.random.default_rng((self.seed, index))
                 box = random_crop(rng, *image.size, self.size, self.area)
                 pixels = image.crop(box, self.size, self.channels)
-            except Exception as error:  # noqa: BLE001 - decoders raise anything, and no file may stop a run
+            except Exception as error:  # decoders raise anything, and no file may stop a run
                 unreadable.append(f"{name} ({type(error).__name__}: {error})")
             else:
                 return Sample(pixels, np.uint32(index), np.int32(label), tuple(unreadable))

@@ -49,17 +49,19 @@ class Checkpoints:
         workdir: the directory.
         keep: the newest so many are kept.
         keep_every: and each that this number of steps divides; 0 for none.
+        read_only: for looking at another's run: nothing is created, cleaned up or moved.
     """
 
-    def __init__(self, workdir: Path, *, keep: int = 1, keep_every: int = 0) -> None:
+    def __init__(self, workdir: Path, *, keep: int = 1, keep_every: int = 0, read_only: bool = False) -> None:
         _ignore_closed_event_loops()
         self._workdir = workdir
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_every or None,
             step_prefix=None,
-            cleanup_tmp_directories=True,
-            enable_async_checkpointing=True,
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
         )
         self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
 
@@ -103,7 +105,7 @@ class Checkpoints:
             try:
                 restored = self._manager.restore(step, args=items)
                 return restored["state"], int(restored["data"]["samples"])
-            except Exception as error:  # noqa: BLE001 - whatever a broken file makes the libraries raise
+            except Exception as error:  # whatever a broken file makes the libraries raise
                 self._set_aside(step, error)
         return None
 
@@ -119,7 +121,7 @@ class Checkpoints:
                 with ocp.PyTreeCheckpointer() as checkpointer:
                     path = (self._workdir / "checkpoints" / str(step) / "state").absolute()
                     return checkpointer.restore(path, args=part)["params"], step
-            except Exception as error:  # noqa: BLE001 - as above
+            except Exception as error:  # as above
                 logging.warning("checkpoint %d cannot be read (%s); trying the one before", step, _first_line(error))
         return None
 

@@ -134,12 +134,11 @@ def train(
         if values.bad_steps >= stop_after_bad_steps:
             raise UserError(
                 f"the loss or gradient was not finite in {values.bad_steps} steps in a row, up to step {number} "
-                f"(loss {values.loss}); lower optimizer.base_learning_rate or set optimizer.clip_norm, and start again: "
-                f"the run continues from its newest checkpoint in {workdir}"
+                f"(loss {values.loss}); lower optimizer.base_learning_rate or set optimizer.clip_norm and start again, "
+                f"which continues from the newest checkpoint in {workdir}"
             )
         if number % log_every == 0 or number == total_steps:
-            line = {key: getattr(value, "item", lambda: value)() for key, value in values._asdict().items()}
-            line |= clock.rates()
+            line = {key: value.item() for key, value in values._asdict().items()} | clock.rates()
             writer.write(number, line)
             progress.report(number, line)
 

@@ -122,7 +122,7 @@ class Progress:
     def say(self, line: str) -> None:
         """A line of its own, above the bar."""
         if self._bar.disable:
-            print(line, file=self._stream, flush=True)  # noqa: T201 - this is the terminal
+            print(line, file=self._stream, flush=True)
         else:
             self._bar.write(line, file=self._stream)
 

@@ -26,7 +26,9 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     )
 
 
-def learning_rate_schedule(config: ConfigDict, *, batch_size: int, warmup_steps: int, total_steps: int) -> optax.Schedule:
+def learning_rate_schedule(
+    config: ConfigDict, *, batch_size: int, warmup_steps: int, total_steps: int
+) -> optax.Schedule:
     """Linear warm-up from 0 to the scaled rate, then half a cosine to 0: step -> rate.
 
     Args:

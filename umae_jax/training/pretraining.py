@@ -1,5 +1,6 @@
 """What pre-training trains: the masked autoencoder, its loss on a batch of uint8 images, and its state."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -10,12 +11,15 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from umae_jax.config import CONFIG_FILE, from_json
 from umae_jax.data.loader import Batch
 from umae_jax.data.on_device import normalize, random_flip, sample_keys
+from umae_jax.errors import UserError, require
 from umae_jax.masking import sample_uniform_mask
 from umae_jax.models.autoencoder import MaskedAutoencoder
 from umae_jax.models.build import build_autoencoder
-from umae_jax.training.mesh import batch_sharding, state_shardings
+from umae_jax.training.checkpoint import Checkpoints
+from umae_jax.training.mesh import batch_sharding, make_mesh, state_shardings
 from umae_jax.training.optimizer import make_optimizer
 from umae_jax.training.step import LossFunction, Params, TrainState, init_state
 
@@ -67,12 +71,39 @@ def make_loss(config: ConfigDict, graph: nnx.GraphDef[MaskedAutoencoder]) -> Los
 
     def loss(params: Params, batch: Batch) -> jax.Array:
         model = nnx.merge(graph, params)
-        keys = jax.vmap(jax.random.split)(sample_keys(config.seed, batch.index))
+        keys = jax.vmap(jax.random.split)(sample_keys(config.seed, batch.sample_index))
         images = normalize(random_flip(batch.image, keys[:, 0]), mean, std)
         mask = sample_uniform_mask(keys[:, 1], images.shape[0], model.cells, model.secondary_ratio)
         return model(images, mask)[0]
 
     return loss
+
+
+class PretrainedRun(NamedTuple):
+    """What a run's directory holds: its configuration, and the newest parameters with their step."""
+
+    config: ConfigDict
+    graph: nnx.GraphDef[MaskedAutoencoder]
+    params: Params
+    step: int
+
+
+def read_run(workdir: Path) -> PretrainedRun:
+    """Read the newest whole checkpoint of a pre-training run, onto the first device.
+
+    Raises:
+        UserError: if the directory holds none.
+    """
+    config_file = workdir / CONFIG_FILE
+    require(config_file.is_file(), f"--workdir: {workdir} holds no run: there is no {CONFIG_FILE} in it")
+    config = from_json(config_file.read_text())
+    what = describe(config, make_mesh())
+    checkpoints = Checkpoints(workdir, read_only=True)
+    restored = checkpoints.restore_params(what.state.params)
+    checkpoints.close()
+    if restored is None:
+        raise UserError(f"--workdir: {workdir} holds no checkpoint that can be read; let the run reach its first one")
+    return PretrainedRun(config, what.graph, *restored)
 
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> Batch:
@@ -83,7 +114,7 @@ def abstract_batch(config: ConfigDict, mesh: Mesh) -> Batch:
 
     return Batch(
         image=array(*config.image_size, config.model.channels, dtype=jnp.uint8),
-        index=array(dtype=jnp.uint32),
+        sample_index=array(dtype=jnp.uint32),
         label=array(dtype=jnp.int32),
         unreadable=array(dtype=jnp.int32),
     )

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-
 from jax.sharding import Mesh
 
 from umae_jax.data.loader import Batch
