@@ -10,7 +10,7 @@ import numpy as np
 from absl import flags, logging
 
 from umae_jax.data.sources import Source
-from umae_jax.data.transforms import LoadCrop, Sample
+from umae_jax.data.transforms import LoadCrop, Sample, Unreadable
 from umae_jax.errors import UserError, listing, require
 
 # A run stops where more than this share of the reads fails, judged from this many samples on.
@@ -36,12 +36,12 @@ class Batch(NamedTuple):
 
 class _LocalBatch(NamedTuple):
     arrays: Batch
-    names: tuple[str, ...]
+    unreadable: tuple[Unreadable, ...]
 
 
 def _stack(samples: Sequence[Sample]) -> _LocalBatch:
     images, indices, labels, unreadable = zip(*samples, strict=True)
-    counts = np.array([len(names) for names in unreadable], np.int32)
+    counts = np.array([len(records) for records in unreadable], np.int32)
     arrays = Batch(np.stack(images), np.stack(indices), np.stack(labels), counts)
     return _LocalBatch(arrays, tuple(itertools.chain(*unreadable)))
 
@@ -112,13 +112,13 @@ class Loader:
 
     def __next__(self) -> Batch:
         """The next global batch; its transfer to the devices goes on after this returns."""
-        batch, names = next(self._batches)
+        batch, unreadable = next(self._batches)
         self._samples += len(batch.sample_index)
-        self._failures += len(names)
-        for name in names:
-            if name not in self._named:
-                self._named.add(name)
-                logging.warning("skipped an image that cannot be read: %s", name)
+        self._failures += len(unreadable)
+        for record in unreadable:
+            if record.name not in self._named:
+                self._named.add(record.name)
+                logging.warning("skipped an image that cannot be read: %s (%s)", record.name, record.reason)
         if self._samples >= JUDGE_AFTER and self._failures > MOST_UNREADABLE * (self._samples + self._failures):
             raise UserError(
                 f"data.source: {self._failures} of {self._samples + self._failures} reads failed; "

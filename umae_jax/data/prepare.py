@@ -45,7 +45,7 @@ def write_data_set(source: Source, name: str, data_dir: str, split: str = "train
 
     data_set_name = name
 
-    class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         """Copies a source record by record."""
 
         name = data_set_name

@@ -178,9 +178,7 @@ def _open_tfds(name: str, split: str, data_dir: str | None) -> TfdsImages:
         f"or prepare it with tfds build {name} --file_format=array_record"
     )
     try:
-        builder = (
-            tfds.builder_from_directory(name) if Path(name).is_dir() else tfds.builder(name, data_dir=data_dir)
-        )
+        builder = tfds.builder_from_directory(name) if Path(name).is_dir() else tfds.builder(name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ImportError):  # its code may need packages that only preparing it needs
         raise unprepared from None
     if not builder.is_prepared():

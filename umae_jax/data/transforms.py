@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import logging
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from umae_jax.data.sources import NO_LABEL, Source
 from umae_jax.errors import require
@@ -126,11 +126,25 @@ def first_readable(source: Source, count: int, size: tuple[int, int], channels: 
         try:
             images.append(load_whole(source[place].data, size, channels))
         except Exception as error:  # decoders raise anything
-            logging.warning("skipped an image that cannot be read: number %d (%s)", place, error)
+            logging.warning("skipped an image that cannot be read: number %d (%s)", place, reason(error))
         if len(images) == count:
             break
     require(bool(images), f"none of the first {len(tried)} images can be read; repair or remove them")
     return np.stack(images)
+
+
+class Unreadable(NamedTuple):
+    """A record that cannot be read or decoded, and why."""
+
+    name: str
+    reason: str
+
+
+def reason(error: Exception) -> str:
+    """Why an image cannot be read, for people."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image that Pillow knows"
+    return str(error) or type(error).__name__
 
 
 class Sample(NamedTuple):
@@ -140,13 +154,13 @@ class Sample(NamedTuple):
         image: uint8 [height, width, channels].
         sample_index: global, to which all random draws of this sample belong.
         label: class, or NO_LABEL.
-        unreadable: the records that were skipped on the way to this one, with the reason.
+        unreadable: the records that were skipped on the way to this one.
     """
 
     image: np.ndarray
     sample_index: np.uint32
     label: np.int32
-    unreadable: tuple[str, ...]
+    unreadable: tuple[Unreadable, ...]
 
 
 @dataclass(frozen=True)
@@ -165,7 +179,7 @@ class LoadCrop:
 
     def __call__(self, index: int, record: int) -> Sample:
         """The sample of a global index, from the record that the shuffle gave it."""
-        unreadable: list[str] = []
+        unreadable: list[Unreadable] = []
         for attempt in range(READ_TRIES):
             place = (int(record) + attempt) % len(self.source)
             name = f"record {place}"
@@ -176,7 +190,7 @@ class LoadCrop:
                 box = random_crop(rng, *image.size, self.size, self.area)
                 pixels = image.crop(box, self.size, self.channels)
             except Exception as error:  # decoders raise anything, and no file may stop a run
-                unreadable.append(f"{name} ({type(error).__name__}: {error})")
+                unreadable.append(Unreadable(name, reason(error)))
             else:
                 return Sample(pixels, np.uint32(index), np.int32(label), tuple(unreadable))
         blank = np.zeros((*self.size, self.channels), np.uint8)

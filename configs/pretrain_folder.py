@@ -1,0 +1,35 @@
+"""Swin-T on a folder of your own images, on one GPU or in Colab.
+
+    python -m umae_jax.pretrain --config configs/pretrain_folder.py --workdir DIR --config.data.source=folder:PATH
+
+The paper's model and masking at 128 x 128 pixels, with what suits some thousand to some hundred thousand images: a
+batch that one GPU holds, many epochs, a higher rate for the smaller batch, clipped gradients. Nothing is published for
+it; watch the pictures in DIR/reconstructions.
+"""
+
+from ml_collections import ConfigDict
+
+from umae_jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.image_size = (128, 128)
+    config.batch_size = 256
+    config.total_epochs = 400.0
+
+    config.model.decoder_width = 256
+    config.model.decoder_heads = 8
+
+    config.data.source = "folder:images"
+    config.data.threads = 4
+
+    config.optimizer.base_learning_rate = 3e-4
+    config.optimizer.warmup_epochs = 20.0
+    config.optimizer.clip_norm = 1.0
+
+    config.log_every = 10
+    config.picture_every = 500
+    config.checkpoint_every = 500
+    config.checkpoint_keep_every = 10_000
+    return config

@@ -1,0 +1,97 @@
+import logging
+
+import jax
+import numpy as np
+import pytest
+
+from tests.images import write_folder
+from umae_jax.data.loader import Loader
+from umae_jax.data.sources import open_source
+from umae_jax.errors import UserError
+from umae_jax.training.mesh import batch_sharding, make_mesh
+
+
+def open_loader(folder, **changes):
+    options = {"batch_size": 8, "seed": 1, "size": (16, 24), "area": 0.2, "threads": 2, **changes}
+    return Loader(open_source(f"folder:{folder}"), sharding=batch_sharding(make_mesh()), **options)
+
+
+def take(loader, count):
+    batches = [next(loader) for _ in range(count)]
+    loader.close()
+    return batches
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "images", 12)
+
+
+def test_batches_are_uint8_and_spread_over_all_devices(folder):
+    (batch,) = take(open_loader(folder), 1)
+    assert batch.image.shape == (8, 16, 24, 3)
+    assert batch.image.dtype == np.uint8
+    assert len(batch.image.sharding.device_set) == jax.device_count() == 8
+
+
+def test_a_stream_continues_where_it_was_left_in_mid_epoch(folder):
+    whole = take(open_loader(folder), 6)
+    rest = take(open_loader(folder, first_sample=24), 3)
+    for ours, theirs in zip(rest, whole[3:], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_samples_do_not_depend_on_threads_workers_or_batch_size(folder):
+    few = take(open_loader(folder, threads=1), 4)
+    for changes, count in (({"threads": 5}, 4), ({"workers": 2, "threads": 1}, 4), ({"batch_size": 16}, 2)):
+        other = take(open_loader(folder, **changes), count)
+        for field in ("image", "sample_index"):
+            ours, theirs = (np.concatenate([getattr(batch, field) for batch in stream]) for stream in (few, other))
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_every_epoch_sees_every_image_once_in_another_order(tmp_path):
+    classes = tuple(f"class{number:02}" for number in range(16))
+    folder = write_folder(tmp_path, 16, classes)  # one image a class: labels name them
+    labels = np.concatenate([batch.label for batch in take(open_loader(folder), 4)])
+    first, second = labels[:16].tolist(), labels[16:].tolist()
+    assert sorted(first) == sorted(second) == list(range(16))
+    assert first != second
+
+
+def test_processes_share_the_samples_of_a_batch(folder, monkeypatch):
+    whole = take(open_loader(folder, batch_size=16), 3)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda _, array: array)
+    parts = []
+    for process in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        parts.append(take(open_loader(folder, batch_size=16), 3))
+    for batch, first, second in zip(whole, *parts, strict=True):
+        assert len(first.sample_index) == len(second.sample_index) == 8
+        order = np.argsort(np.concatenate([first.sample_index, second.sample_index]))
+        images = np.concatenate([first.image, second.image])[order]
+        np.testing.assert_array_equal(images, batch.image)
+
+
+def test_a_broken_file_is_skipped_counted_and_named_once(folder, caplog):
+    names = sorted(folder.iterdir())
+    good = take(open_loader(folder), 6)
+    names[3].write_bytes(b"not an image")
+    names[7].write_bytes(names[7].read_bytes()[:300])
+    with caplog.at_level(logging.WARNING):
+        batches = take(open_loader(folder), 6)
+    assert sum(int(batch.unreadable.sum()) for batch in batches) == 8  # both files in each of 4 epochs
+    for name in (names[3], names[7]):
+        assert sum(str(name) in record.getMessage() for record in caplog.records) == 1
+    # All the other samples stay what they were.
+    for ours, theirs in zip(batches, good, strict=True):
+        same = np.asarray(ours.unreadable) == 0
+        np.testing.assert_array_equal(np.asarray(ours.image)[same], np.asarray(theirs.image)[same])
+
+
+def test_mostly_unreadable_data_stops_the_run(folder):
+    for path in sorted(folder.iterdir())[:8]:
+        path.write_bytes(b"not an image")
+    with pytest.raises(UserError, match=r"of \d+ reads failed; repair or remove the files, among them .*\.jpg"):
+        take(open_loader(folder), 6)

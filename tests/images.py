@@ -1,0 +1,22 @@
+"""Small image files for tests."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def picture(seed=0, height=60, width=80):
+    """A smooth colourful picture: uint8 [height, width, 3]."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
+    return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def write_folder(folder: Path, count=12, classes=()):
+    """A folder of JPEG files, spread over class subfolders if there are any."""
+    for number in range(count):
+        place = folder / classes[number % len(classes)] if classes else folder
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(number)).save(place / f"{number:03}.jpg", quality=90)
+    return folder

@@ -1,0 +1,107 @@
+"""Measure how fast images are read, beside plain Pillow in the same run.
+
+    python -m umae_jax.benchmark --config configs/pretrain_swin_tiny.py --config.data.source=folder:PATH
+
+Both make the same crops of the same images, in turn. Images a second and core count the processor time that this
+process spends, so that neither threads nor other programs blur the comparison.
+"""
+
+import io
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+from PIL import Image
+
+from umae_jax import cli
+from umae_jax.config import check
+from umae_jax.data.loader import Loader
+from umae_jax.data.sources import Source, open_source
+from umae_jax.data.transforms import random_crop
+from umae_jax.errors import require
+from umae_jax.training.mesh import batch_sharding, make_mesh
+
+_CONFIG = cli.define_config()
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each takes its turn.", lower_bound=1)
+_IMAGES = flags.DEFINE_integer("images", 512, "Images a turn.", lower_bound=1)
+_JSON = flags.DEFINE_boolean("json", False, "Print JSON instead of a table.")
+
+
+class Rate(NamedTuple):
+    """Images a second of processor time, and of wall time."""
+
+    per_core: float
+    per_second: float
+
+
+def measure(images: int, work: Callable[[], object]) -> Rate:
+    """The rate at which `work` deals with its `images`."""
+    wall, processor = time.perf_counter(), time.process_time()
+    work()
+    return Rate(images / (time.process_time() - processor), images / (time.perf_counter() - wall))
+
+
+def plain_pillow(source: Source, config: ConfigDict, first: int, images: int) -> None:
+    """Open, convert, resize from the crop box: what Pillow takes alone, one image after the other."""
+    for number in range(first, first + images):
+        image = Image.open(io.BytesIO(source[number % len(source)].data)).convert("RGB")
+        rng = np.random.default_rng((config.seed, number))
+        box = random_crop(rng, image.width, image.height, config.image_size, config.data.area)
+        np.asarray(image.resize(config.image_size[::-1], Image.Resampling.BICUBIC, box))
+
+
+def main() -> None:
+    """Measure and print."""
+    config = cli.required(_CONFIG, "a file such as configs/pretrain_swin_tiny.py")
+    with config.unlocked():
+        config.batch_size = 32
+    check(config)
+    require(config.data.workers == 0, "data.workers: the benchmark counts this process's time; set it to 0")
+    source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
+    loader = Loader(
+        source,
+        batch_size=config.batch_size,
+        sharding=batch_sharding(make_mesh()),
+        seed=config.seed,
+        size=config.image_size,
+        channels=config.model.channels,
+        area=config.data.area,
+        threads=config.data.threads,
+    )
+    batches = -(-_IMAGES.value // config.batch_size)
+    images = batches * config.batch_size
+    rates: dict[str, list[Rate]] = {"loader": [], "plain Pillow": []}
+    for turn in range(_ROUNDS.value + 1):
+        ours = measure(images, lambda: list(itertools.islice(loader, batches)))
+        plain = measure(images, partial(plain_pillow, source, config, turn * images, images))
+        if turn:  # the first turn warms up
+            rates["loader"].append(ours)
+            rates["plain Pillow"].append(plain)
+    loader.close()
+    ratios = [a.per_core / b.per_core for a, b in zip(*rates.values(), strict=True)]
+    result = {
+        name: {field: round(statistics.median(getattr(rate, field) for rate in turns), 1) for field in Rate._fields}
+        for name, turns in rates.items()
+    }
+    ratio = {"least": min(ratios), "median": statistics.median(ratios), "most": max(ratios)}
+    if _JSON.value:
+        print(json.dumps({"images": images, "rounds": _ROUNDS.value, **result, "ratio": ratio}))  # noqa: T201
+        return
+    size = " x ".join(map(str, config.image_size))
+    print(f"{len(source)} images of {config.data.source} to {size}, {_ROUNDS.value} rounds of {images}")  # noqa: T201
+    print(f"{'':14}{'images/s/core':>16}{'images/s':>12}{'threads':>10}")  # noqa: T201
+    for name, rate in result.items():
+        threads = config.data.threads if name == "loader" else 1
+        print(f"{name:14}{rate['per_core']:16.1f}{rate['per_second']:12.1f}{threads:10}")  # noqa: T201
+    print(f"loader over plain Pillow, a core: {ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})")  # noqa: T201
+
+
+if __name__ == "__main__":
+    cli.run(main)
