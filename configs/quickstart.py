@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config.image_size = (128, 128)
     config.batch_size = 16
     config.dtype = "float32"
-    config.total_steps = 600
+    config.total_steps = 800
 
     config.model.width = 48
     config.model.depths = (1, 1, 2)
@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     config.data.area = 0.5
     config.data.threads = 2
 
-    config.optimizer.base_learning_rate = 1.6e-2
+    config.optimizer.base_learning_rate = 3.2e-2
     config.optimizer.warmup_steps = 50
     config.optimizer.clip_norm = 1.0
 

@@ -90,11 +90,12 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, gradient = _gradient(loss_function, state.params, batch, accumulate)
-        learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
+        learning_rate = jnp.asarray(schedule(state.step.astype(jnp.float32)), jnp.float32)
         with jax.named_scope("optimizer"):
-            norm = optax.global_norm(gradient)
+            norm = optax.tree.norm(gradient)
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-            direction, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+            with jax.numpy_dtype_promotion("standard"):  # Optax's bias correction mixes float and int32
+                direction, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
             params = jax.tree.map(lambda param, change: param - learning_rate * change, state.params, direction)
             params, optimizer_state = jax.tree.map(
                 lambda new, old: jnp.where(finite, new, old),

@@ -1,0 +1,45 @@
+"""Running the commands as a user does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def start(module, *arguments, devices=8):
+    """Start `python -m umae_jax.MODULE ARGUMENTS` in the repository's root."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", f"umae_jax.{module}", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(module, *arguments, devices=8, status=0):
+    """Run it to its end, check its exit status, and return what it printed: (output, errors)."""
+    with start(module, *arguments, devices=devices) as process:
+        output, errors = process.communicate(timeout=300)
+    assert process.returncode == status, (process.returncode, output, errors)
+    return output, errors
+
+
+def pretrain(workdir, *overrides, config="tests/tiny.py", **options):
+    """Run a small pre-training."""
+    return run("pretrain", "--config", config, "--workdir", workdir, *overrides, **options)
+
+
+def losses(workdir):
+    """The steps and losses of a run's metrics."""
+    lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]

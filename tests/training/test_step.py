@@ -1,0 +1,143 @@
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from tests import tiny
+from umae_jax.data.loader import Batch
+from umae_jax.training import pretraining
+from umae_jax.training.mesh import batch_sharding, state_shardings
+from umae_jax.training.optimizer import learning_rate_schedule
+from umae_jax.training.step import compile_step, make_train_step
+
+
+def mesh_of(data, fsdp):
+    devices = np.array(jax.devices()[: data * fsdp]).reshape(data, fsdp)
+    return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def batch_of(config, mesh, number=0):
+    rng = np.random.default_rng(number)
+    size = config.batch_size
+    batch = Batch(
+        image=rng.integers(0, 256, (size, *config.image_size, 3), dtype=np.uint8),
+        sample_index=np.arange(size * number, size * (number + 1), dtype=np.uint32),
+        label=np.zeros(size, np.int32),
+        unreadable=np.zeros(size, np.int32),
+    )
+    return jax.device_put(batch, batch_sharding(mesh))
+
+
+def prepare(config, mesh, loss=None, accumulate=1):
+    what = pretraining.describe(config, mesh)
+    loss = loss or pretraining.make_loss(config, what.graph)
+    schedule = learning_rate_schedule(config.optimizer, batch_size=256, warmup_steps=1, total_steps=10)
+    step = make_train_step(loss, what.optimizer, schedule, accumulate=accumulate)
+    compiled = compile_step(step, what.state, pretraining.abstract_batch(config, mesh), mesh)
+    return pretraining.initialize(config, what), compiled
+
+
+def run(mesh, steps=3, **changes):
+    config = tiny.get_config()
+    accumulate = changes.pop("accumulate", 1)
+    with config.unlocked():
+        config.update(changes)
+    state, step = prepare(config, mesh, accumulate=accumulate)
+    losses = []
+    for number in range(steps):
+        state, metrics = step(state, batch_of(config, mesh, number))
+        losses.append(float(metrics.loss))
+    return losses, state
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return run(mesh_of(1, 1))
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (8, 1), (2, 4), (1, 8)])
+def test_losses_are_equal_on_any_number_of_devices(one_device, shape):
+    losses, state = run(mesh_of(*shape))
+    np.testing.assert_allclose(losses, one_device[0], rtol=2e-6)
+    sharded = [leaf for leaf in jax.tree.leaves(state.params) if not leaf.sharding.is_fully_replicated]
+    assert bool(sharded) == (shape[1] > 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (8, 1)])
+def test_accumulated_parts_are_the_whole_batch(one_device, shape):
+    losses, _ = run(mesh_of(*shape), accumulate=2)
+    np.testing.assert_allclose(losses, one_device[0], rtol=2e-6)
+
+
+def test_bfloat16_keeps_the_state_in_float32():
+    losses, state = run(mesh_of(1, 1), dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.optimizer)} == {jnp.dtype("float32"), jnp.dtype("int32")}
+    assert np.isfinite(losses).all()
+
+
+def test_the_state_is_donated_and_nothing_compiles_after_the_start(caplog):
+    config, mesh = tiny.get_config(), mesh_of(8, 1)
+    state, step = prepare(config, mesh)
+    before = state
+    batches = [batch_of(config, mesh, number) for number in range(3)]
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        for batch in batches:
+            state, _ = step(state, batch)
+        assert not caplog.records
+        jax.jit(lambda x: x + 1)(batches[0].label)
+        assert "Compiling" in caplog.text  # so the silence before meant something
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
+    assert int(state.step) == 3
+
+
+def poisoned_loss(params, batch):
+    """A loss whose value (1: nan, 2: inf) or whose gradient alone (3) is not finite, as the batch's first label says."""
+    size = sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(params))
+    kinds = (lambda x: x, lambda x: x * jnp.nan, lambda x: x / 0.0, lambda x: jnp.sqrt(x - x))
+    return jax.lax.switch(batch.label[0], kinds, size)
+
+
+@pytest.mark.parametrize("kind", [1, 2, 3])
+def test_a_loss_or_gradient_that_is_not_finite_changes_nothing_but_the_counts(kind):
+    config, mesh = tiny.get_config(), mesh_of(1, 1)
+    state, step = prepare(config, mesh, poisoned_loss)
+    good = batch_of(config, mesh)
+    bad = good._replace(label=jnp.full_like(good.label, kind))
+    state, _ = step(state, good)
+    held = jax.device_get((state.params, state.optimizer))
+    state, metrics = step(state, bad)
+    assert (int(metrics.bad_steps), int(metrics.skipped_updates), int(state.step)) == (1, 1, 2)
+    jax.tree.map(np.testing.assert_array_equal, held, jax.device_get((state.params, state.optimizer)))
+    state, metrics = step(state, bad)
+    assert (int(metrics.bad_steps), int(metrics.skipped_updates)) == (2, 2)
+    state, metrics = step(state, good)
+    assert (int(metrics.bad_steps), int(metrics.skipped_updates)) == (0, 2)
+    assert not np.array_equal(jax.tree.leaves(held[0])[0], jax.tree.leaves(state.params)[0])
+
+
+def test_unreadable_images_are_counted():
+    config, mesh = tiny.get_config(), mesh_of(8, 1)
+    state, step = prepare(config, mesh, poisoned_loss)
+    batch = batch_of(config, mesh)
+    batch = batch._replace(unreadable=batch.unreadable.at[3].set(2).at[9].set(1))
+    for number in (1, 2):
+        state, metrics = step(state, batch)
+        assert int(metrics.skipped_images) == 3 * number
+
+
+def test_shardings_by_shape():
+    mesh = mesh_of(2, 4)
+    shapes = {"kernel": (6, 8), "tall": (16, 4), "odd": (3, 5), "bias": (8,), "step": ()}
+    state = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    expected = {
+        "kernel": PartitionSpec(None, "fsdp"),
+        "tall": PartitionSpec("fsdp"),
+        "odd": PartitionSpec(),
+        "bias": PartitionSpec("fsdp"),
+        "step": PartitionSpec(),
+    }
+    assert state_shardings(mesh, state) == {name: NamedSharding(mesh, spec) for name, spec in expected.items()}
