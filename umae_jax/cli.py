@@ -91,6 +91,6 @@ def run(main: Callable[[], None]) -> None:
         except OSError as error:
             if error.errno not in _FILE_ERRORS:
                 raise
-            _leave(f"{error.filename or 'a file'}: {error.strerror}", 1)
+            _leave(f"{error.filename or 'a file'}: {error.strerror}; mend that or name another place", 1)
 
     app.run(guarded, flags_parser=_parse)

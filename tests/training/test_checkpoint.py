@@ -104,6 +104,10 @@ def test_a_checkpoint_that_cannot_be_written_is_told(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
     (tmp_path / "checkpoints").write_text("in the way")
-    with pytest.raises(UserError, match="could not write a checkpoint"):
+
+    def write():
         checkpoints.save(1, make_state(0.0), 1)
         checkpoints.wait()
+
+    with pytest.raises(UserError, match="could not write a checkpoint"):
+        write()

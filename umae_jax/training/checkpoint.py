@@ -1,11 +1,11 @@
 """Checkpoints: everything a run continues from, written while it goes on, whole or not at all."""
 
 import logging as std_logging
+import re
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -18,25 +18,33 @@ from umae_jax.training.step import TrainState
 _UNREADABLE = "checkpoints_unreadable"
 
 
-def _ignore_closed_event_loops() -> None:
-    """Keep what Orbax's read-ahead prints of a loop that its own failure closed off the user's terminal.
+def _say_failures_once() -> None:
+    """Keep off the terminal what the libraries print of a failure that they raise as well, and that is told here.
 
-    When one array of a checkpoint cannot be read, the callbacks of all the others still pending find their event loop
-    closed, and each prints a traceback by way of `sys.excepthook` or asyncio's log. The failure itself is raised.
+    When one array of a checkpoint cannot be read or written, Orbax logs the traceback, and the callbacks of all the
+    others still pending find their event loop closed, and each prints one as unraisable or in asyncio's log.
     """
     std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
-    inherited = sys.excepthook
+    logging.get_absl_logger().addFilter(_not_from_orbax)
+    inherited = sys.unraisablehook
 
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-            inherited(kind, error, trace)
+    def not_of_closed_loops(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            inherited(unraisable)
 
-    sys.excepthook = hook
+    sys.unraisablehook = not_of_closed_loops
 
 
-def _first_line(error: BaseException) -> str:
+def _not_from_orbax(record: std_logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, for people: the system's own words if they are in the message, else its beginning."""
+    if system := re.search(r"([^:]+?) \[os_error_code", str(error)):
+        return system[1].strip()
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:200]
 
 
 class Checkpoints:
@@ -53,7 +61,6 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, *, keep: int = 1, keep_every: int = 0, read_only: bool = False) -> None:
-        _ignore_closed_event_loops()
         self._workdir = workdir
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -91,7 +98,7 @@ class Checkpoints:
             write()
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"could not write a checkpoint in {self._workdir / 'checkpoints'} ({_first_line(error)}); "
+                f"could not write a checkpoint in {self._workdir / 'checkpoints'} ({_reason(error)}); "
                 "make room or choose another --workdir, and start again to continue from the newest whole one"
             ) from error
 
@@ -122,7 +129,7 @@ class Checkpoints:
                     path = (self._workdir / "checkpoints" / str(step) / "state").absolute()
                     return checkpointer.restore(path, args=part)["params"], step
             except Exception as error:  # as above
-                logging.warning("checkpoint %d cannot be read (%s); trying the one before", step, _first_line(error))
+                logging.warning("checkpoint %d cannot be read (%s); trying the one before", step, _reason(error))
         return None
 
     def _set_aside(self, step: int, error: Exception) -> None:
@@ -130,7 +137,7 @@ class Checkpoints:
         logging.warning(
             "checkpoint %d cannot be read (%s); moved it to %s and going back to the one before",
             step,
-            _first_line(error),
+            _reason(error),
             aside,
         )
         if jax.process_index() == 0:
@@ -142,3 +149,6 @@ class Checkpoints:
     def close(self) -> None:
         """Let go of the directory; waits for what is being written."""
         self._manager.close()
+
+
+_say_failures_once()

@@ -22,9 +22,9 @@ def write_whole(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _keep_up_to(path: Path, step: int) -> None:
@@ -59,9 +59,9 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, step: int) -> None:
-        path = workdir / METRICS_FILE
-        _keep_up_to(path, step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = workdir / METRICS_FILE
+        _keep_up_to(self._path, step)
+        self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, write_to_disk=True)
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
@@ -70,8 +70,11 @@ class MetricsWriter:
             key: value if isinstance(value, int) or abs(value) < float("inf") else str(value)
             for key, value in values.items()
         }
-        self._file.write(json.dumps({"step": step, **line}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **line}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
 

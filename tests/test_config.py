@@ -1,0 +1,66 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+from flax import nnx
+
+from umae_jax.config import check, default_config, differences, from_json, resolve_steps, to_json
+from umae_jax.errors import UserError
+from umae_jax.models.build import build_autoencoder
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_builds_and_survives_json(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    check(config)
+    nnx.eval_shape(lambda: build_autoencoder(config, nnx.Rngs(0)))
+    assert from_json(to_json(config)).to_dict() == config.to_dict()
+    assert f"--config configs/{path.name}" in module.__doc__
+
+
+def test_steps_win_over_examples_and_examples_over_epochs():
+    config = default_config()
+    assert resolve_steps(config, "total", 1000, 50) == 4000
+    config.total_examples = 500
+    assert resolve_steps(config, "total", 1000, 50) == 10
+    config.total_steps = 3
+    assert resolve_steps(config, "total", 1000, 50) == 3
+    assert resolve_steps(config.optimizer, "warmup", 1000, 50) == 200
+
+
+def test_differences_name_the_nested_key():
+    old, new = default_config(), default_config()
+    new.model.width = 192
+    new.seed = 1
+    assert differences(old, new) == {"model.width": (96, 192), "seed": (0, 1)}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"model": {"no_such_key": 1}}', '{"seed": "one"}'])
+def test_a_file_that_is_no_configuration_is_told(text):
+    with pytest.raises(UserError, match="not a configuration"):
+        from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("batch_size", 12, "12 does not divide among 8 devices; choose a multiple of 8, such as 16"),
+        ("accumulate", 3, "8 devices x 3 accumulated parts; choose a multiple of 24"),
+        ("mesh.fsdp", 3, "3 does not divide the 8 devices"),
+        ("dtype", "float16", "dtype must be float32 or bfloat16"),
+        ("image_size", (64,), "image_size is height and width"),
+        ("model.channels", 1, "data.mean names 3 channels, model.channels is 1"),
+        ("data.area", 0.0, r"data.area must lie in \(0, 1\]"),
+        ("log_every", 0, "log_every must be at least 1"),
+    ],
+)
+def test_wrong_values_are_named_with_what_to_write(key, value, message):
+    config = default_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=message):
+        check(config)

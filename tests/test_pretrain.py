@@ -1,0 +1,257 @@
+"""Pre-training as a user starts, stops and continues it."""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import commands
+from tests.images import write_folder
+
+LONGER = ("--config.total_steps=60", "--config.checkpoint_every=4")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that was never stopped, with pictures: its directory and what it printed."""
+    workdir = tmp_path_factory.mktemp("finished")
+    output, errors = commands.pretrain(workdir, "--config.picture_every=6")
+    return workdir, output, errors
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("never_stopped")
+    commands.pretrain(workdir, *LONGER)
+    return commands.losses(workdir)
+
+
+def test_a_run_leaves_metrics_pictures_checkpoints_and_its_configuration(finished):
+    workdir, output, errors = finished
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert {"loss", "learning_rate", "images_per_second", "data_wait", "skipped_images"} <= set(lines[0])
+    assert all(0 <= line["data_wait"] <= 1 for line in lines)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert sorted(path.name for path in (workdir / "reconstructions").iterdir()) == [
+        "0000000.png",
+        "0000006.png",
+        "0000012.png",
+    ]
+    assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [5, 10, 12]
+    assert json.loads((workdir / "config.json").read_text())["model"]["width"] == 8
+    assert list((workdir / "tensorboard").iterdir())
+    assert Path(output.strip()) == workdir / "reconstructions" / "0000012.png"
+    assert "step 12/12 | loss" in errors
+    assert "Traceback" not in errors
+
+
+def test_the_same_command_after_the_end_changes_nothing(finished):
+    workdir, output, _ = finished
+    before = (workdir / "metrics.jsonl").read_bytes()
+    again, _ = commands.pretrain(workdir, "--config.picture_every=6")
+    assert again == output
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_other_numbers_of_devices_see_the_same_losses(finished, tmp_path, devices):
+    commands.pretrain(tmp_path, devices=devices)
+    ours, theirs = commands.losses(tmp_path), commands.losses(finished[0])
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_killed_again_and_again_it_ends_with_the_same_losses(tmp_path, never_stopped):
+    chance = random.Random(0)
+    continued, step = 0, 0
+    for _ in range(4):
+        last = step + chance.randint(6, 14)
+        with commands.start("pretrain", "--config", "tests/tiny.py", "--workdir", tmp_path, *LONGER) as process:
+            for line in process.stderr:
+                continued += line.startswith("continuing at step")
+                if line.startswith("step ") and (step := int(line.split()[1].split("/")[0])) >= last:
+                    break
+            time.sleep(chance.uniform(0, 0.05))
+            process.send_signal(signal.SIGKILL)
+    _, errors = commands.pretrain(tmp_path, *LONGER)
+    assert continued + ("continuing at step" in errors) >= 2
+    assert commands.losses(tmp_path) == never_stopped
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(tmp_path, never_stopped, number):
+    # Checkpoints are so rare that only the signal can have written one.
+    rare = ("--config.total_steps=60", "--config.checkpoint_every=1000")
+    with commands.start("pretrain", "--config", "tests/tiny.py", "--workdir", tmp_path, *rare) as process:
+        for line in process.stderr:
+            if line.startswith("step 3/"):
+                break
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert f"stopped by {number.name} at step" in errors
+    assert "the same command continues" in errors
+    _, errors = commands.pretrain(tmp_path, *rare)
+    assert "continuing at step" in errors
+    assert commands.losses(tmp_path) == never_stopped
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_newest_whole_one(finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    for path in (workdir / "checkpoints" / "12").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    _, errors = commands.pretrain(workdir)
+    assert "checkpoint 12 cannot be read" in errors
+    assert "continuing at step 10" in errors
+    assert "Traceback" not in errors
+    assert commands.losses(workdir) == commands.losses(finished[0])
+
+
+def test_accumulation_and_half_precision_train(tmp_path):
+    commands.pretrain(tmp_path, "--config.accumulate=2", "--config.dtype=bfloat16", devices=4)
+    losses = [loss for _, loss in commands.losses(tmp_path)]
+    assert losses[-1] < losses[0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
+    wild = ("--config.optimizer.base_learning_rate=1e38", "--config.stop_after_bad_steps=3")
+    _, errors = commands.pretrain(tmp_path, *wild, status=2)
+    assert "not finite in 3 steps in a row, up to step" in errors
+    assert "Traceback" not in errors
+
+
+def test_broken_images_are_skipped_counted_and_named(tmp_path):
+    folder = write_folder(tmp_path / "images", 12)
+    (folder / "003.jpg").write_bytes(b"not an image")
+    _, errors = commands.pretrain(tmp_path / "run", f"--config.data.source=folder:{folder}")
+    assert errors.count("003.jpg (not an image that Pillow knows)") == 1 + ("number 3" in errors)
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["skipped_images"] == 16  # once an epoch of 12, in 192 samples
+
+
+def test_worker_processes_see_the_same_losses(finished, tmp_path):
+    commands.pretrain(tmp_path, "--config.data.workers=2")
+    assert commands.losses(tmp_path) == commands.losses(finished[0])
+
+
+BAD_INPUT = {
+    "image size": (["--config.image_size=(40,32)"], "height 40 is not a multiple of 16.*choose 32 or 48"),
+    "heads": (["--config.model.heads=(1,3)"], "3 heads do not divide the width 16"),
+    "window": (["--config.model.window=3"], "windows of 3 tokens do not tile.*choose 2 or 4"),
+    "stages": (["--config.model.depths=(1,2,1)"], "model.depths names 3 stages and model.heads 2"),
+    "ratio": (["--config.model.secondary_ratio=1.0"], r"must lie in \[0, 1\)"),
+    "key": (["--config.model.widht=8"], "unknown key.*widht"),
+    "value": (["--config.batch_size=many"], "batch_size.*many"),
+    "source": (["--config.data.source=web"], "unknown source 'web'; write photos, folder:PATH or tfds:NAME"),
+    "folder": (["--config.data.source=folder:/no/such"], "no folder /no/such"),
+    "batch": (["--config.batch_size=12"], "12 does not divide among 8 devices; choose a multiple of 8"),
+    "config": (["--config=configs/none.py"], "no file configs/none.py"),
+    "flag": (["--wordkir=x"], "wordkir"),
+    "permission": (["--workdir=/proc/nobody/writes/here"], "/proc/nobody"),
+    "channels": (["--config.model.channels=4"], "model.channels must be 3, or 1"),
+    "no steps": (["--config.total_steps=0"], "the run has no steps"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_INPUT)
+def test_bad_input_is_one_clear_sentence(tmp_path, kind):
+    changes, message = BAD_INPUT[kind]
+    arguments = ["--config", "tests/tiny.py", "--workdir", tmp_path / "run", *changes]
+    with commands.start("pretrain", *arguments) as process:
+        _, errors = process.communicate(timeout=100)
+    assert process.returncode in (1, 2), errors
+    assert "Traceback" not in errors
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1, errors
+    assert re.search(message, errors), errors
+
+
+def test_an_empty_folder_is_one_clear_sentence(tmp_path):
+    _, errors = commands.pretrain(tmp_path / "run", f"--config.data.source=folder:{tmp_path}", status=2)
+    assert errors.startswith(f"error: data.source: no image in {tmp_path}")
+
+
+def test_the_checkpoint_of_another_model_is_refused(finished):
+    changes = ("--config.model.window=2", "--config.model.decoder_depth=2", "--config.seed=3")
+    before = (finished[0] / "config.json").read_bytes()
+    _, errors = commands.pretrain(finished[0], *changes, status=2)
+    assert "checkpoints of another model" in errors
+    assert "model.window is 4 there, 2 here" in errors
+    assert "model.decoder_depth is 1 there, 2 here" in errors
+    assert "seed" not in errors
+    assert (finished[0] / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [((), "--config is missing"), (("--config=tests/tiny.py",), "--workdir is missing")]
+)
+def test_what_must_be_given_is_asked_for(arguments, message):
+    _, errors = commands.run("pretrain", *arguments, status=2)
+    assert message in errors
+    assert errors.count("\n") == 1
+
+
+def test_a_full_disk_is_one_clear_sentence(tmp_path):
+    """A limit on the size of files stands in for a disk that has no more room."""
+    command = [sys.executable, "-m", "umae_jax.pretrain", "--config", "tests/tiny.py", "--workdir", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(commands.ROOT)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    done = subprocess.run(
+        command,
+        cwd=commands.ROOT,
+        env=environment,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode in (1, 2), done.stderr
+    assert "could not write a checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_visualize_draws_files_and_folders(finished, tmp_path):
+    folder = write_folder(tmp_path / "images", 3)
+    for images, rows in ((folder, 2), (folder / "001.jpg", 1)):
+        output = tmp_path / "out" / f"{rows}.png"
+        arguments = ("--workdir", finished[0], "--images", images, "--output", output, "--count", 2)
+        printed, _ = commands.run("visualize", *arguments)
+        assert printed.strip() == str(output)
+        with Image.open(output) as picture:
+            assert picture.height > rows * 200
+
+
+VISUALIZE_ERRORS = {
+    "no run": ({"--workdir": "{tmp}"}, "holds no run"),
+    "no images": ({"--images": "/no/such"}, "no file or folder /no/such"),
+    "not an image": ({"--images": "pyproject.toml"}, "can be read"),
+    "not a png": ({"--output": "picture.jpg"}, "end picture.jpg in .png"),
+    "missing": ({"--output": None}, "--output is missing"),
+    "statistics": ({"--statistics": "none"}, "statistics"),
+}
+
+
+@pytest.mark.parametrize("kind", VISUALIZE_ERRORS)
+def test_visualize_says_what_is_wrong(finished, tmp_path, kind):
+    changes, message = VISUALIZE_ERRORS[kind]
+    write_folder(tmp_path / "images", 1)
+    options = {"--workdir": finished[0], "--images": tmp_path / "images", "--output": tmp_path / "out.png", **changes}
+    arguments = [f"{key}={str(value).format(tmp=tmp_path)}" for key, value in options.items() if value is not None]
+    _, errors = commands.run("visualize", *arguments, status=2)
+    assert message in errors
+    assert "Traceback" not in errors
+    assert not list(tmp_path.glob("*.png"))

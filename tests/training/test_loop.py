@@ -1,0 +1,97 @@
+import itertools
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from umae_jax.errors import UserError
+from umae_jax.training.checkpoint import Checkpoints
+from umae_jax.training.loop import Action, train
+from umae_jax.training.step import Metrics, TrainState
+
+
+def state_at(step):
+    return TrainState(jnp.int32(step), {"x": jnp.float32(step)}, (), jnp.int32(0), jnp.int32(0), jnp.int32(0))
+
+
+class Recorder:
+    """A step and its surroundings that write down in which order they are called."""
+
+    def __init__(self, workdir, bad_from=10**9):
+        self.workdir, self.bad_from = workdir, bad_from
+        self.calls = []
+
+    def step(self, state, batch):
+        number = int(state.step) + 1
+        self.calls.append(f"step {number}")
+        bad = max(0, number - self.bad_from + 1)
+        metrics = Metrics(jnp.float32(1 / number), *(jnp.float32(0),) * 2, jnp.int32(bad), jnp.int32(0), jnp.int32(0))
+        return state_at(number), metrics
+
+    def act(self, step, state):
+        assert int(state.step) == step
+        self.calls.append(f"act {step}")
+        return {"accuracy": 0.5}
+
+    def train(self, total, first=0, every=2, **options):
+        checkpoints = Checkpoints(self.workdir)
+        original = checkpoints.save
+
+        def save(step, state, samples):
+            assert int(state.step) == step
+            self.calls.append(f"save {step} at {samples}")
+            original(step, state, samples)
+
+        checkpoints.save = save
+        options = {"checkpoint_every": 3, "log_every": 1, "stop_after_bad_steps": 3, **options}
+        try:
+            return train(
+                state_at(first),
+                step=self.step,
+                batches=itertools.repeat(None),
+                first_step=first,
+                samples=4 * first,
+                total_steps=total,
+                batch_size=4,
+                checkpoints=checkpoints,
+                workdir=self.workdir,
+                actions=[Action(every, self.act)],
+                **options,
+            )
+        finally:
+            checkpoints.close()
+
+    def lines(self):
+        return [json.loads(line) for line in (self.workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_order_is_act_save_step(tmp_path):
+    recorder = Recorder(tmp_path)
+    state = recorder.train(5)
+    assert int(state.step) == 5
+    assert recorder.calls == [
+        *("act 0", "step 1", "step 2", "act 2", "step 3", "save 3 at 12", "step 4", "act 4", "step 5"),
+        *("act 5", "save 5 at 20"),
+    ]
+    losses = [(line["step"], line["loss"]) for line in recorder.lines() if "loss" in line]
+    assert losses == [(step, pytest.approx(1 / step)) for step in range(1, 6)]
+    assert [line["step"] for line in recorder.lines() if "accuracy" in line] == [0, 2, 4, 5]
+
+
+def test_it_goes_on_from_where_it_was(tmp_path):
+    recorder = Recorder(tmp_path)
+    recorder.train(6, first=3, every=0)
+    assert recorder.calls == ["step 4", "step 5", "step 6", "save 6 at 24"]
+
+
+def test_bad_steps_in_a_row_stop_it_before_anything_is_saved(tmp_path):
+    recorder = Recorder(tmp_path, bad_from=4)
+    with pytest.raises(UserError, match="not finite in 3 steps in a row, up to step 6 "):
+        recorder.train(20, every=0)
+    assert [call for call in recorder.calls if call.startswith("save")] == ["save 3 at 12"]
+
+
+def test_logs_as_rarely_as_asked_and_at_the_end(tmp_path):
+    recorder = Recorder(tmp_path)
+    recorder.train(7, every=0, log_every=3)
+    assert [line["step"] for line in recorder.lines()] == [3, 6, 7]
