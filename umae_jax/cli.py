@@ -1,7 +1,6 @@
 """What every command shares: flags, and errors that are one sentence."""
 
 import errno
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,8 +9,7 @@ from typing import NoReturn, TypeVar
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from umae_jax.errors import UserError
-from umae_jax.training.loop import Interrupted
+from umae_jax.errors import Interrupted, UserError
 
 T = TypeVar("T")
 
@@ -19,6 +17,7 @@ T = TypeVar("T")
 _FILE_ERRORS = (
     errno.EACCES,
     errno.EPERM,
+    errno.EEXIST,
     errno.EROFS,
     errno.ENOSPC,
     errno.EDQUOT,
@@ -85,9 +84,8 @@ def run(main: Callable[[], None]) -> None:
         except UserError as error:
             _leave(str(error), 2)
         except Interrupted as stopped:
-            print(f"{stopped}; everything is saved, the same command continues", file=sys.stderr, flush=True)  # noqa: T201
-            sys.stderr.flush()
-            os._exit(128 + stopped.signal)
+            print(f"{stopped}; everything is saved, the same command continues", file=sys.stderr)  # noqa: T201
+            sys.exit(128 + stopped.number)
         except OSError as error:
             if error.errno not in _FILE_ERRORS:
                 raise

@@ -1,5 +1,6 @@
-"""The one kind of error that a user causes and can mend."""
+"""How a command ends before its end: an error that its user can mend, or a signal."""
 
+import signal
 from collections.abc import Sequence
 
 
@@ -8,6 +9,18 @@ class UserError(ValueError):
 
     The commands print it without a traceback and leave with status 2.
     """
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """A run was stopped by a signal, after its state was saved.
+
+    Attributes:
+        number: the signal's.
+    """
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}")
+        self.number = number
 
 
 def nearest_multiples(value: int, multiple: int) -> str:

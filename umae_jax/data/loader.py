@@ -1,6 +1,7 @@
 """Grain reads, shuffles and prefetches; each process takes its share; what comes out are global sharded arrays."""
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from umae_jax.errors import UserError, listing, require
 # A run stops where more than this share of the reads fails, judged from this many samples on.
 MOST_UNREADABLE = 0.5
 JUDGE_AFTER = 16
+CHUNK = 16  # samples, at most
 
 
 class Batch(NamedTuple):
@@ -34,16 +36,23 @@ class Batch(NamedTuple):
     unreadable: Any
 
 
-class _LocalBatch(NamedTuple):
+class _Chunk(NamedTuple):
+    """Consecutive samples of this process, on the host."""
+
     arrays: Batch
     unreadable: tuple[Unreadable, ...]
 
 
-def _stack(samples: Sequence[Sample]) -> _LocalBatch:
+def _stack(samples: Sequence[Sample]) -> _Chunk:
     images, indices, labels, unreadable = zip(*samples, strict=True)
     counts = np.array([len(records) for records in unreadable], np.int32)
     arrays = Batch(np.stack(images), np.stack(indices), np.stack(labels), counts)
-    return _LocalBatch(arrays, tuple(itertools.chain(*unreadable)))
+    return _Chunk(arrays, tuple(itertools.chain(*unreadable)))
+
+
+def _join(chunks: Sequence[_Chunk]) -> _Chunk:
+    arrays, unreadable = zip(*chunks, strict=True)
+    return _Chunk(Batch(*map(np.concatenate, zip(*arrays, strict=True))), tuple(itertools.chain(*unreadable)))
 
 
 class Loader:
@@ -91,14 +100,16 @@ class Loader:
         load = LoadCrop(source, seed, size, channels, area)
         samples = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat().map_with_index(load)
         samples = samples[first_sample + jax.process_index() :: processes]
-        # Batched before they are handed to threads or workers: what a batch holds must not depend on their number.
-        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)
-        batches = samples.batch(local, batch_fn=_stack).to_iter_dataset(reading)
+        # Threads and workers take chunks, large enough to be worth handing over, small enough that two batches read
+        # ahead are all that memory holds. They come back in order, so that batches do not depend on who read them.
+        chunk = math.gcd(local, CHUNK)
+        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2 * local // chunk)
+        chunks = samples.batch(chunk, batch_fn=_stack).to_iter_dataset(reading)
         if workers:
             if not flags.FLAGS.is_parsed():  # a notebook or a test; the workers read Grain's flags
                 flags.FLAGS.mark_as_parsed()
-            batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
-        self._batches = iter(batches)
+            chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        self._batches = iter(chunks.batch(local // chunk, batch_fn=_join))
         self._sharding = sharding
         self._named: set[str] = set()
         self._samples = self._failures = 0

@@ -123,13 +123,15 @@ def first_readable(source: Source, count: int, size: tuple[int, int], channels: 
     images: list[np.ndarray] = []
     tried = range(min(len(source), READ_TRIES * count))
     for place in tried:
+        name = f"record {place}"
         try:
-            images.append(load_whole(source[place].data, size, channels))
+            name, data, _ = source[place]
+            images.append(load_whole(data, size, channels))
         except Exception as error:  # decoders raise anything
-            logging.warning("skipped an image that cannot be read: number %d (%s)", place, reason(error))
+            logging.warning("cannot show an image that cannot be read: %s (%s)", name, reason(error))
         if len(images) == count:
             break
-    require(bool(images), f"none of the first {len(tried)} images can be read; repair or remove them")
+    require(bool(images), f"none of the first {len(tried)} images can be read, {name} the last; repair or remove them")
     return np.stack(images)
 
 

@@ -10,22 +10,10 @@ from typing import Any, NamedTuple
 import jax
 
 from umae_jax.data.loader import Batch
-from umae_jax.errors import UserError
+from umae_jax.errors import Interrupted, UserError
 from umae_jax.training.checkpoint import Checkpoints
 from umae_jax.training.metrics import MetricsWriter, Progress
 from umae_jax.training.step import Metrics, TrainState
-
-
-class Interrupted(Exception):  # noqa: N818 - not an error: the run was asked to leave, and saved first
-    """The run was stopped by a signal, after its state was saved.
-
-    Attributes:
-        signal: the signal's number.
-    """
-
-    def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}")
-        self.signal = number
 
 
 class Action(NamedTuple):
