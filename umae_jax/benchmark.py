@@ -65,16 +65,7 @@ def main() -> None:
     check(config)
     require(config.data.workers == 0, "data.workers: the benchmark counts this process's time; set it to 0")
     source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
-    loader = Loader(
-        source,
-        batch_size=config.batch_size,
-        sharding=batch_sharding(make_mesh()),
-        seed=config.seed,
-        size=config.image_size,
-        channels=config.model.channels,
-        area=config.data.area,
-        threads=config.data.threads,
-    )
+    loader = Loader.of(config, source, batch_sharding(make_mesh()))
     batches = -(-_IMAGES.value // config.batch_size)
     images = batches * config.batch_size
     rates: dict[str, list[Rate]] = {"loader": [], "plain Pillow": []}

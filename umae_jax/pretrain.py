@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from umae_jax import cli
 from umae_jax.config import CONFIG_FILE, check, differences, from_json, resolve_steps, to_json
 from umae_jax.data.loader import Loader
-from umae_jax.data.sources import open_source
+from umae_jax.data.sources import Source, open_source
 from umae_jax.data.transforms import first_readable
 from umae_jax.errors import UserError, require
 from umae_jax.pictures import make_illustrator
@@ -26,6 +26,7 @@ from umae_jax.training.loop import Action, train
 from umae_jax.training.mesh import batch_sharding, make_mesh
 from umae_jax.training.metrics import duration, write_whole
 from umae_jax.training.optimizer import learning_rate_schedule
+from umae_jax.training.pretraining import Pretraining
 from umae_jax.training.step import TrainState, compile_step, make_train_step
 
 PICTURES = "reconstructions"
@@ -38,6 +39,21 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and 
 def say(line: str) -> None:
     """Tell the user something on the terminal."""
     print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the terminal
+
+
+def durations(config: ConfigDict, images: int) -> tuple[int, int]:
+    """The run's length and its warm-up, in steps.
+
+    Raises:
+        UserError: if there is nothing to do, or more than can be counted.
+    """
+    total = resolve_steps(config, "total", images, config.batch_size)
+    require(total > 0, "total_steps: the run has no steps; set total_steps, total_examples or total_epochs")
+    require(
+        total * config.batch_size < MOST_SAMPLES,
+        f"total_steps: {total} steps of {config.batch_size} images are more than a run can count, {MOST_SAMPLES}",
+    )
+    return total, resolve_steps(config.optimizer, "warmup", images, config.batch_size)
 
 
 def check_same_model(old: ConfigDict, new: ConfigDict, workdir: Path) -> None:
@@ -55,6 +71,39 @@ def check_same_model(old: ConfigDict, new: ConfigDict, workdir: Path) -> None:
         say(f"continuing with {key} = {after} (was {before})")
 
 
+def open_workdir(config: ConfigDict, workdir: Path) -> Checkpoints:
+    """Make the directory this run's, and open its checkpoints.
+
+    Raises:
+        UserError: if it holds those of another model.
+        OSError: if it cannot be written.
+    """
+    (workdir / PICTURES).mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep, keep_every=config.checkpoint_keep_every)
+    config_file = workdir / CONFIG_FILE
+    if checkpoints.any() and config_file.is_file():
+        check_same_model(from_json(config_file.read_text()), config, workdir)
+    write_whole(config_file, to_json(config).encode())
+    return checkpoints
+
+
+def make_artist(config: ConfigDict, what: Pretraining, source: Source, workdir: Path) -> Action:
+    """Draws the first images of the data, always under the same masks."""
+    illustrate = make_illustrator(
+        what.graph,
+        first_readable(source, max(1, config.pictures), config.image_size, config.model.channels),
+        seed=config.seed,
+        mean=config.data.mean,
+        std=config.data.std,
+    )
+
+    def draw(step: int, state: TrainState) -> dict[str, float]:
+        write_whole(workdir / PICTURES / f"{step:07}.png", illustrate(state.params, f"step {step}"))
+        return {}
+
+    return Action(config.picture_every, draw)
+
+
 def main() -> None:
     """Pre-train, or continue."""
     config = cli.required(_CONFIG, "a file such as configs/quickstart.py")
@@ -63,67 +112,31 @@ def main() -> None:
     mesh = make_mesh(config.mesh.fsdp)
     what = pretraining.describe(config, mesh)
     source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
-    total_steps = resolve_steps(config, "total", len(source), config.batch_size)
-    warmup_steps = resolve_steps(config.optimizer, "warmup", len(source), config.batch_size)
-    require(total_steps > 0, "total_steps: the run has no steps; set total_steps, total_examples or total_epochs")
-    require(
-        total_steps * config.batch_size < MOST_SAMPLES,
-        f"total_steps: {total_steps} steps of {config.batch_size} images are more than a run can count, {MOST_SAMPLES}",
-    )
+    total_steps, warmup_steps = durations(config, len(source))
+    checkpoints = open_workdir(config, workdir)
 
     # Resume if there is a checkpoint, else start from scratch.
-    (workdir / PICTURES).mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep, keep_every=config.checkpoint_keep_every)
-    config_file = workdir / CONFIG_FILE
-    if checkpoints.any() and config_file.is_file():
-        check_same_model(from_json(config_file.read_text()), config, workdir)
-    write_whole(config_file, to_json(config).encode())
     restored = checkpoints.restore(what.state)
-    if restored is None:
-        state, samples = pretraining.initialize(config, what), 0
-    else:
-        state, samples = restored
+    state, samples = restored or (pretraining.initialize(config, what), 0)
     first_step = int(state.step)
-
     parameters = sum(array.size for array in jax.tree.leaves(state.params))
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
     say(f"{parameters:,} parameters, {len(source):,} images, {devices}")
     if first_step:
         say(f"continuing at step {first_step} of {total_steps}")
-    illustrate = make_illustrator(
-        what.graph,
-        first_readable(source, max(1, config.pictures), config.image_size, config.model.channels),
-        seed=config.seed,
-        mean=tuple(config.data.mean),
-        std=tuple(config.data.std),
-    )
-
-    def draw(step: int, state: TrainState) -> dict[str, float]:
-        write_whole(workdir / PICTURES / f"{step:07}.png", illustrate(state.params, f"step {step}"))
-        return {}
 
     if first_step < total_steps:
-        loader = Loader(
-            source,
-            batch_size=config.batch_size,
-            sharding=batch_sharding(mesh),
-            seed=config.seed,
-            first_sample=samples,
-            size=config.image_size,
-            channels=config.model.channels,
-            area=config.data.area,
-            threads=config.data.threads,
-            workers=config.data.workers,
-        )
-        start = time.monotonic()
+        # The loader reads ahead while the step compiles.
+        loader = Loader.of(config, source, batch_sharding(mesh), first_sample=samples)
         schedule = learning_rate_schedule(
             config.optimizer, batch_size=config.batch_size, warmup_steps=warmup_steps, total_steps=total_steps
         )
         loss = pretraining.make_loss(config, what.graph)
         step = make_train_step(loss, what.optimizer, schedule, accumulate=config.accumulate)
+        start = time.monotonic()
         compiled = compile_step(step, what.state, pretraining.abstract_batch(config, mesh), mesh)
         say(f"compiled the step in {duration(time.monotonic() - start)}")
-        state = train(
+        train(
             state,
             step=compiled,
             batches=loader,
@@ -136,13 +149,13 @@ def main() -> None:
             log_every=config.log_every,
             stop_after_bad_steps=config.stop_after_bad_steps,
             workdir=workdir,
-            actions=[Action(config.picture_every, draw)],
+            actions=[make_artist(config, what, source, workdir)] if config.picture_every else [],
         )
         loader.close()
     checkpoints.close()
-    say(f"finished {total_steps} steps; everything is in {workdir}")
+    say(f"finished {max(first_step, total_steps)} steps; everything is in {workdir}")
     if config.picture_every:
-        print(workdir / PICTURES / f"{total_steps:07}.png")  # noqa: T201 - the result, on standard output
+        print(sorted((workdir / PICTURES).glob("*.png"))[-1])  # noqa: T201 - the result, on standard output
 
 
 if __name__ == "__main__":

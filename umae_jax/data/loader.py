@@ -9,6 +9,7 @@ import grain
 import jax
 import numpy as np
 from absl import flags, logging
+from ml_collections import ConfigDict
 
 from umae_jax.data.sources import Source
 from umae_jax.data.transforms import LoadCrop, Sample, Unreadable
@@ -113,6 +114,24 @@ class Loader:
         self._sharding = sharding
         self._named: set[str] = set()
         self._samples = self._failures = 0
+
+    @classmethod
+    def of(
+        cls, config: ConfigDict, source: Source, sharding: jax.sharding.Sharding, *, first_sample: int = 0
+    ) -> "Loader":
+        """The loader that a configuration describes."""
+        return cls(
+            source,
+            batch_size=config.batch_size,
+            sharding=sharding,
+            seed=config.seed,
+            first_sample=first_sample,
+            size=config.image_size,
+            channels=config.model.channels,
+            area=config.data.area,
+            threads=config.data.threads,
+            workers=config.data.workers,
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         return self
