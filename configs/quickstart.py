@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config.image_size = (128, 128)
     config.batch_size = 16
     config.dtype = "float32"
-    config.total_steps = 800
+    config.total_epochs = 850.0  # of fifteen photographs: 797 steps
 
     config.model.width = 48
     config.model.depths = (1, 1, 2)
@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.data.threads = 2
 
     config.optimizer.base_learning_rate = 3.2e-2
-    config.optimizer.warmup_steps = 50
+    config.optimizer.warmup_epochs = 50.0
     config.optimizer.clip_norm = 1.0
 
     config.log_every = 20

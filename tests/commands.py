@@ -23,6 +23,7 @@ def start(module, *arguments, devices=8):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 

@@ -13,10 +13,10 @@ def picture(seed=0, height=60, width=80):
     return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def write_folder(folder: Path, count=12, classes=()):
+def write_folder(folder: Path, count=12, classes=(), height=60, width=80):
     """A folder of JPEG files, spread over class subfolders if there are any."""
     for number in range(count):
         place = folder / classes[number % len(classes)] if classes else folder
         place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture(number)).save(place / f"{number:03}.jpg", quality=90)
+        Image.fromarray(picture(number, height, width)).save(place / f"{number:03}.jpg", quality=90)
     return folder

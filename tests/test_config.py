@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from flax import nnx
 
-from umae_jax.config import check, default_config, differences, from_json, resolve_steps, to_json
+from umae_jax.config import check, default_config, differences, read_config, resolve_steps, to_json
 from umae_jax.errors import UserError
 from umae_jax.models.build import build_autoencoder
 
@@ -12,14 +12,16 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_configuration_builds_and_survives_json(path):
+def test_every_configuration_builds_and_survives_json(path, tmp_path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config()
     check(config)
     nnx.eval_shape(lambda: build_autoencoder(config, nnx.Rngs(0)))
-    assert from_json(to_json(config)).to_dict() == config.to_dict()
+    written = tmp_path / "config.json"
+    written.write_text(to_json(config))
+    assert read_config(written).to_dict() == config.to_dict()
     assert f"--config configs/{path.name}" in module.__doc__
 
 
@@ -30,7 +32,7 @@ def test_steps_win_over_examples_and_examples_over_epochs():
     assert resolve_steps(config, "total", 1000, 50) == 10
     config.total_steps = 3
     assert resolve_steps(config, "total", 1000, 50) == 3
-    assert resolve_steps(config.optimizer, "warmup", 1000, 50) == 200
+    assert resolve_steps(config, "optimizer.warmup", 1000, 50) == 200
 
 
 def test_differences_name_the_nested_key():
@@ -40,10 +42,19 @@ def test_differences_name_the_nested_key():
     assert differences(old, new) == {"model.width": (96, 192), "seed": (0, 1)}
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"model": {"no_such_key": 1}}', '{"seed": "one"}'])
-def test_a_file_that_is_no_configuration_is_told(text):
-    with pytest.raises(UserError, match="not a configuration"):
-        from_json(text)
+@pytest.mark.parametrize("data", [b"", b"[]", b'{"model": {"no_such_key": 1}}', b'{"seed": "one"}', b"\x80\xff"])
+def test_a_file_that_is_no_configuration_is_told(tmp_path, data):
+    path = tmp_path / "config.json"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"config.json is not a configuration that this program wrote"):
+        read_config(path)
+
+
+def test_a_configuration_that_misses_keys_is_told():
+    config = default_config().unlock()
+    del config.accumulate
+    with pytest.raises(UserError, match="accumulate: missing"):
+        check(config)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +67,15 @@ def test_a_file_that_is_no_configuration_is_told(text):
         ("image_size", (64,), "image_size is height and width"),
         ("model.channels", 1, "data.mean names 3 channels, model.channels is 1"),
         ("data.area", 0.0, r"data.area must lie in \(0, 1\]"),
-        ("log_every", 0, "log_every must be at least 1"),
+        ("data.std", (0.0, 0.1, 0.1), "data.std must be above 0"),
+        ("log_every", 0, "log_every must be a whole number from 1, not 0"),
+        ("model.patch", -4, "model.patch must be a whole number from 1"),
+        ("model.depths", (1.5, 2), "model.depths must be whole numbers from 1"),
+        ("image_size", (32.0, 32.0), "image_size must be whole numbers from 1"),
+        ("seed", -1, "seed must lie in 0"),
+        ("seed", 2**40, "seed must lie in 0"),
+        ("optimizer.clip_norm", 0.0, "optimizer.clip_norm must be above 0"),
+        ("optimizer.beta1", 2.0, r"optimizer.beta1 must lie in \[0, 1\)"),
     ],
 )
 def test_wrong_values_are_named_with_what_to_write(key, value, message):

@@ -94,7 +94,7 @@ def test_marginals_are_uniform():
 
 
 def test_the_chi_square_test_can_fail():
-    skewed = np.minimum(np.asarray(draw(3, 4000, (2, 2)).offset) + 0, 2)[:, 0, 0]
+    skewed = np.minimum(np.asarray(draw(3, 4000, (2, 2)).offset), 2)[:, 0, 0]
     assert scipy.stats.chisquare(np.bincount(skewed, minlength=4)).pvalue < 1e-4
 
 
@@ -122,6 +122,11 @@ def test_accepts_a_key_of_the_old_kind():
     old = masking.sample_uniform_mask(jax.random.PRNGKey(5), 2, (2, 2), 0.25)
     new = masking.sample_uniform_mask(jax.random.key(5), 2, (2, 2), 0.25)
     np.testing.assert_array_equal(old.offset, new.offset)
+
+
+def test_keys_must_be_one_an_image():
+    with pytest.raises(ValueError, match="one an image"):
+        masking.sample_uniform_mask(jax.random.split(jax.random.key(0), 3), 2, (2, 2), 0.25)
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, float("nan")])

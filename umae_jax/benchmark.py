@@ -7,7 +7,6 @@ process spends, so that neither threads nor other programs blur the comparison.
 """
 
 import io
-import itertools
 import json
 import statistics
 import time
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
@@ -48,34 +48,42 @@ def measure(images: int, work: Callable[[], object]) -> Rate:
     return Rate(images / (time.process_time() - processor), images / (time.perf_counter() - wall))
 
 
-def plain_pillow(source: Source, config: ConfigDict, first: int, images: int) -> None:
+def plain_pillow(source: Source, config: ConfigDict, images: range) -> None:
     """Open, convert, resize from the crop box: what Pillow takes alone, one image after the other."""
-    for number in range(first, first + images):
-        image = Image.open(io.BytesIO(source[number % len(source)].data)).convert("RGB")
+    for number in images:
+        try:
+            image = Image.open(io.BytesIO(source[number % len(source)].data)).convert("RGB")
+        except OSError:  # the loader skips it as well
+            continue
         rng = np.random.default_rng((config.seed, number))
         box = random_crop(rng, image.width, image.height, config.image_size, config.data.area)
         np.asarray(image.resize(config.image_size[::-1], Image.Resampling.BICUBIC, box))
 
 
+def read_with_loader(source: Source, config: ConfigDict, images: range) -> None:
+    """Read so many images and no more: nothing is read ahead at the other's expense."""
+    loader = Loader.of(config, source, batch_sharding(make_mesh()), first_sample=images.start, last_sample=images.stop)
+    for batch in loader:
+        jax.block_until_ready(batch)
+    loader.close()
+
+
 def main() -> None:
     """Measure and print."""
-    config = cli.required(_CONFIG, "a file such as configs/pretrain_swin_tiny.py")
-    with config.unlocked():
-        config.batch_size = 32
+    config = cli.read_config(_CONFIG)
+    config.batch_size, config.accumulate = 32 * jax.device_count(), 1  # what counts is the image
     check(config)
     require(config.data.workers == 0, "data.workers: the benchmark counts this process's time; set it to 0")
     source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
-    loader = Loader.of(config, source, batch_sharding(make_mesh()))
-    batches = -(-_IMAGES.value // config.batch_size)
-    images = batches * config.batch_size
+    turn = -(-_IMAGES.value // config.batch_size) * config.batch_size
     rates: dict[str, list[Rate]] = {"loader": [], "plain Pillow": []}
-    for turn in range(_ROUNDS.value + 1):
-        ours = measure(images, lambda: list(itertools.islice(loader, batches)))
-        plain = measure(images, partial(plain_pillow, source, config, turn * images, images))
-        if turn:  # the first turn warms up
+    for number in range(_ROUNDS.value + 1):
+        images = range(number * turn, (number + 1) * turn)
+        ours = measure(turn, partial(read_with_loader, source, config, images))
+        plain = measure(turn, partial(plain_pillow, source, config, images))
+        if number:  # the first turn warms up
             rates["loader"].append(ours)
             rates["plain Pillow"].append(plain)
-    loader.close()
     ratios = [a.per_core / b.per_core for a, b in zip(*rates.values(), strict=True)]
     result = {
         name: {field: round(statistics.median(getattr(rate, field) for rate in turns), 1) for field in Rate._fields}
@@ -83,10 +91,10 @@ def main() -> None:
     }
     ratio = {"least": min(ratios), "median": statistics.median(ratios), "most": max(ratios)}
     if _JSON.value:
-        print(json.dumps({"images": images, "rounds": _ROUNDS.value, **result, "ratio": ratio}))  # noqa: T201
+        print(json.dumps({"images": turn, "rounds": _ROUNDS.value, **result, "ratio": ratio}))  # noqa: T201
         return
     size = " x ".join(map(str, config.image_size))
-    print(f"{len(source)} images of {config.data.source} to {size}, {_ROUNDS.value} rounds of {images}")  # noqa: T201
+    print(f"{len(source)} images of {config.data.source} to {size}, {_ROUNDS.value} rounds of {turn}")  # noqa: T201
     print(f"{'':14}{'images/s/core':>16}{'images/s':>12}{'threads':>10}")  # noqa: T201
     for name, rate in result.items():
         threads = config.data.threads if name == "loader" else 1

@@ -9,7 +9,7 @@ from typing import NoReturn, TypeVar
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from umae_jax.errors import Interrupted, UserError
+from umae_jax.errors import Interrupted, UserError, require
 
 T = TypeVar("T")
 
@@ -40,7 +40,7 @@ def required(flag: flags.FlagHolder[T | None], what: str) -> T:
     Raises:
         UserError: saying what to write.
     """
-    if flag.value is None:
+    if flag.value is None or flag.value == "":
         raise UserError(f"--{flag.name} is missing; write --{flag.name} with {what}")
     return flag.value
 
@@ -54,24 +54,37 @@ def _parse(argv: Sequence[str]) -> list[str]:
     """Parse flags; what is wrong with them, or with the configuration file, is said in one sentence."""
     try:
         rest = flags.FLAGS(argv)
-        if "config" in flags.FLAGS and flags.FLAGS.config is not None:
-            path = config_flags.get_config_filename(flags.FLAGS["config"])
-            if not Path(path).is_file():
-                _leave(f"--config: there is no file {path}; write the path of a file such as configs/quickstart.py", 2)
-            flags.FLAGS.config.keys()
     except flags.Error as error:
         _leave(str(error), 2)
-    except (AttributeError, KeyError) as error:
-        _leave(
-            f"--config: unknown key {str(error).strip(chr(34) + chr(39))}; the keys and what they mean stand in "
-            "umae_jax/config.py",
-            2,
-        )
-    except (OSError, SyntaxError, TypeError, ValueError) as error:
-        _leave(f"--config: {str(error).splitlines()[0]}", 2)
+    except FileNotFoundError as error:
+        _leave(f"--config: there is no file {error.filename}; write the path of one such as configs/quickstart.py", 2)
+    except AttributeError as error:
+        if "get_config" in str(error):
+            _leave("--config: the file must define get_config(); see configs/quickstart.py", 2)
+        _leave(f"--config: unknown key {error}; umae_jax/config.py lists the keys and says what they mean", 2)
+    except Exception as error:  # the file is a program of the user's and may raise anything
+        _leave(f"--config: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", 2)
     if len(rest) > 1:
         _leave(f"unexpected argument {rest[1]!r}; every option is written --name value", 2)
     return rest
+
+
+def read_config(flag: flags.FlagHolder[ConfigDict]) -> ConfigDict:
+    """The configuration that the flags give.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = config_flags.get_config_filename(flags.FLAGS[flag.name])
+    require(bool(path), "--config is missing; write --config with a file such as configs/quickstart.py")
+    require(
+        Path(path).is_file(), f"--config: there is no file {path}; write the path of one such as configs/quickstart.py"
+    )
+    config = flag.value
+    require(
+        isinstance(config, ConfigDict), f"--config: get_config() of {path} must return umae_jax.config.default_config()"
+    )
+    return config
 
 
 def run(main: Callable[[], None]) -> None:

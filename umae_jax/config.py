@@ -1,13 +1,14 @@
 """Every key a configuration has, its default and its unit. The files in `configs/` start from here."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict, config_dict
 
 from umae_jax.data.on_device import IMAGENET_MEAN, IMAGENET_STD
-from umae_jax.errors import UserError, require
+from umae_jax.errors import UserError, listing, require
 
 CONFIG_FILE = "config.json"  # in a run's directory
 
@@ -75,20 +76,42 @@ def default_config() -> ConfigDict:
     return config.lock()
 
 
-def resolve_steps(config: ConfigDict, name: str, examples_per_epoch: int, batch_size: int) -> int:
-    """A duration in steps, given as `name`_steps, else `name`_examples, else `name`_epochs.
+def resolve_steps(config: ConfigDict, key: str, examples_per_epoch: int, batch_size: int) -> int:
+    """A duration in steps, given as KEY_steps, else KEY_examples, else KEY_epochs, such as `optimizer.warmup`.
 
     Raises:
         UserError: if none is given, or the one given is negative.
     """
-    steps, examples, epochs = (config.get(f"{name}_{unit}") for unit in ("steps", "examples", "epochs"))
+    values = flat(config)
+    steps, examples, epochs = (values[f"{key}_{unit}"] for unit in ("steps", "examples", "epochs"))
     if steps is None:
         if examples is None:
-            require(epochs is not None, f"{name}_steps: set it, or {name}_examples or {name}_epochs")
+            require(epochs is not None, f"{key}_steps: set it, or {key}_examples or {key}_epochs")
             examples = epochs * examples_per_epoch
         steps = round(examples / batch_size)
-    require(steps >= 0, f"{name}_steps: a duration cannot be negative, got {steps} steps")
+    require(steps >= 0, f"{key}_steps: a duration cannot be negative, got {steps} steps")
     return steps
+
+
+MOST_SEED = 2**32 - 1
+
+_WHOLE_FROM_1 = (
+    *("batch_size", "accumulate", "log_every", "pictures", "checkpoint_every", "checkpoint_keep"),
+    *("stop_after_bad_steps", "data.threads", "mesh.fsdp"),
+    *("model.patch", "model.width", "model.window", "model.position_width"),
+    *("model.decoder_factor", "model.decoder_width", "model.decoder_depth", "model.decoder_heads"),
+)
+_WHOLE_FROM_0 = ("picture_every", "checkpoint_keep_every", "data.workers")
+_SEQUENCES_FROM_1 = ("image_size", "model.depths", "model.heads")
+_ABOVE_0 = ("optimizer.base_learning_rate", "optimizer.clip_norm")
+_FROM_0_BELOW_1 = ("optimizer.beta1", "optimizer.beta2")
+
+
+_ABSENT = object()  # in `differences`, for a key that only one of the two has
+
+
+def _is_whole(value: Any, least: int) -> bool:  # noqa: ANN401 - whatever the user wrote
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def check(config: ConfigDict) -> None:
@@ -97,10 +120,22 @@ def check(config: ConfigDict) -> None:
     Raises:
         UserError: naming the key and what to write.
     """
-    for key in ("batch_size", "accumulate", "log_every", "checkpoint_every", "checkpoint_keep", "stop_after_bad_steps"):
-        require(config[key] >= 1, f"{key} must be at least 1, not {config[key]}")
-    for key in ("picture_every", "checkpoint_keep_every", "pictures"):
-        require(config[key] >= 0, f"{key} must not be negative, not {config[key]}")
+    missing = [key for key, (_, value) in differences(default_config(), config).items() if value is _ABSENT]
+    require(not missing, f"{listing(missing)}: missing; start from umae_jax.config.default_config()")
+    values = flat(config)
+    for keys, least in ((_WHOLE_FROM_1, 1), (_WHOLE_FROM_0, 0)):
+        for key in keys:
+            require(_is_whole(values[key], least), f"{key} must be a whole number from {least}, not {values[key]}")
+    for key in _SEQUENCES_FROM_1:
+        right = isinstance(values[key], tuple) and all(_is_whole(value, 1) for value in values[key])
+        require(right, f"{key} must be whole numbers from 1, such as (2, 2), not {values[key]}")
+    for key in _ABOVE_0:
+        require(values[key] is None or values[key] > 0, f"{key} must be above 0, not {values[key]}")
+    for key in _FROM_0_BELOW_1:
+        require(0 <= values[key] < 1, f"{key} must lie in [0, 1), not {values[key]}")
+    require(
+        _is_whole(config.seed, 0) and config.seed <= MOST_SEED, f"seed must lie in 0..{MOST_SEED}, not {config.seed}"
+    )
     require(len(config.image_size) == 2, f"image_size is height and width, such as (256, 256), not {config.image_size}")
     require(config.dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16, not {config.dtype!r}")
     channels = config.model.channels
@@ -110,12 +145,11 @@ def check(config: ConfigDict) -> None:
             len(config.data[key]) == channels,
             f"data.{key} names {len(config.data[key])} channels, model.channels is {channels}; write one number each",
         )
+    require(min(config.data.std) > 0, f"data.std must be above 0, not {config.data.std}")
     require(0 < config.data.area <= 1, f"data.area must lie in (0, 1], not {config.data.area}")
-    require(config.data.threads >= 1, f"data.threads must be at least 1, not {config.data.threads}")
-    require(config.data.workers >= 0, f"data.workers must not be negative, not {config.data.workers}")
     devices = jax.device_count()
     require(
-        config.mesh.fsdp >= 1 and devices % config.mesh.fsdp == 0,
+        devices % config.mesh.fsdp == 0,
         f"mesh.fsdp: {config.mesh.fsdp} does not divide the {devices} devices; choose a divisor of {devices}",
     )
     parts = devices * config.accumulate
@@ -132,11 +166,11 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
-def from_json(text: str) -> ConfigDict:
-    """The configuration that `to_json` wrote: the defaults, and what it says otherwise.
+def read_config(path: Path) -> ConfigDict:
+    """The configuration that a run wrote into its directory: the defaults, and what it says otherwise.
 
     Raises:
-        UserError: if it is no such configuration.
+        UserError: if it is no such file.
     """
 
     def fill(config: ConfigDict, values: dict[str, Any]) -> None:
@@ -148,19 +182,24 @@ def from_json(text: str) -> ConfigDict:
 
     config = default_config()
     try:
-        fill(config, json.loads(text))
+        fill(config, json.loads(path.read_bytes()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"not a configuration that this program wrote: {error}") from None
+        raise UserError(
+            f"{path} is not a configuration that this program wrote ({error}); choose another --workdir"
+        ) from None
     return config
 
 
-def differences(old: ConfigDict, new: ConfigDict, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """The keys in which two configurations differ, each with its old and its new value."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in sorted({*old.keys(), *new.keys()}):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, ConfigDict) and isinstance(after, ConfigDict):
-            found |= differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found[prefix + key] = (before, after)
-    return found
+def flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Every value of a configuration by its dotted key."""
+    values: dict[str, Any] = {}
+    for key, value in config.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {prefix + key: value}
+    return values
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """The dotted keys in which two configurations differ, each with its old and its new value."""
+    before, after = flat(old), flat(new)
+    both = {key: (before.get(key, _ABSENT), after.get(key, _ABSENT)) for key in sorted({*before, *after})}
+    return {key: values for key, values in both.items() if values[0] != values[1]}

@@ -26,7 +26,7 @@ class Interrupted(Exception):  # noqa: N818 - not an error
 def nearest_multiples(value: int, multiple: int) -> str:
     """The multiples of `multiple` around `value`, for an error message: "192 or 256", "64" below the first."""
     below = value // multiple * multiple
-    return f"{below} or {below + multiple}" if below else str(multiple)
+    return f"{below} or {below + multiple}" if below > 0 else str(multiple)
 
 
 def require(condition: bool, message: str) -> None:

@@ -46,13 +46,16 @@ def sample_uniform_mask(key: jax.Array, batch: int, cells: tuple[int, int], seco
         secondary_ratio: the share of the sampled units to hide, in [0, 1).
 
     Raises:
-        ValueError: if the ratio lies outside [0, 1).
+        ValueError: if the ratio lies outside [0, 1), or there is not one key an image.
     """
     visible = visible_count(cells, secondary_ratio)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if key.ndim == 0:
         key = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch, dtype=jnp.uint32))
+
+    if key.shape != (batch,):
+        raise ValueError(f"expected one key, or {batch} of them, one an image; got keys of shape {key.shape}")
 
     def sample_one(image_key: jax.Array) -> UniformMask:
         offset_key, hidden_key = jax.random.split(image_key)

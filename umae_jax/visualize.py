@@ -8,6 +8,7 @@ from pathlib import Path
 from absl import flags
 
 from umae_jax import cli
+from umae_jax.config import MOST_SEED
 from umae_jax.data.sources import Files, open_folder
 from umae_jax.data.transforms import first_readable
 from umae_jax.errors import require
@@ -19,7 +20,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The directory of a pre-training
 _IMAGES = flags.DEFINE_string("images", None, "An image file, or a folder of them.")
 _OUTPUT = flags.DEFINE_string("output", None, "The PNG to write.")
 _COUNT = flags.DEFINE_integer("count", 8, "How many images of a folder to show.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the masks.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the masks.", lower_bound=0, upper_bound=MOST_SEED)
 _STATISTICS = flags.DEFINE_enum(
     "statistics",
     "visible",
@@ -30,11 +31,11 @@ _STATISTICS = flags.DEFINE_enum(
 
 def main() -> None:
     """Draw the picture."""
-    workdir = Path(cli.required(_WORKDIR, "the directory of a pre-training run"))
-    path = Path(cli.required(_IMAGES, "an image file or a folder of them"))
-    output = Path(cli.required(_OUTPUT, "the PNG to write"))
+    workdir = Path(cli.required(_WORKDIR, "the directory of a pre-training run")).expanduser()
+    path = Path(cli.required(_IMAGES, "an image file or a folder of them")).expanduser()
+    output = Path(cli.required(_OUTPUT, "the PNG to write")).expanduser()
     require(output.suffix.lower() == ".png", f"--output: a picture is written as PNG; end {output} in .png")
-    require(path.exists(), f"--images: there is no file or folder {path}")
+    require(path.is_file() or path.is_dir(), f"--images: there is no file or folder {path}")
     source = Files([str(path)]) if path.is_file() else open_folder(str(path))
     run = pretraining.read_run(workdir)
     images = first_readable(source, _COUNT.value, run.config.image_size, run.config.model.channels)

@@ -35,6 +35,12 @@ def test_subfolders_are_classes(tmp_path):
     assert [source[place].label for place in range(6)] == [0, 0, 0, 1, 1, 1]
 
 
+def test_links_that_lead_back_are_followed_once(tmp_path):
+    write_folder(tmp_path / "images", 2)
+    (tmp_path / "images" / "back").symlink_to(tmp_path / "images")
+    assert len(open_source(f"folder:{tmp_path}")) == 2
+
+
 @pytest.mark.parametrize("classes", [(), ("ant", "cat")])
 def test_a_folder_written_as_a_tfds_data_set_reads_the_same(tmp_path, classes):
     folder = open_source(f"folder:{write_folder(tmp_path / 'images', 6, classes)}")
@@ -54,7 +60,9 @@ def test_tfds_names_a_split_that_is_missing(tmp_path):
         open_source("tfds:small", split="test", data_dir=str(tmp_path))
     with pytest.raises(UserError, match="exists already"):
         write_data_set(open_source("photos"), "small", str(tmp_path))
-    with pytest.raises(UserError, match="will not do"):
+    with pytest.raises(UserError, match="--split: 'a/b' will not do"):
+        write_data_set(open_source("photos"), "another", str(tmp_path), split="a/b")
+    with pytest.raises(UserError, match="--name: 'Not good' will not do"):
         write_data_set(open_source("photos"), "Not good", str(tmp_path))
 
 
@@ -65,6 +73,8 @@ def test_tfds_names_a_split_that_is_missing(tmp_path):
         ("folder:", "unknown source"),
         ("folder:/no/such/place", "no folder /no/such/place"),
         ("tfds:no_such_data_set", "no prepared data set no_such_data_set"),
+        ("tfds:Not-A-Name", "no prepared data set Not-A-Name"),
+        ("tfds:/", "no prepared data set /"),
     ],
 )
 def test_a_source_that_is_not_there_is_told_in_one_sentence(tmp_path, name, message):

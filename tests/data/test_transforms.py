@@ -123,5 +123,14 @@ def test_crops_of_an_output_that_is_not_square_take_its_aspect():
     assert central_crop(100, 100, (64, 128)) == (0, 25, 100, 75)
 
 
+def test_central_crops_lie_inside_whatever_the_rounding():
+    assert min(central_crop(1019, 1319, (224, 224))) >= 0
+    sizes = [(width, height) for width in range(1, 400, 3) for height in (1, 7, 101, 399)]
+    for width, height in sizes:
+        left, upper, right, lower = central_crop(width, height, (224, 160))
+        assert 0 <= left < right <= width + 1e-9
+        assert 0 <= upper < lower <= height + 1e-9
+
+
 def test_an_extreme_shape_falls_back_to_the_centre():
     assert random_crop(np.random.default_rng(0), 1000, 2, (64, 64), 0.9) == central_crop(1000, 2, (64, 64))

@@ -100,6 +100,20 @@ def test_a_broken_checkpoint_is_moved_aside_for_the_newest_whole_one(tmp_path, a
     assert (tmp_path / "checkpoints_unreadable" / "2").is_dir()
 
 
+def test_when_none_can_be_read_nothing_is_touched(tmp_path, abstract):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, make_state(1.0), 10)
+    checkpoints.close()
+    other = jax.tree.map(lambda a: jax.ShapeDtypeStruct((3, *a.shape), a.dtype, sharding=a.sharding), abstract)
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(UserError, match=r"none of the checkpoints .* can be read"):
+        checkpoints.restore(other)
+    state, _ = checkpoints.restore(abstract)
+    checkpoints.close()
+    assert fill_of(state) == 1.0
+    assert not (tmp_path / "checkpoints_unreadable").exists()
+
+
 def test_a_checkpoint_that_cannot_be_written_is_told(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")

@@ -1,10 +1,13 @@
 import itertools
 import json
+import os
+import signal
 
 import jax.numpy as jnp
 import pytest
 
-from umae_jax.errors import UserError
+from umae_jax.errors import Interrupted, UserError
+from umae_jax.signals import StopSignals
 from umae_jax.training.checkpoint import Checkpoints
 from umae_jax.training.loop import Action, train
 from umae_jax.training.step import Metrics, TrainState
@@ -20,6 +23,8 @@ class Recorder:
     def __init__(self, workdir, bad_from=10**9):
         self.workdir, self.bad_from = workdir, bad_from
         self.calls = []
+        self.signals = StopSignals()
+        self.batches = itertools.repeat(None)
 
     def step(self, state, batch):
         number = int(state.step) + 1
@@ -48,12 +53,13 @@ class Recorder:
             return train(
                 state_at(first),
                 step=self.step,
-                batches=itertools.repeat(None),
+                batches=self.batches,
                 first_step=first,
                 samples=4 * first,
                 total_steps=total,
                 batch_size=4,
                 checkpoints=checkpoints,
+                signals=self.signals,
                 workdir=self.workdir,
                 actions=[Action(every, self.act)],
                 **options,
@@ -89,6 +95,53 @@ def test_bad_steps_in_a_row_stop_it_before_anything_is_saved(tmp_path):
     with pytest.raises(UserError, match="not finite in 3 steps in a row, up to step 6 "):
         recorder.train(20, every=0)
     assert [call for call in recorder.calls if call.startswith("save")] == ["save 3 at 12"]
+
+
+def test_a_signal_during_an_action_saves_at_the_next_step(tmp_path):
+    recorder = Recorder(tmp_path)
+    act = recorder.act
+
+    def signalled(step, state):
+        if step == 4:
+            recorder.signals.received = signal.SIGTERM
+        return act(step, state)
+
+    recorder.act = signalled
+    with pytest.raises(Interrupted, match="stopped by SIGTERM at step 5"):
+        recorder.train(20, every=2, checkpoint_every=100)
+    assert recorder.calls[-3:] == ["act 4", "step 5", "save 5 at 20"]
+    assert Checkpoints(tmp_path).any()
+
+
+def test_a_loader_that_dies_with_the_signal_does_not_keep_it_from_saving(tmp_path):
+    recorder = Recorder(tmp_path)
+
+    def batches():
+        yield from (None,) * 4
+        recorder.signals.received = signal.SIGTERM
+        raise RuntimeError("a worker was killed")
+
+    recorder.batches = batches()
+    with pytest.raises(Interrupted, match="stopped by SIGTERM at step 4"):
+        recorder.train(20, every=0, checkpoint_every=100)
+    assert recorder.calls[-1] == "save 4 at 16"
+
+
+def test_a_signal_before_the_first_step_saves_that(tmp_path):
+    recorder = Recorder(tmp_path)
+    recorder.signals.received = signal.SIGINT
+    with pytest.raises(Interrupted, match="stopped by SIGINT at step 0"):
+        recorder.train(20)
+    assert recorder.calls == ["save 0 at 0"]
+
+
+def test_the_first_signal_is_remembered_and_the_second_acts():
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_logs_as_rarely_as_asked_and_at_the_end(tmp_path):

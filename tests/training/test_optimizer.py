@@ -58,7 +58,7 @@ def test_clipping_bounds_the_gradient_before_adam_sees_it():
     np.testing.assert_allclose(moments[0], 0.1 * 0.5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("warmup", [0, 5, 50])
-def test_a_warm_up_longer_than_the_run_is_cut(warmup):
+@pytest.mark.parametrize("warmup", [0, 5, 10])
+def test_a_warm_up_may_be_missing_or_all_there_is(warmup):
     schedule = learning_rate_schedule(default_config().optimizer, batch_size=256, warmup_steps=warmup, total_steps=10)
     assert np.isfinite([float(schedule(float(step))) for step in range(11)]).all()

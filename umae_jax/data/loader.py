@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from umae_jax.data.sources import Source
-from umae_jax.data.transforms import LoadCrop, Sample, Unreadable
+from umae_jax.data.transforms import READ_TRIES, LoadCrop, Sample, Unreadable
 from umae_jax.errors import UserError, listing, require
 
 # A run stops where more than this share of the reads fails, judged from this many samples on.
@@ -51,6 +52,11 @@ def _stack(samples: Sequence[Sample]) -> _Chunk:
     return _Chunk(arrays, tuple(itertools.chain(*unreadable)))
 
 
+def _init_worker(_index: int, _count: int) -> None:
+    """A Ctrl-C reaches every process of the terminal; the workers leave it to the one that saves first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _join(chunks: Sequence[_Chunk]) -> _Chunk:
     arrays, unreadable = zip(*chunks, strict=True)
     return _Chunk(Batch(*map(np.concatenate, zip(*arrays, strict=True))), tuple(itertools.chain(*unreadable)))
@@ -68,6 +74,7 @@ class Loader:
         sharding: of a batch, over its first axis.
         seed: of the shuffle and of the crops.
         first_sample: index of the first sample to give, the number seen before.
+        last_sample: where to end, with a whole batch; None for a stream without end.
         size: height and width in pixels.
         channels: 3, or 1 for grayscale.
         area: the smallest share of an image that a crop keeps.
@@ -86,6 +93,7 @@ class Loader:
         sharding: jax.sharding.Sharding,
         seed: int,
         first_sample: int = 0,
+        last_sample: int | None = None,
         size: tuple[int, int],
         channels: int = 3,
         area: float,
@@ -100,7 +108,7 @@ class Loader:
         local = batch_size // processes
         load = LoadCrop(source, seed, size, channels, area)
         samples = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat().map_with_index(load)
-        samples = samples[first_sample + jax.process_index() :: processes]
+        samples = samples[first_sample + jax.process_index() : last_sample : processes]
         # Threads and workers take chunks, large enough to be worth handing over, small enough that two batches read
         # ahead are all that memory holds. They come back in order, so that batches do not depend on who read them.
         chunk = math.gcd(local, CHUNK)
@@ -109,15 +117,21 @@ class Loader:
         if workers:
             if not flags.FLAGS.is_parsed():  # a notebook or a test; the workers read Grain's flags
                 flags.FLAGS.mark_as_parsed()
-            chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-        self._batches = iter(chunks.batch(local // chunk, batch_fn=_join))
+            chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_init_worker)
+        self._batches = iter(chunks.batch(local // chunk, batch_fn=_join, drop_remainder=True))
         self._sharding = sharding
         self._named: set[str] = set()
         self._samples = self._failures = 0
 
     @classmethod
     def of(
-        cls, config: ConfigDict, source: Source, sharding: jax.sharding.Sharding, *, first_sample: int = 0
+        cls,
+        config: ConfigDict,
+        source: Source,
+        sharding: jax.sharding.Sharding,
+        *,
+        first_sample: int = 0,
+        last_sample: int | None = None,
     ) -> "Loader":
         """The loader that a configuration describes."""
         return cls(
@@ -126,6 +140,7 @@ class Loader:
             sharding=sharding,
             seed=config.seed,
             first_sample=first_sample,
+            last_sample=last_sample,
             size=config.image_size,
             channels=config.model.channels,
             area=config.data.area,
@@ -149,7 +164,9 @@ class Loader:
             if record.name not in self._named:
                 self._named.add(record.name)
                 logging.warning("skipped an image that cannot be read: %s (%s)", record.name, record.reason)
-        if self._samples >= JUDGE_AFTER and self._failures > MOST_UNREADABLE * (self._samples + self._failures):
+        gave_up = bool((batch.unreadable >= READ_TRIES).any())
+        mostly = self._samples >= JUDGE_AFTER and self._failures > MOST_UNREADABLE * (self._samples + self._failures)
+        if gave_up or mostly:
             raise UserError(
                 f"data.source: {self._failures} of {self._samples + self._failures} reads failed; "
                 f"repair or remove the files, among them {listing(sorted(self._named), 3)}"

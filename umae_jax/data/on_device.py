@@ -1,5 +1,7 @@
 """On the device: from a uint8 batch to what a model sees. Every random draw belongs to its image."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -18,17 +20,17 @@ def random_flip(images: jax.Array, keys: jax.Array) -> jax.Array:
     return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
 
 
-def normalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
     """uint8 0..255 to float32 of zero mean and unit variance, channel by channel: [..., C]."""
-    shape = (1,) * (images.ndim - 1) + (-1,)
-    mean_array = jnp.asarray(mean, jnp.float32).reshape(shape)
-    std_array = jnp.asarray(std, jnp.float32).reshape(shape)
-    return (images.astype(jnp.float32) / 255 - mean_array) / std_array
+    return (images.astype(jnp.float32) / 255 - _channels(mean, images)) / _channels(std, images)
 
 
-def denormalize(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+def denormalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
     """The inverse of `normalize`, rounded and clipped: float32 [..., C] to uint8."""
-    shape = (1,) * (images.ndim - 1) + (-1,)
-    mean_array = jnp.asarray(mean, jnp.float32).reshape(shape)
-    std_array = jnp.asarray(std, jnp.float32).reshape(shape)
-    return jnp.clip(jnp.round((images * std_array + mean_array) * 255), 0, 255).astype(jnp.uint8)
+    pixels = images * _channels(std, images) + _channels(mean, images)
+    return jnp.clip(jnp.round(pixels * 255), 0, 255).astype(jnp.uint8)
+
+
+def _channels(values: Sequence[float], images: jax.Array) -> jax.Array:
+    """One number a channel, shaped to meet [..., C]."""
+    return jnp.asarray(values, jnp.float32).reshape((1,) * (images.ndim - 1) + (-1,))

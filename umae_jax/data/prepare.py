@@ -29,7 +29,7 @@ def write_data_set(source: Source, name: str, data_dir: str, split: str = "train
     """Write a source as the TFDS data set `name`, version VERSION; returns its folder.
 
     Raises:
-        UserError: if the name will not do, or is taken.
+        UserError: if the name or split will not do, or the name is taken.
     """
     import tensorflow_datasets as tfds  # slow to import
 
@@ -37,8 +37,13 @@ def write_data_set(source: Source, name: str, data_dir: str, split: str = "train
         re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None,
         f"--name: {name!r} will not do; begin with a letter and use lower-case letters, digits and underscores",
     )
+    require(
+        re.fullmatch(r"[A-Za-z0-9_]+", split) is not None and split != "all",
+        f"--split: {split!r} will not do; use letters, digits and underscores, such as train or validation",
+    )
     folder = Path(data_dir).expanduser() / name / VERSION
     require(not folder.exists(), f"--name: {folder} exists already; choose another name or remove it first")
+    folder.parent.mkdir(parents=True, exist_ok=True)  # fails before TFDS says a word
     features: dict[str, Any] = {"image": tfds.features.Image(), FILE_NAME: tfds.features.Text()}
     if source.classes:
         features["label"] = tfds.features.ClassLabel(names=list(source.classes))

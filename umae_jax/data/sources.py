@@ -72,8 +72,8 @@ class Files:
     """
 
     def __init__(self, paths: Sequence[str], labels: Sequence[int] | None = None, classes: Sequence[str] = ()) -> None:
-        # One fixed-width array instead of a list: nothing to count references of in forked or pickled workers.
-        self.paths = np.array(paths)
+        # One array of bytes instead of a list of strings: small, and quick to hand to workers.
+        self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels = None if labels is None else np.array(labels, np.int64)
         self.classes = tuple(classes)
 
@@ -81,7 +81,7 @@ class Files:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Record:
-        path = str(self.paths[index])
+        path = os.fsdecode(self.paths[index])
         label = NO_LABEL if self.labels is None else int(self.labels[index])
         return Record(path, Path(path).read_bytes(), label)
 
@@ -149,16 +149,27 @@ def open_folder(path: str) -> Files:
 
     Raises:
         UserError: if the folder is missing or holds no images.
+        OSError: if a part of it cannot be listed.
     """
     root = Path(path).expanduser()
     if not root.is_dir():
-        raise UserError(f"data.source: there is no folder {path}; write folder:PATH with the path of one")
+        raise UserError(f"there is no folder {path}; write the path of one that holds images")
     paths = []
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    visited = set()  # links may lead back
+
+    def tell(error: OSError) -> None:
+        raise error
+
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=tell):
+        place = os.stat(folder)
+        if (place.st_dev, place.st_ino) in visited:
+            subfolders.clear()
+            continue
+        visited.add((place.st_dev, place.st_ino))
         subfolders.sort()
         paths += [os.path.join(folder, file) for file in files if file.lower().endswith(SUFFIXES)]
     if not paths:
-        raise UserError(f"data.source: no image in {path} or below it; expected files ending in {listing(SUFFIXES)}")
+        raise UserError(f"there is no image in {path} or below it; expected files ending in {listing(SUFFIXES)}")
     paths.sort()
     parts = [Path(file).relative_to(root).parts for file in paths]
     if any(len(part) == 1 for part in parts):
@@ -179,7 +190,7 @@ def _open_tfds(name: str, split: str, data_dir: str | None) -> TfdsImages:
     )
     try:
         builder = tfds.builder_from_directory(name) if Path(name).is_dir() else tfds.builder(name, data_dir=data_dir)
-    except (tfds.core.DatasetNotFoundError, ImportError):  # its code may need packages that only preparing it needs
+    except Exception:  # unknown, misspelt, not a data set's folder, or code that needs what only preparing needs
         raise unprepared from None
     if not builder.is_prepared():
         raise unprepared

@@ -13,8 +13,8 @@ from umae_jax.data.sources import NO_LABEL, Source
 from umae_jax.errors import require
 
 AREA_TRIES = 10  # torchvision's number, after which a random resized crop falls back to a central one
-# How many images in a row may be unreadable before a sample gives up on finding one that is not.
-READ_TRIES = 8
+# After so many records that cannot be read, a sample gives up; the loader then stops the run.
+READ_TRIES = 32
 # A JPEG is decoded at a reduced scale only where that leaves this many pixels for each one wanted, on either axis.
 DRAFT_MARGIN = 2.0
 
@@ -46,7 +46,7 @@ def central_crop(width: int, height: int, size: tuple[int, int]) -> Box:
     """The largest central box of the output's aspect ratio: resizing it is to resize the shorter side and crop."""
     scale = min(width / size[1], height / size[0])
     box_width, box_height = size[1] * scale, size[0] * scale
-    left, upper = (width - box_width) / 2, (height - box_height) / 2
+    left, upper = max(0.0, (width - box_width) / 2), max(0.0, (height - box_height) / 2)  # rounding may fall below 0
     return (left, upper, left + box_width, upper + box_height)
 
 
@@ -61,15 +61,11 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-class DecodedSize(NamedTuple):
-    """Size of an image the right way up, and the orientation that its EXIF data asks for."""
-
-    width: int
-    height: int
-
-
 class EncodedImage:
     """An opened image, not yet decoded: its size is known, and its pixels can be decoded as coarsely as a crop allows.
+
+    Attributes:
+        size: width and height of the image the right way up.
 
     Raises:
         OSError and others of Pillow's: if the bytes are no image.
@@ -77,9 +73,9 @@ class EncodedImage:
 
     def __init__(self, data: bytes) -> None:
         self._image = Image.open(io.BytesIO(data))
-        turned = self._image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        self._orientation = self._image.getexif().get(ExifTags.Base.Orientation, 1)
         width, height = self._image.size
-        self.size = DecodedSize(height, width) if turned else DecodedSize(width, height)
+        self.size = (height, width) if self._orientation >= 5 else (width, height)
 
     def crop(self, box: Box, size: tuple[int, int], channels: int) -> np.ndarray:
         """Decode, and resize from the box, bicubic and antialiased: uint8 [size, channels].
@@ -96,8 +92,10 @@ class EncodedImage:
             if scale < 1:
                 self._image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
         mode = "RGB" if channels == 3 else "L"
-        image = to_mode(ImageOps.exif_transpose(image), mode)
-        shrunk = (image.width / self.size.width, image.height / self.size.height)
+        if self._orientation > 1:
+            image = ImageOps.exif_transpose(image)
+        image = to_mode(image, mode)
+        shrunk = (image.width / self.size[0], image.height / self.size[1])
         box = (box[0] * shrunk[0], box[1] * shrunk[1], box[2] * shrunk[0], box[3] * shrunk[1])
         box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
         pixels = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box))
@@ -169,8 +167,8 @@ class Sample(NamedTuple):
 class LoadCrop:
     """Read a record and take its random resized crop; a function of (sample index, record) and the seed alone.
 
-    A record that cannot be read or decoded is skipped: the sample takes the record after it instead. So the other
-    samples stay what they are, and the same run sees the same images on any number of processes.
+    A record that cannot be read or decoded is skipped: the sample draws another from its own generator instead. So the
+    other samples stay what they are, and the same run sees the same images on any number of processes.
     """
 
     source: Source
@@ -182,17 +180,18 @@ class LoadCrop:
     def __call__(self, index: int, record: int) -> Sample:
         """The sample of a global index, from the record that the shuffle gave it."""
         unreadable: list[Unreadable] = []
-        for attempt in range(READ_TRIES):
-            place = (int(record) + attempt) % len(self.source)
+        rng = np.random.default_rng((self.seed, index))
+        place = int(record)
+        while len(unreadable) < READ_TRIES:
             name = f"record {place}"
             try:
                 name, data, label = self.source[place]
                 image = EncodedImage(data)
-                rng = np.random.default_rng((self.seed, index))
                 box = random_crop(rng, *image.size, self.size, self.area)
                 pixels = image.crop(box, self.size, self.channels)
             except Exception as error:  # decoders raise anything, and no file may stop a run
                 unreadable.append(Unreadable(name, reason(error)))
+                place = int(rng.integers(len(self.source)))
             else:
                 return Sample(pixels, np.uint32(index), np.int32(label), tuple(unreadable))
         blank = np.zeros((*self.size, self.channels), np.uint8)

@@ -7,7 +7,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from umae_jax.errors import nearest_multiples, require
-from umae_jax.masking import UniformMask, compact, masked_units
+from umae_jax.masking import UniformMask, compact, masked_units, visible_count
 from umae_jax.models import layers
 from umae_jax.models.swin import Swin
 from umae_jax.patches import patchify, pixel_shuffle
@@ -77,6 +77,11 @@ class MaskedAutoencoder(nnx.Module):
         self.unit = encoder.stride // decoder_factor
         self.cells = (image_size[0] // (2 * self.unit), image_size[1] // (2 * self.unit))
         encoder.check_grid((image_size[0] // (2 * encoder.patch), image_size[1] // (2 * encoder.patch)))
+        units = self.cells[0] * self.cells[1]
+        require(
+            visible_count(self.cells, secondary_ratio) > 0,
+            f"model.secondary_ratio: {secondary_ratio} hides all {units} sampled units; lower it",
+        )
         self.encoder = encoder
         self.secondary_ratio = secondary_ratio
         self.decoder_factor = decoder_factor

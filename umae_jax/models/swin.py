@@ -14,6 +14,8 @@ from umae_jax.models.windows import Windows, make_windows
 from umae_jax.patches import patchify
 from umae_jax.positions import select_case
 
+MLP_RATIO = 4  # hidden width of a block's MLP over its width
+
 
 class PositionBias(nnx.Module):
     """A small MLP from a pair's coordinate difference to one bias a head, in float32."""
@@ -45,16 +47,14 @@ class PositionBias(nnx.Module):
 class SwinBlock(nnx.Module):
     """x + W-MSA(LN(x)), then x + MLP(LN(x))."""
 
-    def __init__(
-        self, width: int, heads: int, *, mlp_ratio: int, position_width: int, dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, width: int, heads: int, *, position_width: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.heads = heads
         self.norm1 = layers.layer_norm(width, rngs=rngs)
         self.position = PositionBias(heads, position_width, rngs=rngs)
         self.qkv = layers.linear(width, 3 * width, dtype=dtype, rngs=rngs)
         self.proj = layers.linear(width, width, dtype=dtype, rngs=rngs)
         self.norm2 = layers.layer_norm(width, rngs=rngs)
-        self.mlp = layers.Mlp(width, mlp_ratio * width, dtype=dtype, rngs=rngs)
+        self.mlp = layers.Mlp(width, MLP_RATIO * width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, windows: Windows) -> jax.Array:
         """[B, H, W, C] -> [B, H, W, C]."""
@@ -87,15 +87,13 @@ class SwinStage(nnx.Module):
         depth: int,
         heads: int,
         *,
-        mlp_ratio: int,
         position_width: int,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
         self.merge = Merge(inputs, width, dtype=dtype, rngs=rngs) if inputs != width else None
         self.blocks = nnx.List(
-            SwinBlock(width, heads, mlp_ratio=mlp_ratio, position_width=position_width, dtype=dtype, rngs=rngs)
-            for _ in range(depth)
+            SwinBlock(width, heads, position_width=position_width, dtype=dtype, rngs=rngs) for _ in range(depth)
         )
 
     def __call__(self, x: jax.Array, window: int, offset: jax.Array | None) -> jax.Array:
@@ -122,7 +120,6 @@ class Swin(nnx.Module):
         depths, heads: blocks and attention heads of each stage.
         window: side of a window in tokens.
         position_width: hidden width of the position MLP.
-        mlp_ratio: hidden width of a block's MLP over its width.
         dtype: what the linear layers compute in.
 
     Raises:
@@ -139,7 +136,6 @@ class Swin(nnx.Module):
         heads: Sequence[int],
         window: int,
         position_width: int,
-        mlp_ratio: int = 4,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
@@ -166,7 +162,6 @@ class Swin(nnx.Module):
                 stage_width,
                 depth,
                 stage_heads,
-                mlp_ratio=mlp_ratio,
                 position_width=position_width,
                 dtype=dtype,
                 rngs=rngs,

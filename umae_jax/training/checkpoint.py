@@ -1,6 +1,8 @@
 """Checkpoints: everything a run continues from, written while it goes on, whole or not at all."""
 
+import functools
 import logging as std_logging
+import os
 import re
 import shutil
 import sys
@@ -15,9 +17,11 @@ from absl import logging
 from umae_jax.errors import UserError
 from umae_jax.training.step import TrainState
 
-_UNREADABLE = "checkpoints_unreadable"
+FOLDER = "checkpoints"
+UNREADABLE = "checkpoints_unreadable"
 
 
+@functools.cache
 def _say_failures_once() -> None:
     """Keep off the terminal what the libraries print of a failure that they raise as well, and that is told here.
 
@@ -36,7 +40,7 @@ def _say_failures_once() -> None:
 
 
 def _not_from_orbax(record: std_logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname
+    return not record.pathname.startswith(os.path.dirname(ocp.__file__))
 
 
 def _reason(error: BaseException) -> str:
@@ -51,17 +55,22 @@ class Checkpoints:
     """The checkpoints of one working directory, DIR/checkpoints/STEP.
 
     Beside the state lies the state of the data, {"samples": how many have been seen}: all that the stream of samples
-    depends on (see `data/loader.py`), so that a run may go on with other devices, processes or batch sizes.
+    depends on (see `data/loader.py`), so that a run may go on with other devices or processes.
 
     Args:
         workdir: the directory.
         keep: the newest so many are kept.
         keep_every: and each that this number of steps divides; 0 for none.
         read_only: for looking at another's run: nothing is created, cleaned up or moved.
+
+    Raises:
+        OSError: if the directory cannot be made.
     """
 
     def __init__(self, workdir: Path, *, keep: int = 1, keep_every: int = 0, read_only: bool = False) -> None:
+        _say_failures_once()
         self._workdir = workdir
+        self._folder = (workdir / FOLDER).absolute()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_every or None,
@@ -70,7 +79,9 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
         )
-        self._manager = ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+        if not read_only:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def any(self) -> bool:
         """Whether there is a checkpoint."""
@@ -98,22 +109,34 @@ class Checkpoints:
             write()
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"could not write a checkpoint in {self._workdir / 'checkpoints'} ({_reason(error)}); "
+                f"could not write a checkpoint in {self._folder} ({_reason(error)}); "
                 "make room or choose another --workdir, and start again to continue from the newest whole one"
             ) from error
 
     def restore(self, abstract: TrainState) -> tuple[TrainState, int] | None:
         """The newest whole checkpoint, on the shardings of `abstract`: the state and how many samples it has seen.
 
-        One that cannot be read is moved aside, with a warning. None if there is no checkpoint.
+        Newer ones that cannot be read are moved aside, with a warning. None if there is no checkpoint.
+
+        Raises:
+            UserError: if there are checkpoints, but none can be read; nothing is moved then.
         """
+        broken: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
             try:
                 restored = self._manager.restore(step, args=items)
-                return restored["state"], int(restored["data"]["samples"])
+                state, samples = restored["state"], int(restored["data"]["samples"])
             except Exception as error:  # whatever a broken file makes the libraries raise
-                self._set_aside(step, error)
+                broken[step] = _reason(error)
+            else:
+                self._set_aside(broken)
+                return state, samples
+        if broken:
+            raise UserError(
+                f"none of the checkpoints in {self._folder} can be read (the newest: {broken[max(broken)]}); "
+                "choose another --workdir, or remove them to start anew"
+            )
         return None
 
     def restore_params(self, abstract: Any) -> tuple[Any, int] | None:  # noqa: ANN401 - any pytree
@@ -126,29 +149,24 @@ class Checkpoints:
                     partial_restore=True,
                 )
                 with ocp.PyTreeCheckpointer() as checkpointer:
-                    path = (self._workdir / "checkpoints" / str(step) / "state").absolute()
+                    path = self._folder / str(step) / "state"
                     return checkpointer.restore(path, args=part)["params"], step
             except Exception as error:  # as above
                 logging.warning("checkpoint %d cannot be read (%s); trying the one before", step, _reason(error))
         return None
 
-    def _set_aside(self, step: int, error: Exception) -> None:
-        aside = self._workdir / _UNREADABLE
-        logging.warning(
-            "checkpoint %d cannot be read (%s); moved it to %s and going back to the one before",
-            step,
-            _reason(error),
-            aside,
-        )
-        if jax.process_index() == 0:
-            aside.mkdir(exist_ok=True)
-            shutil.rmtree(aside / str(step), ignore_errors=True)
-            shutil.move(self._workdir / "checkpoints" / str(step), aside / str(step))
-        self._manager.reload()
+    def _set_aside(self, broken: dict[int, str]) -> None:
+        """Move checkpoints out of the way of those to come."""
+        aside = self._workdir / UNREADABLE
+        for step, reason in broken.items():
+            logging.warning("checkpoint %d cannot be read (%s); moved it to %s", step, reason, aside)
+            if jax.process_index() == 0:
+                aside.mkdir(exist_ok=True)
+                shutil.rmtree(aside / str(step), ignore_errors=True)
+                shutil.move(self._folder / str(step), aside / str(step))
+        if broken:
+            self._manager.reload()
 
     def close(self) -> None:
         """Let go of the directory; waits for what is being written."""
         self._manager.close()
-
-
-_say_failures_once()

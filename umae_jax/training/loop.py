@@ -1,16 +1,15 @@
 """The one loop of everything that trains: act, save, next batch, step; report the step before."""
 
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from umae_jax.data.loader import Batch
 from umae_jax.errors import Interrupted, UserError
+from umae_jax.signals import StopSignals
 from umae_jax.training.checkpoint import Checkpoints
 from umae_jax.training.metrics import MetricsWriter, Progress
 from umae_jax.training.step import Metrics, TrainState
@@ -26,30 +25,6 @@ class Action(NamedTuple):
 
     every: int
     run: Callable[[int, TrainState], dict[str, float]]
-
-
-class _Signals:
-    """Remembers the first SIGTERM or SIGINT; a second one acts as it always does."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._inherited: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._inherited[number] = signal.signal(number, self._remember)
-        return self
-
-    def _remember(self, number: int, _frame: FrameType | None) -> None:
-        self.received = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._inherited.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
 
 
 class _Clock:
@@ -90,6 +65,7 @@ def train(
     checkpoint_every: int,
     log_every: int,
     stop_after_bad_steps: int,
+    signals: StopSignals,
     workdir: Path,
     actions: Sequence[Action] = (),
 ) -> TrainState:
@@ -103,9 +79,10 @@ def train(
         step: the compiled step.
         batches: from sample `samples` on.
         samples: seen so far.
+        signals: what may ask the run to leave between two steps.
 
     Raises:
-        Interrupted: on SIGTERM or SIGINT, after saving.
+        Interrupted: when asked to leave, after saving.
         UserError: after `stop_after_bad_steps` steps in a row without a finite loss and gradient, or if a checkpoint
             cannot be written.
     """
@@ -131,38 +108,45 @@ def train(
             progress.report(number, line)
 
     try:
-        with _Signals() as signals:
-            pending: tuple[int, Metrics] | None = None
-            for number in range(first_step, total_steps + 1):
-                due = [
-                    action.run
-                    for action in actions
-                    if action.every and (number % action.every == 0 or number == total_steps)
-                ]
-                save = number > 0 and (number % checkpoint_every == 0 or number == total_steps)
-                save = (save or signals.received is not None) and number != saved
-                if pending and (due or save or signals.received is not None):
-                    read(*pending)  # a state that is looked at or saved is one whose step was found good
-                    pending = None
-                for act in due:
-                    if metrics := act(number, state):
-                        writer.write(number, metrics)
-                if save:
-                    checkpoints.save(number, state, samples)
-                    saved = number
-                if signals.received is not None:
-                    checkpoints.wait()
-                    raise Interrupted(signals.received, number)
-                if due or save:
-                    clock.restart()
-                if number == total_steps:
-                    break
+        pending: tuple[int, Metrics] | None = None
+        for number in range(first_step, total_steps + 1):
+            stop = signals.received  # asked once: a signal that comes later waits for the next step
+            last = number == total_steps
+            due = [action.run for action in actions if action.every and (number % action.every == 0 or last)]
+            save = number != saved and (stop is not None or (number > 0 and (number % checkpoint_every == 0 or last)))
+            if pending and (due or save):
+                read(*pending)  # a state that is looked at or saved is one whose step was found good
+                pending = None
+            for act in due if stop is None else ():
+                if metrics := act(number, state):
+                    writer.write(number, metrics)
+            if save:
+                checkpoints.save(number, state, samples)
+                saved = number
+            if stop is not None:
+                checkpoints.wait()
+                raise Interrupted(stop, number)
+            if due or save:
+                clock.restart()
+            if last:
+                break
+            try:
                 batch = clock.next(batches)
-                state, metrics_of_step = step(state, batch)
-                samples += batch_size
+            except Exception:
+                if signals.received is None:
+                    raise
+                # A signal to the whole process group takes the loader's workers along: save what there is.
                 if pending:
                     read(*pending)
-                pending = (number + 1, metrics_of_step)
+                if number != saved:
+                    checkpoints.save(number, state, samples)
+                checkpoints.wait()
+                raise Interrupted(signals.received, number) from None
+            state, metrics_of_step = step(state, batch)
+            samples += batch_size
+            if pending:
+                read(*pending)
+            pending = (number + 1, metrics_of_step)
         checkpoints.wait()
     finally:
         progress.close()

@@ -1,5 +1,7 @@
 """What a run reports: metrics.jsonl and TensorBoard in the working directory, and a line or a bar on the terminal."""
 
+import contextlib
+import errno
 import json
 import os
 import sys
@@ -61,7 +63,7 @@ class MetricsWriter:
     def __init__(self, workdir: Path, step: int) -> None:
         self._path = workdir / METRICS_FILE
         _keep_up_to(self._path, step)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = self._path.open("ab", buffering=0)  # unbuffered: nothing is left to fail when it is closed
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, write_to_disk=True)
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
@@ -70,18 +72,21 @@ class MetricsWriter:
             key: value if isinstance(value, int) or abs(value) < float("inf") else str(value)
             for key, value in values.items()
         }
+        data = (json.dumps({"step": step, **line}) + "\n").encode()
         try:
-            self._file.write(json.dumps({"step": step, **line}) + "\n")
-            self._file.flush()
+            written = self._file.write(data)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
+        if written != len(data):  # the disk took a part
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
 
     def close(self) -> None:
         """Flush everything."""
         self._file.close()
-        self._board.close()
+        with contextlib.suppress(OSError, ValueError):  # a full disk, told where metrics.jsonl is written
+            self._board.close()
 
 
 class Progress:
@@ -118,16 +123,10 @@ class Progress:
             parts.append(f"{values['skipped_updates']} updates skipped")
         if self._bar.disable:
             left = (time.monotonic() - self._start) / max(1, step - self._first) * (self._total - step)
-            self.say(f"step {step}/{self._total} | {' | '.join(parts)} | {duration(left)} left")
-        else:
-            self._bar.set_postfix_str(", ".join(parts))
-
-    def say(self, line: str) -> None:
-        """A line of its own, above the bar."""
-        if self._bar.disable:
+            line = f"step {step}/{self._total} | {' | '.join(parts)} | {duration(left)} left"
             print(line, file=self._stream, flush=True)
         else:
-            self._bar.write(line, file=self._stream)
+            self._bar.set_postfix_str(", ".join(parts))
 
     def close(self) -> None:
         """Leave the terminal tidy."""

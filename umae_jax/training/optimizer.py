@@ -35,5 +35,4 @@ def learning_rate_schedule(
         config: the configuration's `optimizer`.
     """
     peak = config.base_learning_rate * batch_size / 256
-    warmup_steps = min(warmup_steps, total_steps)
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, max(total_steps, warmup_steps + 1))

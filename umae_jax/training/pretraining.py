@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from umae_jax.config import CONFIG_FILE, from_json
+from umae_jax.config import CONFIG_FILE, read_config
 from umae_jax.data.loader import Batch
 from umae_jax.data.on_device import normalize, random_flip, sample_keys
 from umae_jax.errors import UserError, require
@@ -67,7 +67,7 @@ def initialize(config: ConfigDict, pretraining: Pretraining) -> TrainState:
 
 def make_loss(config: ConfigDict, graph: nnx.GraphDef[MaskedAutoencoder]) -> LossFunction:
     """The loss of parameters on a batch: flip, normalise and mask by each sample's own key, then the model's loss."""
-    mean, std = tuple(config.data.mean), tuple(config.data.std)
+    mean, std = config.data.mean, config.data.std
 
     def loss(params: Params, batch: Batch) -> jax.Array:
         model = nnx.merge(graph, params)
@@ -89,14 +89,14 @@ class PretrainedRun(NamedTuple):
 
 
 def read_run(workdir: Path) -> PretrainedRun:
-    """Read the newest whole checkpoint of a pre-training run, onto the first device.
+    """Read the newest whole checkpoint of a pre-training run, onto every device.
 
     Raises:
         UserError: if the directory holds none.
     """
     config_file = workdir / CONFIG_FILE
     require(config_file.is_file(), f"--workdir: {workdir} holds no run: there is no {CONFIG_FILE} in it")
-    config = from_json(config_file.read_text())
+    config = read_config(config_file)
     what = describe(config, make_mesh())
     checkpoints = Checkpoints(workdir, read_only=True)
     restored = checkpoints.restore_params(what.state.params)

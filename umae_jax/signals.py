@@ -1,0 +1,39 @@
+"""Leaving when asked to: SIGTERM and SIGINT are remembered, and obeyed between two steps."""
+
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+ASKING = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopSignals:
+    """Within its `with`, remembers the first SIGTERM or SIGINT; a second one acts as it always does.
+
+    Attributes:
+        received: the signal's number, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._inherited: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for number in ASKING:
+            self._inherited[number] = signal.signal(number, self._remember)
+        return self
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        self.received = number
+        self._restore()
+        # Not print: a signal may come in the middle of one.
+        name = signal.Signals(number).name
+        os.write(2, f"{name}: saving and leaving after this step; once more to leave at once\n".encode())
+
+    def _restore(self) -> None:
+        for number, handler in self._inherited.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
