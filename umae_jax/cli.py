@@ -75,15 +75,13 @@ def read_config(flag: flags.FlagHolder[ConfigDict]) -> ConfigDict:
     Raises:
         UserError: if there is none.
     """
-    path = config_flags.get_config_filename(flags.FLAGS[flag.name])
-    require(bool(path), "--config is missing; write --config with a file such as configs/quickstart.py")
-    require(
-        Path(path).is_file(), f"--config: there is no file {path}; write the path of one such as configs/quickstart.py"
-    )
+    holder = flags.FLAGS[flag.name]
+    require(bool(holder.present), "--config is missing; write --config with a file such as configs/quickstart.py")
+    path = config_flags.get_config_filename(holder)
+    require(Path(path).is_file(), f"--config: there is no file {path}; write one such as configs/quickstart.py")
     config = flag.value
-    require(
-        isinstance(config, ConfigDict), f"--config: get_config() of {path} must return umae_jax.config.default_config()"
-    )
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config: get_config() of {path} must return a changed default_config(), not {config!r}")
     return config
 
 

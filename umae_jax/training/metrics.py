@@ -1,10 +1,10 @@
 """What a run reports: metrics.jsonl and TensorBoard in the working directory, and a line or a bar on the terminal."""
 
-import contextlib
 import errno
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TextIO
@@ -52,6 +52,10 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def _say_nothing(_: object) -> None:
+    """Stands in for a hook that prints."""
+
+
 class MetricsWriter:
     """Writes one JSON object a line, each at once, and the same to TensorBoard.
 
@@ -85,8 +89,12 @@ class MetricsWriter:
     def close(self) -> None:
         """Flush everything."""
         self._file.close()
-        with contextlib.suppress(OSError, ValueError):  # a full disk, told where metrics.jsonl is written
+        try:
             self._board.close()
+        except (OSError, ValueError):
+            # A full disk, which the failure to write metrics.jsonl tells. TensorBoard's thread and exit handler will
+            # each fail on it again, and have nothing to add.
+            threading.excepthook = sys.unraisablehook = _say_nothing
 
 
 class Progress:
