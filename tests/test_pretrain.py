@@ -250,9 +250,25 @@ def test_what_must_be_given_is_asked_for(arguments, message):
     assert errors.count("\n") == 1
 
 
-def test_a_full_disk_is_one_clear_sentence(tmp_path):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "could not write a checkpoint"),
+        (("--config.total_steps=5000", "--config.checkpoint_every=5000"), ": File too large"),
+    ],
+)
+def test_a_full_disk_is_one_clear_sentence(tmp_path, options, message):
     """A limit on the size of files stands in for a disk that has no more room."""
-    command = [sys.executable, "-m", "umae_jax.pretrain", "--config", "tests/tiny.py", "--workdir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "umae_jax.pretrain",
+        "--config",
+        "tests/tiny.py",
+        "--workdir",
+        str(tmp_path),
+        *options,
+    ]
     environment = {**os.environ, "PYTHONPATH": str(commands.ROOT)}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     done = subprocess.run(
@@ -266,7 +282,7 @@ def test_a_full_disk_is_one_clear_sentence(tmp_path):
         check=False,
     )
     assert done.returncode in (1, 2), done.stderr
-    assert "could not write a checkpoint" in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 

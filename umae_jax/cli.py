@@ -97,6 +97,8 @@ def run(main: Callable[[], None]) -> None:
         except Interrupted as stopped:
             print(f"{stopped}; everything is saved, the same command continues", file=sys.stderr)  # noqa: T201
             sys.exit(128 + stopped.number)
+        except KeyboardInterrupt:
+            sys.exit(130)
         except OSError as error:
             if error.errno not in _FILE_ERRORS:
                 raise

@@ -109,7 +109,8 @@ def train(
 
     try:
         pending: tuple[int, Metrics] | None = None
-        for number in range(first_step, total_steps + 1):
+        number = first_step
+        while True:
             stop = signals.received  # asked once: a signal that comes later waits for the next step
             last = number == total_steps
             due = [action.run for action in actions if action.every and (number % action.every == 0 or last)]
@@ -135,18 +136,13 @@ def train(
             except Exception:
                 if signals.received is None:
                     raise
-                # A signal to the whole process group takes the loader's workers along: save what there is.
-                if pending:
-                    read(*pending)
-                if number != saved:
-                    checkpoints.save(number, state, samples)
-                checkpoints.wait()
-                raise Interrupted(signals.received, number) from None
+                continue  # a signal to the whole process group took the loader's workers along: round again, to save
             state, metrics_of_step = step(state, batch)
             samples += batch_size
+            number += 1
             if pending:
                 read(*pending)
-            pending = (number + 1, metrics_of_step)
+            pending = (number, metrics_of_step)
         checkpoints.wait()
     finally:
         progress.close()

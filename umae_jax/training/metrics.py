@@ -1,18 +1,21 @@
 """What a run reports: metrics.jsonl and TensorBoard in the working directory, and a line or a bar on the terminal."""
 
+import contextlib
 import errno
 import json
 import os
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import TextIO
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 METRICS_FILE = "metrics.jsonl"
+FLUSH_SECONDS = 30  # how late TensorBoard may see a line
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -52,12 +55,10 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _say_nothing(_: object) -> None:
-    """Stands in for a hook that prints."""
-
-
 class MetricsWriter:
     """Writes one JSON object a line, each at once, and the same to TensorBoard.
+
+    Everything is written by the calling thread, so that a disk that is full is told by the call that finds it so.
 
     Args:
         workdir: the run's directory.
@@ -68,10 +69,19 @@ class MetricsWriter:
         self._path = workdir / METRICS_FILE
         _keep_up_to(self._path, step)
         self._file = self._path.open("ab", buffering=0)  # unbuffered: nothing is left to fail when it is closed
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, write_to_disk=True)
+        self._board_path = workdir / "tensorboard"
+        self._board_path.mkdir(exist_ok=True)
+        self._board = EventsWriter(str(self._board_path / "events"))
+        self._flushed = time.monotonic()
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # has TensorBoard drop what comes after `step`
+        self._board.write_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
-        """One line. A number that is not finite is written as a string, which JSON can hold."""
+        """One line. A number that is not finite is written as a string, which JSON can hold.
+
+        Raises:
+            OSError: naming the file that cannot be written.
+        """
         line = {
             key: value if isinstance(value, int) or abs(value) < float("inf") else str(value)
             for key, value in values.items()
@@ -83,18 +93,21 @@ class MetricsWriter:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
         if written != len(data):  # the disk took a part
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
-        for key, value in values.items():
-            self._board.add_scalar(key, value, step)
+        try:
+            for key, value in values.items():
+                event = event_pb2.Event(wall_time=time.time(), step=step, summary=scalar(key, value))
+                self._board.write_event(event)
+            if time.monotonic() - self._flushed > FLUSH_SECONDS:
+                self._board.flush()
+                self._flushed = time.monotonic()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._board_path)) from error
 
     def close(self) -> None:
         """Flush everything."""
         self._file.close()
-        try:
+        with contextlib.suppress(OSError):  # a full disk; the lines are in metrics.jsonl, or its failure has been told
             self._board.close()
-        except (OSError, ValueError):
-            # A full disk, which the failure to write metrics.jsonl tells. TensorBoard's thread and exit handler will
-            # each fail on it again, and have nothing to add.
-            threading.excepthook = sys.unraisablehook = _say_nothing
 
 
 class Progress:
