@@ -72,7 +72,7 @@ def window_differences(
 
 
 def select_case(tables: jax.Array, row_step: jax.Array, column_step: jax.Array) -> jax.Array:
-    """Choose each pair's value among the nine cases, by nested selects that fuse into the softmax (DESIGN).
+    """Choose each pair's value among the nine cases, by nested selects: a gather would move far more memory.
 
     Args:
         tables: [9, 1 or windows, heads, N, N], in the order of `window_differences`.
