@@ -29,7 +29,7 @@ PAPER, INK = (255, 255, 255), (30, 30, 30)
 NEAREST = 4  # visible units whose statistics stand in for an unseen unit's
 STATISTICS = {
     "visible": f"de-normalised with the statistics of the {NEAREST} nearest visible units",
-    "unit": "de-normalised with each unit's own true statistics, which give its mean colour and contrast away",
+    "unit": "de-normalised with each unit's own true statistics, which give its brightness and contrast away",
 }
 PLAIN = "pixels as predicted"
 COLUMNS = ("original", "what the encoder saw", "prediction in what was visible", "prediction alone")
