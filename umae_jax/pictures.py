@@ -97,8 +97,7 @@ def reconstruct(
     error = jnp.square(prediction - target).mean((1, 2, 3, 4))
     if model.normalize_target:
         if statistics == "unit":
-            own = masked_units(pixels, mask.offset)
-            own = patchify(own.reshape(-1, *own.shape[2:]), model.unit).reshape(prediction.shape)
+            own = model.masked_pixels(pixels, mask.offset)
             average, variance = own.mean(-1, keepdims=True), own.var(-1, keepdims=True, ddof=1)
         else:
             average, variance = _nearest_statistics(model, pixels, mask)

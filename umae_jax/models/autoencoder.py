@@ -151,14 +151,18 @@ class MaskedAutoencoder(nnx.Module):
 
     def target(self, images: jax.Array, offset: jax.Array) -> jax.Array:
         """The pixels of the units that were not sampled, ordered (row, column, channel), shaped as `decode`'s."""
-        masked = masked_units(images, offset)  # [B, 3, H / 2, W / 2, C]
-        target = patchify(masked.reshape(-1, *masked.shape[2:]), self.unit)
-        target = target.reshape(*masked.shape[:2], *target.shape[1:])
+        target = self.masked_pixels(images, offset)
         if self.normalize_target:
             mean = target.mean(axis=-1, keepdims=True)
             variance = target.var(axis=-1, keepdims=True, ddof=1)  # the reference's is the unbiased one
             target = (target - mean) / jnp.sqrt(variance + 1e-6)
         return target
+
+    def masked_pixels(self, images: jax.Array, offset: jax.Array) -> jax.Array:
+        """The units that were not sampled, as they are: [B, H, W, C] -> [B, 3, cell rows, cell columns, pixels]."""
+        masked = masked_units(images, offset)  # [B, 3, H / 2, W / 2, C]
+        units = patchify(masked.reshape(-1, *masked.shape[2:]), self.unit)
+        return units.reshape(*masked.shape[:2], *units.shape[1:])
 
     def _sampled_positions(self, table: jax.Array, offset: jax.Array) -> jax.Array:
         """Position embeddings of the sampled units: [Gh, Gw, D] -> [B, cell rows, cell columns, D]."""

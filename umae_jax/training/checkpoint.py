@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -16,6 +16,8 @@ from absl import logging
 
 from umae_jax.errors import UserError
 from umae_jax.training.step import TrainState
+
+Found = TypeVar("Found")
 
 FOLDER = "checkpoints"
 UNREADABLE = "checkpoints_unreadable"
@@ -74,7 +76,6 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_every or None,
-            step_prefix=None,
             create=not read_only,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
@@ -121,39 +122,47 @@ class Checkpoints:
         Raises:
             UserError: if there are checkpoints, but none can be read; nothing is moved then.
         """
-        broken: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+
+        def read(step: int) -> tuple[TrainState, int]:
             items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-            try:
-                restored = self._manager.restore(step, args=items)
-                state, samples = restored["state"], int(restored["data"]["samples"])
-            except Exception as error:  # whatever a broken file makes the libraries raise
-                broken[step] = _reason(error)
-            else:
-                self._set_aside(broken)
-                return state, samples
-        if broken:
+            restored = self._manager.restore(step, args=items)
+            return restored["state"], int(restored["data"]["samples"])
+
+        found, broken = self._newest_whole(read)
+        if found is None and broken:
             raise UserError(
                 f"none of the checkpoints in {self._folder} can be read (the newest: {broken[max(broken)]}); "
                 "choose another --workdir, or remove them to start anew"
             )
-        return None
+        self._set_aside(broken)
+        return found
 
     def restore_params(self, abstract: Any) -> tuple[Any, int] | None:  # noqa: ANN401 - any pytree
         """The parameters alone of the newest whole checkpoint, and its step. Leaves the directory as it is."""
+
+        def read(step: int) -> tuple[Any, int]:
+            part = ocp.args.PyTreeRestore(
+                {"params": abstract},
+                restore_args=ocp.checkpoint_utils.construct_restore_args({"params": abstract}),
+                partial_restore=True,
+            )
+            with ocp.PyTreeCheckpointer() as checkpointer:
+                return checkpointer.restore(self._folder / str(step) / "state", args=part)["params"], step
+
+        found, broken = self._newest_whole(read)
+        for step, reason in broken.items():
+            logging.warning("checkpoint %d cannot be read (%s); trying the one before", step, reason)
+        return found
+
+    def _newest_whole(self, read: Callable[[int], Found]) -> tuple[Found | None, dict[int, str]]:
+        """What `read` makes of the newest step that it can read, and why it could not read the newer ones."""
+        broken: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                part = ocp.args.PyTreeRestore(
-                    {"params": abstract},
-                    restore_args=ocp.checkpoint_utils.construct_restore_args({"params": abstract}),
-                    partial_restore=True,
-                )
-                with ocp.PyTreeCheckpointer() as checkpointer:
-                    path = self._folder / str(step) / "state"
-                    return checkpointer.restore(path, args=part)["params"], step
-            except Exception as error:  # as above
-                logging.warning("checkpoint %d cannot be read (%s); trying the one before", step, _reason(error))
-        return None
+                return read(step), broken
+            except Exception as error:  # whatever a broken file makes the libraries raise
+                broken[step] = _reason(error)
+        return None, broken
 
     def _set_aside(self, broken: dict[int, str]) -> None:
         """Move checkpoints out of the way of those to come."""
