@@ -15,9 +15,10 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"
     config.total_epochs = 850.0  # of fifteen photographs: 797 steps
 
-    config.model.width = 48
+    config.model.widths = (48, 96, 192)
     config.model.depths = (1, 1, 2)
     config.model.heads = (2, 4, 8)
+    config.model.mlp_ratios = (4, 4, 4)
     config.model.decoder_width = 128
     config.model.decoder_heads = 4
     config.model.normalize_target = False  # plain pixels: blurred, but pictures need no borrowed statistics

@@ -11,10 +11,11 @@ def get_config() -> ConfigDict:
     config.batch_size = 16
     config.dtype = "float32"
     config.total_steps = 12
-    config.model.width = 8
+    config.model.widths = (8, 16)
     config.model.depths = (1, 2)
     config.model.heads = (1, 2)
-    config.model.window = 4
+    config.model.mlp_ratios = (4, 4)
+    config.model.window = 8
     config.model.position_width = 8
     config.model.decoder_width = 16
     config.model.decoder_depth = 1

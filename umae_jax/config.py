@@ -9,15 +9,26 @@ from ml_collections import ConfigDict, config_dict
 
 from umae_jax.data.on_device import IMAGENET_MEAN, IMAGENET_STD
 from umae_jax.errors import UserError, listing, require
+from umae_jax.models import presets
 
 CONFIG_FILE = "config.json"  # in a run's directory
 
 
-def default_config() -> ConfigDict:
-    """Pre-training of a Swin-T with uniform masking after SPEC 10 and 11."""
+def default_config(size: str = "swin_tiny", method: str = "um_mae") -> ConfigDict:
+    """Pre-training after SPEC 10 of a model of SPEC 11; every key of a configuration.
+
+    Args:
+        size, method: of `umae_jax.models.presets`; the first words of `python -m umae_jax.models`.
+
+    Raises:
+        UserError: if there is no such preset.
+    """
+    require(size in presets.SIZES, f"there is no model {size!r}; choose {', '.join(presets.SIZES)}")
+    methods = presets.methods_of(size)
+    require(method in methods, f"there is no method {method!r} for {size}; choose {', '.join(methods)}")
     config = ConfigDict()
     config.seed = 0
-    config.image_size = (256, 256)  # height, width in pixels
+    config.image_size = (presets.image_side(size),) * 2  # height, width in pixels
     config.batch_size = 4096  # images a step, over all devices
     config.accumulate = 1  # parts that a batch is computed in, to save memory
     config.dtype = "bfloat16"  # of the linear layers' arithmetic; parameters, norms, softmax and loss are float32
@@ -28,20 +39,27 @@ def default_config() -> ConfigDict:
     config.total_epochs = 200.0
 
     model = config.model = ConfigDict()
+    model.method = "um_mae"  # or mae (random sampling, ViT), simmim, classifier
+    model.encoder = "swin"  # or pvt, vit
     model.channels = 3
     model.patch = 4  # pixels
-    model.width = 96  # of the first stage; doubles from stage to stage
-    model.depths = (2, 2, 6, 2)
+    model.widths = (96, 192, 384, 768)  # of each stage; a ViT is one stage
+    model.depths = (2, 2, 6, 2)  # blocks
     model.heads = (3, 6, 12, 24)
-    model.window = 8  # tokens on a side
-    model.position_width = 32  # hidden width of the position MLP
-    model.secondary_ratio = 0.25  # the share of sampled units that secondary masking hides
+    model.mlp_ratios = (4, 4, 4, 4)  # hidden width of a block's MLP over its width
+    model.window = 16  # Swin: tokens on a side on a whole image; half of it, the paper's 8, on the compact grid
+    model.position_width = 32  # Swin: hidden width of the position MLP
+    model.reductions = (8, 4, 2, 1)  # PVT: side of what is pooled for keys and values; half of it on the compact grid
+    model.secondary_ratio = 0.25  # um_mae, mae: the share of sampled units that secondary masking hides
     model.decoder_factor = 2  # mask units along the side of an encoder token; the unit is 4 * 2**3 / 2 = 16 pixels
-    model.decoder_width = 512
+    model.decoder_width = 512  # um_mae, mae, like the two below
     model.decoder_depth = 2
     model.decoder_heads = 16
     model.normalize_target = True  # predict pixels normalised by their unit's mean and variance
-    model.reference_order = False  # True: the reference's decoder positions (SPEC 6)
+    model.reference_order = False  # um_mae of pyramids; True: the reference's decoder positions (SPEC 6)
+    model.classes = 1000  # classifier
+    model.drop_path = 0.1  # classifier: rate in the last block, in training
+    model.update(presets.settings(size, method))
 
     data = config.data = ConfigDict()
     data.source = "photos"  # photos, folder:PATH or tfds:NAME
@@ -98,13 +116,15 @@ MOST_SEED = 2**32 - 1
 _WHOLE_FROM_1 = (
     *("batch_size", "accumulate", "log_every", "pictures", "checkpoint_every", "checkpoint_keep"),
     *("stop_after_bad_steps", "data.threads", "mesh.fsdp"),
-    *("model.patch", "model.width", "model.window", "model.position_width"),
+    *("model.channels", "model.patch", "model.window", "model.position_width", "model.classes"),
     *("model.decoder_factor", "model.decoder_width", "model.decoder_depth", "model.decoder_heads"),
 )
 _WHOLE_FROM_0 = ("picture_every", "checkpoint_keep_every", "data.workers")
-_SEQUENCES_FROM_1 = ("image_size", "model.depths", "model.heads")
+_SEQUENCES_FROM_1 = (
+    *("image_size", "model.widths", "model.depths", "model.heads", "model.mlp_ratios", "model.reductions"),
+)
 _ABOVE_0 = ("optimizer.base_learning_rate", "optimizer.clip_norm")
-_FROM_0_BELOW_1 = ("optimizer.beta1", "optimizer.beta2")
+_FROM_0_BELOW_1 = ("optimizer.beta1", "optimizer.beta2", "model.drop_path")
 
 
 _ABSENT = object()  # in `differences`, for a key that only one of the two has
@@ -167,13 +187,28 @@ def to_json(config: ConfigDict) -> str:
 
 
 def read_config(path: Path) -> ConfigDict:
-    """The configuration that a run wrote into its directory: the defaults, and what it says otherwise.
+    """The configuration that a run wrote into its directory.
 
     Raises:
         UserError: if it is no such file.
     """
+    try:
+        return from_json(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not a configuration that this program wrote ({error})") from None
+
+
+def from_json(text: bytes | str) -> ConfigDict:
+    """The inverse of `to_json`.
+
+    Raises:
+        ValueError: if it is no configuration, or lacks a key.
+    """
 
     def fill(config: ConfigDict, values: dict[str, Any]) -> None:
+        missing = [key for key in config if key not in values]
+        if missing:
+            raise ValueError(f"{listing(missing)} missing")
         for key, value in values.items():
             if isinstance(value, dict):
                 fill(config[key], value)
@@ -182,11 +217,9 @@ def read_config(path: Path) -> ConfigDict:
 
     config = default_config()
     try:
-        fill(config, json.loads(path.read_bytes()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"{path} is not a configuration that this program wrote ({error}); choose another --workdir"
-        ) from None
+        fill(config, json.loads(text))
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(str(error)) from None
     return config
 
 

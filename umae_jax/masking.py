@@ -5,9 +5,12 @@ one unit a cell, named by its *offset* 0..3 (row-major, so dy = offset // 2, dx 
 image is four *compact maps* of half its height and width: the sampled units laid side by side (`compact`) and three
 more with the units that were not sampled (`masked_units`). `assemble` puts the four together again.
 
+Random sampling, which keeps any quarter of the units, fits the same four maps, filled in any order: both kinds of mask
+answer to `compact`, `masked_units` and `assemble`, and nobody else needs to know which it is.
+
 Every function works on any map whose height and width are the unit grid times some side k: pixels (k = pixels a unit),
-patches (k = patches a unit) or units (k = 1). Picking one of four by `where` rather than by a gather keeps all of it
-dense and cheap on TPU, and works on uint8 pixels as well.
+patches (k = patches a unit) or units (k = 1). Under uniform masking, picking one of four by `where` rather than by a
+gather keeps all of it dense and cheap on TPU, and works on uint8 pixels as well.
 """
 
 import math
@@ -27,6 +30,55 @@ class UniformMask(NamedTuple):
 
     offset: jax.Array
     hidden: jax.Array
+
+    def compact(self, x: jax.Array) -> jax.Array:
+        """The sampled units side by side: [B or 1, H, W, C] -> [B, H / 2, W / 2, C]."""
+        return compact(x, self.offset)
+
+    def masked_units(self, x: jax.Array) -> jax.Array:
+        """The units that were not sampled: [B or 1, H, W, C] -> [B, 3, H / 2, W / 2, C]."""
+        return masked_units(x, self.offset)
+
+    def assemble(self, sampled: jax.Array, masked: jax.Array) -> jax.Array:
+        """The two above put together again: [B, h, w, C] and [B, 3, h, w, C] -> [B, 2 h, 2 w, C]."""
+        return assemble(sampled, masked, self.offset)
+
+
+class RandomMask(NamedTuple):
+    """Any quarter of an image's units, in any order (random sampling, SPEC 2): for models that need no neighbourhood.
+
+    Attributes:
+        order: int32 [batch, 4, rows, columns], which unit of the full grid, counted row by row, lies at each place of
+            the four compact maps; the first map holds the sampled units.
+        hidden: bool [batch, rows, columns], True where secondary masking hides the sampled unit's content.
+    """
+
+    order: jax.Array
+    hidden: jax.Array
+
+    def compact(self, x: jax.Array) -> jax.Array:
+        """The sampled units side by side: [B or 1, H, W, C] -> [B, H / 2, W / 2, C]."""
+        return _gather_units(x, self.order[:, :1])[:, 0]
+
+    def masked_units(self, x: jax.Array) -> jax.Array:
+        """The units that were not sampled: [B or 1, H, W, C] -> [B, 3, H / 2, W / 2, C]."""
+        return _gather_units(x, self.order[:, 1:])
+
+    def assemble(self, sampled: jax.Array, masked: jax.Array) -> jax.Array:
+        """The two above put together again: [B, h, w, C] and [B, 3, h, w, C] -> [B, 2 h, 2 w, C].
+
+        `masked` may have any shape that broadcasts.
+        """
+        batch, height, width, channels = sampled.shape
+        rows, columns = self.order.shape[2:]
+        masked = jnp.broadcast_to(masked, (batch, 3, height, width, channels))
+        # The four maps one above the other are a map of 4 * rows x columns units, to be put into 2 * rows x 2 * columns.
+        maps = jnp.concatenate([sampled[:, None], masked], axis=1).reshape(batch, 4 * height, width, channels)
+        places = jnp.argsort(self.order.reshape(batch, -1), axis=-1).reshape(batch, 1, 2 * rows, 2 * columns)
+        return _gather_units(maps, places, height // rows)[:, 0]
+
+
+Mask = UniformMask | RandomMask
 
 
 def visible_count(cells: tuple[int, int], secondary_ratio: float) -> int:
@@ -48,23 +100,41 @@ def sample_uniform_mask(key: jax.Array, batch: int, cells: tuple[int, int], seco
     Raises:
         ValueError: if the ratio lies outside [0, 1), or there is not one key an image.
     """
-    visible = visible_count(cells, secondary_ratio)
+    def sample_one(image_key: jax.Array) -> UniformMask:
+        offset_key, hidden_key = jax.random.split(image_key)
+        offset = jax.random.randint(offset_key, cells, 0, 4, dtype=jnp.int32)
+        return UniformMask(offset, _sample_hidden(hidden_key, cells, secondary_ratio))
+
+    return jax.vmap(sample_one)(_image_keys(key, batch))
+
+
+def sample_random_mask(key: jax.Array, batch: int, cells: tuple[int, int], secondary_ratio: float) -> RandomMask:
+    """Draw a quarter of each image's units at random; arguments and errors are those of `sample_uniform_mask`."""
+
+    def sample_one(image_key: jax.Array) -> RandomMask:
+        order_key, hidden_key = jax.random.split(image_key)
+        order = jax.random.permutation(order_key, jnp.arange(4 * cells[0] * cells[1], dtype=jnp.int32))
+        return RandomMask(order.reshape(4, *cells), _sample_hidden(hidden_key, cells, secondary_ratio))
+
+    return jax.vmap(sample_one)(_image_keys(key, batch))
+
+
+def _image_keys(key: jax.Array, batch: int) -> jax.Array:
+    """One key an image, [batch]: folded from one key, or given."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if key.ndim == 0:
         key = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch, dtype=jnp.uint32))
-
     if key.shape != (batch,):
         raise ValueError(f"expected one key, or {batch} of them, one an image; got keys of shape {key.shape}")
+    return key
 
-    def sample_one(image_key: jax.Array) -> UniformMask:
-        offset_key, hidden_key = jax.random.split(image_key)
-        offset = jax.random.randint(offset_key, cells, 0, 4, dtype=jnp.int32)
-        # A random permutation's places from `visible` on are a uniform choice without replacement, of fixed size.
-        rank = jax.random.permutation(hidden_key, cells[0] * cells[1])
-        return UniformMask(offset, (rank >= visible).reshape(cells))
 
-    return jax.vmap(sample_one)(key)
+def _sample_hidden(key: jax.Array, cells: tuple[int, int], secondary_ratio: float) -> jax.Array:
+    """Secondary masking of one image: bool [rows, columns]."""
+    # A random permutation's places from `visible` on are a uniform choice without replacement, of fixed size.
+    rank = jax.random.permutation(key, cells[0] * cells[1])
+    return (rank >= visible_count(cells, secondary_ratio)).reshape(cells)
 
 
 def unit_side(shape: tuple[int, ...], cells: tuple[int, ...]) -> int:
@@ -174,3 +244,21 @@ def original_coordinates(offset: jax.Array, side: int) -> jax.Array:
     row = row + (row // side + offset // 2) * side
     column = column + (column // side + offset % 2) * side
     return jnp.stack([row, column], axis=-1)
+
+
+def _gather_units(x: jax.Array, order: jax.Array, side: int | None = None) -> jax.Array:
+    """Units of a map in another order: [B or 1, H, W, C] -> [B, m, rows * k, columns * k, C].
+
+    Args:
+        x: a map of units of `side` x `side` elements; the full grid's where no side is given.
+        order: [B, m, rows, columns], which unit, counted row by row.
+    """
+    batch, m, rows, columns = order.shape
+    k = unit_side(x.shape, (rows, columns)) if side is None else side
+    channels = x.shape[-1]
+    units = x.reshape(x.shape[0], x.shape[1] // k, k, x.shape[2] // k, k, channels)
+    units = units.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape[0], -1, k * k * channels)
+    units = jnp.broadcast_to(units, (batch, *units.shape[1:]))
+    chosen = jnp.take_along_axis(units, order.reshape(batch, -1, 1), axis=1)
+    chosen = chosen.reshape(batch, m, rows, columns, k, k, channels).transpose(0, 1, 2, 4, 3, 5, 6)
+    return chosen.reshape(batch, m, rows * k, columns * k, channels)

@@ -10,17 +10,9 @@ import numpy as np
 from flax import nnx
 from PIL import Image, ImageDraw, ImageFont
 
-from umae_jax.data.on_device import denormalize, normalize
-from umae_jax.masking import (
-    UniformMask,
-    assemble,
-    compact,
-    expand,
-    masked_units,
-    original_coordinates,
-    sample_uniform_mask,
-)
-from umae_jax.models.autoencoder import MaskedAutoencoder
+from umae_jax.data.on_device import denormalize, normalize, sample_keys
+from umae_jax.masking import Mask, expand
+from umae_jax.models.masked import MaskedImageModel
 from umae_jax.patches import patchify, unpatchify
 
 NOT_SAMPLED = (190, 190, 190)
@@ -52,17 +44,17 @@ class Panels(NamedTuple):
     error: jax.Array
 
 
-def _nearest_statistics(model: MaskedAutoencoder, images: jax.Array, mask: UniformMask) -> tuple[jax.Array, jax.Array]:
+def _nearest_statistics(model: MaskedImageModel, images: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array]:
     """Mean and variance for each unit not sampled, from the nearest visible ones, weighted by inverse square distance.
 
     Returns two arrays [B, 3, cell rows, cell columns, 1], in the order of `masked_units`.
     """
-    units = patchify(compact(images, mask.offset), model.unit)  # [B, rows, columns, unit pixels]
+    units = patchify(mask.compact(images), model.unit)  # [B, rows, columns, unit pixels]
     batch = units.shape[0]
     rows, columns = model.cells
     grid = jnp.stack(jnp.meshgrid(jnp.arange(2 * rows), jnp.arange(2 * columns), indexing="ij"), -1)
     everywhere = jnp.broadcast_to(grid.reshape(1, -1, 1, 2), (batch, 4 * rows * columns, 1, 2))
-    sampled = original_coordinates(mask.offset, 1).reshape(batch, 1, -1, 2)
+    sampled = mask.compact(grid[None]).reshape(batch, 1, -1, 2)
     distance = jnp.square((everywhere - sampled).astype(jnp.float32)).sum(-1)  # [B, units, sampled units]
     distance = jnp.where(mask.hidden.reshape(batch, 1, -1), jnp.inf, jnp.maximum(distance, 1e-3))
     closeness, nearest = jax.lax.top_k(1 / distance, min(NEAREST, rows * columns))
@@ -71,15 +63,15 @@ def _nearest_statistics(model: MaskedAutoencoder, images: jax.Array, mask: Unifo
     def spread(statistic: jax.Array) -> jax.Array:
         chosen = jax.vmap(lambda values, places: values[places])(statistic.reshape(batch, -1), nearest)
         whole = (weights * chosen).sum(-1).reshape(batch, 2 * rows, 2 * columns, 1)
-        return masked_units(whole, mask.offset)
+        return mask.masked_units(whole)
 
     return spread(units.mean(-1)), spread(units.var(-1, ddof=1))
 
 
 def reconstruct(
-    model: MaskedAutoencoder,
+    model: MaskedImageModel,
     images: jax.Array,
-    mask: UniformMask,
+    mask: Mask,
     *,
     mean: tuple[float, ...],
     std: tuple[float, ...],
@@ -93,11 +85,11 @@ def reconstruct(
     """
     pixels = normalize(images, mean, std)
     _, prediction = model(pixels, mask)
-    target = model.target(pixels, mask.offset)
+    target = model.target(pixels, mask)
     error = jnp.square(prediction - target).mean((1, 2, 3, 4))
     if model.normalize_target:
         if statistics == "unit":
-            own = model.masked_pixels(pixels, mask.offset)
+            own = model.masked_pixels(pixels, mask)
             average, variance = own.mean(-1, keepdims=True), own.var(-1, keepdims=True, ddof=1)
         else:
             average, variance = _nearest_statistics(model, pixels, mask)
@@ -107,17 +99,17 @@ def reconstruct(
     predicted = unpatchify(flat, model.unit)
     predicted = predicted.reshape(batch, 3, *predicted.shape[1:])  # [B, 3, H / 2, W / 2, C]
     nothing = jnp.zeros((1, 1, 1, 1, 1), jnp.uint8)
-    sampled_pixels = compact(images, mask.offset)
+    sampled_pixels = mask.compact(images)
     hidden = expand(mask.hidden, model.unit)[..., None]
     visible = jnp.where(hidden, jnp.uint8(0), sampled_pixels)
     predicted_pixels = denormalize(predicted, mean, std)
-    sampled_flags = assemble(jnp.ones_like(hidden), nothing > 0, mask.offset)
-    hidden_flags = assemble(hidden, nothing > 0, mask.offset)
+    sampled_flags = mask.assemble(jnp.ones_like(hidden), nothing > 0)
+    hidden_flags = mask.assemble(hidden, nothing > 0)
     return Panels(
         original=images,
-        seen=assemble(visible, nothing, mask.offset),
-        pasted=assemble(visible, predicted_pixels, mask.offset),
-        predicted=assemble(jnp.zeros_like(visible), predicted_pixels, mask.offset),
+        seen=mask.assemble(visible, nothing),
+        pasted=mask.assemble(visible, predicted_pixels),
+        predicted=mask.assemble(jnp.zeros_like(visible), predicted_pixels),
         sampled=sampled_flags[..., 0],
         hidden=hidden_flags[..., 0],
         error=error,
@@ -169,7 +161,7 @@ def draw(panels: Panels, caption: str) -> bytes:
 
 
 def make_illustrator(
-    graph: nnx.GraphDef[MaskedAutoencoder],
+    graph: nnx.GraphDef[MaskedImageModel],
     images: np.ndarray,
     *,
     seed: int,
@@ -188,7 +180,7 @@ def make_illustrator(
     @jax.jit
     def compute(params: nnx.State, images: jax.Array) -> Panels:
         model = nnx.merge(graph, params)
-        mask = sample_uniform_mask(jax.random.key(seed), images.shape[0], model.cells, model.secondary_ratio)
+        mask = model.sample_mask(sample_keys(seed, jnp.arange(images.shape[0], dtype=jnp.uint32)))
         return reconstruct(model, images, mask, mean=mean, std=std, statistics=statistics)
 
     def illustrate(params: nnx.State, title: str) -> bytes:

@@ -1,42 +1,78 @@
-"""From a configuration to a model."""
+"""From a configuration to a model. Nothing else knows which encoder stands behind which method."""
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
+from umae_jax.errors import require
 from umae_jax.models.autoencoder import MaskedAutoencoder
+from umae_jax.models.classifier import Classifier
+from umae_jax.models.encoder import Encoder, check_image_size
+from umae_jax.models.masked import MaskedImageModel
+from umae_jax.models.presets import METHODS
+from umae_jax.models.pvt import Pvt
+from umae_jax.models.simmim import SimMIM
 from umae_jax.models.swin import Swin
+from umae_jax.models.vit import Vit
+
+ENCODERS = ("swin", "pvt", "vit")
 
 
-def build_autoencoder(config: ConfigDict, rngs: nnx.Rngs) -> MaskedAutoencoder:
-    """The masked autoencoder that a configuration describes, freshly initialised.
+def build_encoder(config: ConfigDict, dtype: DTypeLike, rngs: nnx.Rngs) -> Encoder:
+    """The encoder that a configuration describes, freshly initialised.
+
+    A classifier's has learned positions, drops paths in training, and leaves the last norm to the classifier.
+
+    Raises:
+        UserError: if its numbers do not fit together.
+    """
+    model = config.model
+    require(model.encoder in ENCODERS, f"model.encoder: {model.encoder!r} is none of {', '.join(ENCODERS)}")
+    classifies = model.method == "classifier"
+    shared = {key: model[key] for key in ("channels", "patch", "widths", "depths", "heads", "mlp_ratios")}
+    shared |= {"final_norm": not classifies, "drop_path": model.drop_path if classifies else 0.0}
+    shared |= {"dtype": dtype, "rngs": rngs}
+    if model.encoder == "swin":
+        return Swin(window=model.window, position_width=model.position_width, **shared)
+    check_image_size(config.image_size, model.patch, "the patch")
+    require(
+        model.widths[0] % 4 == 0,
+        f"model.widths: {model.widths[0]} is not a multiple of 4, which the position table needs",
+    )
+    shared |= {
+        "grid": (config.image_size[0] // model.patch, config.image_size[1] // model.patch),
+        "learned_positions": classifies,
+    }
+    return Vit(**shared) if model.encoder == "vit" else Pvt(reductions=model.reductions, **shared)
+
+
+def build_model(config: ConfigDict, rngs: nnx.Rngs) -> MaskedImageModel | Classifier:
+    """The model that a configuration describes, freshly initialised.
 
     Raises:
         UserError: if its numbers do not fit together.
     """
     model, dtype = config.model, jnp.dtype(config.dtype)
-    encoder = Swin(
-        channels=model.channels,
-        patch=model.patch,
-        width=model.width,
-        depths=model.depths,
-        heads=model.heads,
-        window=model.window,
-        position_width=model.position_width,
-        dtype=dtype,
-        rngs=rngs,
+    require(model.method in METHODS, f"model.method: {model.method!r} is none of {', '.join(METHODS)}")
+    require(
+        model.method != "mae" or model.encoder == "vit",
+        f"model.method: random sampling (mae) leaves no grid to {model.encoder}; choose um_mae, or a vit",
     )
+    encoder = build_encoder(config, dtype, rngs)
+    if model.method == "classifier":
+        return Classifier(encoder, image_size=config.image_size, classes=model.classes, dtype=dtype, rngs=rngs)
+    shared = {"image_size": config.image_size, "decoder_factor": model.decoder_factor, "dtype": dtype, "rngs": rngs}
+    shared |= {"normalize_target": model.normalize_target}
+    if model.method == "simmim":
+        return SimMIM(encoder, **shared)
     return MaskedAutoencoder(
         encoder,
-        image_size=config.image_size,
-        channels=model.channels,
+        sampling="random" if model.method == "mae" else "uniform",
         secondary_ratio=model.secondary_ratio,
-        decoder_factor=model.decoder_factor,
         decoder_width=model.decoder_width,
         decoder_depth=model.decoder_depth,
         decoder_heads=model.decoder_heads,
-        normalize_target=model.normalize_target,
         reference_order=model.reference_order,
-        dtype=dtype,
-        rngs=rngs,
+        **shared,
     )

@@ -4,12 +4,20 @@ Precision: parameters are float32; linear layers compute in the model's dtype; l
 attention in float32.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from umae_jax.masking import Mask
+from umae_jax.positions import sincos_table
+
 NORM_EPSILON = 1e-6
+PYRAMID_EPSILON = 1e-5  # of the norms inside the blocks of Swin and PVT
 TOKEN_STD = 0.02
 XAVIER_UNIFORM = nnx.initializers.xavier_uniform()
 
@@ -31,9 +39,9 @@ def convolution_init(kernel_area: int, outputs: int) -> nnx.Initializer:
     return nnx.initializers.normal((2 / (kernel_area * outputs)) ** 0.5)
 
 
-def layer_norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(width: int, *, epsilon: float = NORM_EPSILON, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Layer norm over the last axis, computed and returned in float32."""
-    return nnx.LayerNorm(width, epsilon=NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
+    return nnx.LayerNorm(width, epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
 
 
 def token(width: int, *, rngs: nnx.Rngs) -> nnx.Param[jax.Array]:
@@ -55,10 +63,80 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = No
     return attended.reshape(*attended.shape[:-2], -1)
 
 
-def split_heads(qkv: jax.Array, heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The output of one linear layer, [..., N, 3 * C], as queries, keys and values [..., N, heads, C / heads]."""
-    qkv = qkv.reshape(*qkv.shape[:-1], 3, heads, -1)
-    return qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
+def split_heads(x: jax.Array, parts: int, heads: int) -> tuple[jax.Array, ...]:
+    """The output of one linear layer, [..., N, parts * C], as so many arrays [..., N, heads, C / heads]."""
+    x = x.reshape(*x.shape[:-1], parts, heads, -1)
+    return tuple(x[..., part, :, :] for part in range(parts))
+
+
+@dataclass(frozen=True)
+class DropPath:
+    """Stochastic depth of one block: each of its two branches is left out for an image at this rate, in training."""
+
+    rate: float = 0.0
+    block: int = 0
+
+    def __call__(self, x: jax.Array, keys: jax.Array | None, branch: int) -> jax.Array:
+        """Zero a branch's output [B, ...] for some images and scale it up for the others; as it is without keys [B]."""
+        if keys is None or self.rate == 0:
+            return x
+
+        def keep(key: jax.Array) -> jax.Array:
+            return jax.random.bernoulli(jax.random.fold_in(key, 2 * self.block + branch), 1 - self.rate)
+
+        kept = jax.vmap(keep)(keys).reshape(-1, *(1,) * (x.ndim - 1))
+        return jnp.where(kept, x / jnp.asarray(1 - self.rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+def drop_paths(rate: float, depths: Sequence[int]) -> list[list[DropPath]]:
+    """For each stage, that of each of its blocks: rising linearly from 0 to `rate` over all blocks (SPEC 8)."""
+    rates = np.linspace(0, rate, sum(depths))
+    drops = [DropPath(float(value), block) for block, value in enumerate(rates)]
+    return [drops[sum(depths[:stage]) : sum(depths[: stage + 1])] for stage in range(len(depths))]
+
+
+class PositionTable(nnx.Module):
+    """The absolute position embedding of a grid of patches (SPEC 4, 5): the sin-cos table, fixed or learned from there.
+
+    On a grid other than its own the table is resized, bicubically and antialiased.
+
+    Args:
+        width: of a token.
+        grid: rows and columns of the full grid.
+        class_token: whether a class token goes before, at position 0.
+        learned: whether the table is a parameter, [1, class token and patches, width], or fixed.
+    """
+
+    def __init__(
+        self, width: int, grid: tuple[int, int], *, class_token: bool = False, learned: bool = False
+    ) -> None:
+        self.width = width
+        self.grid = grid
+        self.leading = int(class_token)
+        self.table = nnx.Param(jnp.asarray(self.fixed())) if learned else None
+
+    def fixed(self) -> np.ndarray:
+        """The sin-cos table, float32 [1, class token and patches, width]; zeros for the class token."""
+        table = sincos_table(self.width, self.grid).reshape(-1, self.width)
+        return np.pad(table, ((self.leading, 0), (0, 0)))[None]
+
+    def _values(self) -> jax.Array:
+        return jnp.asarray(self.fixed()) if self.table is None else self.table[...]
+
+    def of_class_token(self) -> jax.Array:
+        """[1, 1, width]."""
+        return self._values()[:, : self.leading]
+
+    def __call__(self, tokens: jax.Array, mask: Mask | None) -> jax.Array:
+        """The positions of a map of tokens [B, rows, columns, width], compact if a mask is given: [B or 1, ...] alike.
+
+        In compaction each token takes the embedding of its original place.
+        """
+        grid = tuple(size * (1 if mask is None else 2) for size in tokens.shape[1:3])
+        table = self._values()[:, self.leading :].reshape(1, *self.grid, self.width)
+        if grid != self.grid:
+            table = jax.image.resize(table, (1, *grid, self.width), "cubic")
+        return (table if mask is None else mask.compact(table)).astype(tokens.dtype)
 
 
 class Mlp(nnx.Module):
@@ -76,19 +154,30 @@ class Mlp(nnx.Module):
 class TransformerBlock(nnx.Module):
     """A plain pre-norm ViT block with global attention."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: int,
+        *,
+        drop: DropPath = DropPath(),  # noqa: B008 - immutable
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
         self.heads = heads
+        self.drop = drop
         self.norm1 = layer_norm(width, rngs=rngs)
         self.qkv = linear(width, 3 * width, dtype=dtype, rngs=rngs)
         self.proj = linear(width, width, dtype=dtype, rngs=rngs)
         self.norm2 = layer_norm(width, rngs=rngs)
         self.mlp = Mlp(width, mlp_ratio * width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, first_query: int = 0) -> jax.Array:
+    def __call__(self, x: jax.Array, first_query: int = 0, drop_keys: jax.Array | None = None) -> jax.Array:
         """[B, N, C] -> [B, N - first_query, C]: only tokens from `first_query` on are updated and returned.
 
         All tokens serve as keys and values, so the tokens returned are the same whatever `first_query` is.
         """
-        q, k, v = split_heads(self.qkv(self.norm1(x)), self.heads)
-        x = x[:, first_query:] + self.proj(attend(q[:, first_query:], k, v))
-        return x + self.mlp(self.norm2(x))
+        q, k, v = split_heads(self.qkv(self.norm1(x)), 3, self.heads)
+        attended = self.proj(attend(q[:, first_query:], k, v))
+        x = x[:, first_query:] + self.drop(attended, drop_keys, 0)
+        return x + self.drop(self.mlp(self.norm2(x)), drop_keys, 1)

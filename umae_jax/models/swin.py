@@ -8,14 +8,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from umae_jax.errors import UserError, require
-from umae_jax.masking import expand
+from umae_jax.masking import Mask, UniformMask
 from umae_jax.models import layers
+from umae_jax.models.encoder import Encoder, Features
+from umae_jax.models.layers import DropPath
 from umae_jax.models.windows import Windows, make_windows
 from umae_jax.patches import patchify
 from umae_jax.positions import select_case
-
-MLP_RATIO = 4  # hidden width of a block's MLP over its width
-
 
 class PositionBias(nnx.Module):
     """A small MLP from a pair's coordinate difference to one bias a head, in float32."""
@@ -47,21 +46,32 @@ class PositionBias(nnx.Module):
 class SwinBlock(nnx.Module):
     """x + W-MSA(LN(x)), then x + MLP(LN(x))."""
 
-    def __init__(self, width: int, heads: int, *, position_width: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: int,
+        *,
+        drop: DropPath,
+        position_width: int,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
         self.heads = heads
-        self.norm1 = layers.layer_norm(width, rngs=rngs)
+        self.drop = drop
+        self.norm1 = layers.layer_norm(width, epsilon=layers.PYRAMID_EPSILON, rngs=rngs)
         self.position = PositionBias(heads, position_width, rngs=rngs)
         self.qkv = layers.linear(width, 3 * width, dtype=dtype, rngs=rngs)
         self.proj = layers.linear(width, width, dtype=dtype, rngs=rngs)
-        self.norm2 = layers.layer_norm(width, rngs=rngs)
-        self.mlp = layers.Mlp(width, MLP_RATIO * width, dtype=dtype, rngs=rngs)
+        self.norm2 = layers.layer_norm(width, epsilon=layers.PYRAMID_EPSILON, rngs=rngs)
+        self.mlp = layers.Mlp(width, mlp_ratio * width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, windows: Windows) -> jax.Array:
+    def __call__(self, x: jax.Array, windows: Windows, drop_keys: jax.Array | None) -> jax.Array:
         """[B, H, W, C] -> [B, H, W, C]."""
-        qkv = self.qkv(windows.cut(self.norm1(x)))  # [B, windows, N, 3 C]
-        attended = self.proj(layers.attend(*layers.split_heads(qkv, self.heads), self.position(windows)))
-        x = x + windows.join(attended, x.shape[1:3])
-        return x + self.mlp(self.norm2(x))
+        q, k, v = layers.split_heads(self.qkv(windows.cut(self.norm1(x))), 3, self.heads)  # [B, windows, N, heads, d]
+        attended = self.proj(layers.attend(q, k, v, self.position(windows)))
+        x = x + self.drop(windows.join(attended, x.shape[1:3]), drop_keys, 0)
+        return x + self.drop(self.mlp(self.norm2(x)), drop_keys, 1)
 
 
 class Merge(nnx.Module):
@@ -82,45 +92,44 @@ class SwinStage(nnx.Module):
 
     def __init__(
         self,
-        inputs: int,
+        inputs: int | None,
         width: int,
-        depth: int,
         heads: int,
+        mlp_ratio: int,
+        drops: Sequence[DropPath],
         *,
         position_width: int,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
-        self.merge = Merge(inputs, width, dtype=dtype, rngs=rngs) if inputs != width else None
+        self.merge = None if inputs is None else Merge(inputs, width, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List(
-            SwinBlock(width, heads, position_width=position_width, dtype=dtype, rngs=rngs) for _ in range(depth)
+            SwinBlock(width, heads, mlp_ratio, drop=drop, position_width=position_width, dtype=dtype, rngs=rngs)
+            for drop in drops
         )
 
-    def __call__(self, x: jax.Array, window: int, offset: jax.Array | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, window: int, offset: jax.Array | None, drop_keys: jax.Array | None
+    ) -> jax.Array:
         """[B, H, W, C] -> [B, H', W', C'], half the size behind a merge."""
         if self.merge is not None:
             x = self.merge(x)
         grid = (x.shape[1], x.shape[2])
         straight, shifted = (make_windows(grid, window, shifted=turn, offset=offset) for turn in (False, True))
         for number, block in enumerate(self.blocks):
-            x = block(x, shifted if number % 2 else straight)
+            x = block(x, shifted if number % 2 else straight, drop_keys)
         return x
 
 
-class Swin(nnx.Module):
+class Swin(Encoder):
     """Swin with convolutional merges and a position MLP over original coordinates.
 
-    The same object encodes the compact grid of a uniform mask (`offset` given) and whole images (without).
-    Stage i has width `width * 2**i` and halves the resolution of the stage before it.
-
     Args:
-        channels: channels of the image.
-        patch: side of a patch in pixels.
-        width: width of the first stage.
-        depths, heads: blocks and attention heads of each stage.
-        window: side of a window in tokens.
+        window: side of a window in tokens on a whole image; half that on the compact grid. A whole image that windows
+            do not tile is padded.
         position_width: hidden width of the position MLP.
-        dtype: what the linear layers compute in.
+        drop_path: rate in the last block, rising linearly from 0.
+        And those of `Encoder`.
 
     Raises:
         UserError: if the numbers do not fit together.
@@ -131,102 +140,72 @@ class Swin(nnx.Module):
         *,
         channels: int,
         patch: int,
-        width: int,
+        widths: Sequence[int],
         depths: Sequence[int],
         heads: Sequence[int],
+        mlp_ratios: Sequence[int],
         window: int,
         position_width: int,
+        final_norm: bool = True,
+        drop_path: float = 0.0,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
+        super().__init__(
+            channels=channels,
+            patch=patch,
+            widths=widths,
+            depths=depths,
+            heads=heads,
+            mlp_ratios=mlp_ratios,
+            patch_norm=True,
+            final_norm=final_norm,
+            dtype=dtype,
+            rngs=rngs,
+        )
         require(
-            len(depths) == len(heads) > 0,
-            f"model.depths names {len(depths)} stages and model.heads {len(heads)}; write one number a stage in each",
+            window > 2 and window % 2 == 0,
+            f"model.window must be an even number of tokens from 4 (half of it on the compact grid), not {window}",
         )
-        self.patch = patch
         self.window = window
-        self.widths = tuple(width * 2**stage for stage in range(len(depths)))
-        for stage, (stage_width, stage_heads) in enumerate(zip(self.widths, heads, strict=True)):
-            require(
-                stage_heads > 0 and stage_width % stage_heads == 0,
-                f"model.heads: {stage_heads} heads do not divide the width {stage_width} of stage {stage + 1}; "
-                f"choose a divisor of {stage_width}",
-            )
-        require(min(depths) > 0, f"model.depths: every stage needs at least one block, not {tuple(depths)}")
-        require(window > 1, f"model.window must be at least 2 tokens, not {window}")
-        self.patch_embed = layers.linear(patch * patch * channels, width, dtype=dtype, rngs=rngs)
-        self.patch_norm = layers.layer_norm(width, rngs=rngs)
+        inputs = (None, *widths[:-1])
+        drops = layers.drop_paths(drop_path, depths)
         self.stages = nnx.List(
-            SwinStage(
-                inputs,
-                stage_width,
-                depth,
-                stage_heads,
-                position_width=position_width,
-                dtype=dtype,
-                rngs=rngs,
-            )
-            for inputs, stage_width, depth, stage_heads in zip(
-                (width, *self.widths), self.widths, depths, heads, strict=False
-            )
+            SwinStage(*sizes, position_width=position_width, dtype=dtype, rngs=rngs)
+            for sizes in zip(inputs, widths, heads, mlp_ratios, drops, strict=True)
         )
-        self.norm = layers.layer_norm(self.widths[-1], rngs=rngs)
-        self.dtype = dtype
 
-    @property
-    def stride(self) -> int:
-        """Pixels on the side of one output token."""
-        return self.patch * 2 ** (len(self.widths) - 1)
-
-    def check_grid(self, grid: tuple[int, int]) -> None:
-        """Check that windows tile a grid of patches [rows, columns] at every stage, or cover it.
-
-        Raises:
-            UserError: naming the windows that do.
-        """
+    def check_grid(self, grid: tuple[int, int], *, compact: bool) -> None:
+        """Check that windows tile a compact grid at every stage, or cover it; see `Encoder.check_grid`."""
+        if not compact:
+            return
         sides = [size // 2**stage for size in grid for stage in range(len(self.widths))]
 
         def fits(window: int) -> bool:
-            return all(side <= window or side % window == 0 for side in sides)
+            return all(side <= window // 2 or side % (window // 2) == 0 for side in sides)
 
         if not fits(self.window):
-            fitting = sorted(filter(fits, range(2, max(grid) + 1)), key=lambda window: abs(window - self.window))
+            fitting = sorted(filter(fits, range(4, 2 * max(grid) + 1, 2)), key=lambda window: abs(window - self.window))
             raise UserError(
-                f"model.window: windows of {self.window} tokens do not tile stages of "
-                f"{' x '.join(map(str, grid))} tokens, halved from stage to stage; choose "
+                f"model.window: windows of {self.window // 2} tokens (half of model.window on the compact grid) do not "
+                f"tile stages of {' x '.join(map(str, grid))} tokens, halved from stage to stage; choose "
                 + " or ".join(map(str, sorted(fitting[:2])))
             )
 
-    def embed(
-        self, pixels: jax.Array, hidden: jax.Array | None = None, mask_token: jax.Array | None = None
-    ) -> jax.Array:
-        """Pixels [B, H, W, channels] to tokens [B, H / patch, W / patch, width].
+    def __call__(self, tokens: jax.Array, mask: Mask | None = None, drop_keys: jax.Array | None = None) -> Features:
+        """See `Encoder.__call__`.
 
-        Args:
-            pixels: a whole image or the compact map of its sampled units.
-            hidden: bool [B, cell rows, cell columns], the units whose content the encoder must not see.
-            mask_token: [1, 1, width], takes the place of their tokens and goes through the same layer norm as they do.
+        Raises:
+            TypeError: for a mask other than a uniform one, whose survivors are no neighbours.
         """
-        x = self.patch_embed(patchify(pixels, self.patch))
-        if hidden is not None and mask_token is not None:
-            hidden = expand(hidden, x.shape[1] // hidden.shape[1])[..., None]
-            x = jnp.where(hidden, mask_token.astype(x.dtype)[None], x)
-        return self.patch_norm(x).astype(self.dtype)
-
-    def __call__(self, tokens: jax.Array, offset: jax.Array | None = None) -> tuple[jax.Array, ...]:
-        """Tokens from `embed` to the feature map of every stage, the last one normed (float32).
-
-        Args:
-            tokens: [B, rows, columns, width].
-            offset: the offsets of the uniform mask that made the grid compact; None on a whole image.
-
-        Returns:
-            One map [B, rows / 2**i, columns / 2**i, width * 2**i] for each stage i.
-        """
-        self.check_grid((tokens.shape[1], tokens.shape[2]))
+        if not isinstance(mask, UniformMask | None):
+            raise TypeError("Swin's windows need a uniform mask")
+        self.check_grid((tokens.shape[1], tokens.shape[2]), compact=mask is not None)
+        window, offset = (self.window, None) if mask is None else (self.window // 2, mask.offset)
         maps = []
         for stage in self.stages:
-            tokens = stage(tokens, self.window, offset)
+            tokens = stage(tokens, window, offset, drop_keys)
             maps.append(tokens)
-        maps[-1] = self.norm(maps[-1])
-        return tuple(maps)
+        if self.norm is not None:
+            maps[-1] = self.norm(maps[-1])
+        return Features(tuple(maps))

@@ -1,4 +1,4 @@
-"""What pre-training trains: the masked autoencoder, its loss on a batch of uint8 images, and its state."""
+"""What pre-training trains: a masked image model, its loss on a batch of uint8 images, and its state."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +15,8 @@ from umae_jax.config import CONFIG_FILE, read_config
 from umae_jax.data.loader import Batch
 from umae_jax.data.on_device import normalize, random_flip, sample_keys
 from umae_jax.errors import UserError, require
-from umae_jax.masking import sample_uniform_mask
-from umae_jax.models.autoencoder import MaskedAutoencoder
-from umae_jax.models.build import build_autoencoder
+from umae_jax.models.build import build_model
+from umae_jax.models.masked import MaskedImageModel
 from umae_jax.training.checkpoint import Checkpoints
 from umae_jax.training.mesh import batch_sharding, make_mesh, state_shardings
 from umae_jax.training.optimizer import make_optimizer
@@ -33,13 +32,13 @@ class Pretraining(NamedTuple):
         state: the train state's shapes, dtypes and shardings.
     """
 
-    graph: nnx.GraphDef[MaskedAutoencoder]
+    graph: nnx.GraphDef[MaskedImageModel]
     optimizer: optax.GradientTransformation
     state: TrainState
 
 
 def _initial_params(config: ConfigDict) -> Params:
-    return nnx.state(build_autoencoder(config, nnx.Rngs(config.seed)), nnx.Param)
+    return nnx.state(build_model(config, nnx.Rngs(config.seed)), nnx.Param)
 
 
 def describe(config: ConfigDict, mesh: Mesh) -> Pretraining:
@@ -48,7 +47,7 @@ def describe(config: ConfigDict, mesh: Mesh) -> Pretraining:
     Raises:
         UserError: if the model's numbers do not fit together.
     """
-    graph = nnx.graphdef(nnx.eval_shape(lambda: build_autoencoder(config, nnx.Rngs(0))))
+    graph = nnx.graphdef(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))))
     optimizer = make_optimizer(config.optimizer)
     state = jax.eval_shape(lambda: init_state(_initial_params(config), optimizer))
     state = jax.tree.map(
@@ -65,7 +64,7 @@ def initialize(config: ConfigDict, pretraining: Pretraining) -> TrainState:
     return jax.jit(lambda: init_state(_initial_params(config), pretraining.optimizer), out_shardings=shardings)()
 
 
-def make_loss(config: ConfigDict, graph: nnx.GraphDef[MaskedAutoencoder]) -> LossFunction:
+def make_loss(config: ConfigDict, graph: nnx.GraphDef[MaskedImageModel]) -> LossFunction:
     """The loss of parameters on a batch: flip, normalise and mask by each sample's own key, then the model's loss."""
     mean, std = config.data.mean, config.data.std
 
@@ -73,8 +72,7 @@ def make_loss(config: ConfigDict, graph: nnx.GraphDef[MaskedAutoencoder]) -> Los
         model = nnx.merge(graph, params)
         keys = jax.vmap(jax.random.split)(sample_keys(config.seed, batch.sample_index))
         images = normalize(random_flip(batch.image, keys[:, 0]), mean, std)
-        mask = sample_uniform_mask(keys[:, 1], images.shape[0], model.cells, model.secondary_ratio)
-        return model(images, mask)[0]
+        return model(images, model.sample_mask(keys[:, 1]))[0]
 
     return loss
 
@@ -83,7 +81,7 @@ class PretrainedRun(NamedTuple):
     """What a run's directory holds: its configuration, and the newest parameters with their step."""
 
     config: ConfigDict
-    graph: nnx.GraphDef[MaskedAutoencoder]
+    graph: nnx.GraphDef[MaskedImageModel]
     params: Params
     step: int
 

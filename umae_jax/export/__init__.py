@@ -1,0 +1,1 @@
+"""What leaves this project: weights and code for other frameworks."""

@@ -1,0 +1,171 @@
+"""The PVT encoder of UM-MAE (SPEC 4): global attention to a pooled map, no windows."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from umae_jax.errors import UserError, require
+from umae_jax.masking import Mask
+from umae_jax.models import layers
+from umae_jax.models.encoder import Encoder, Features
+from umae_jax.models.layers import DropPath
+from umae_jax.patches import patchify
+
+
+class PooledAttention(nnx.Module):
+    """Queries from every token; keys and values from the map after average pooling, a linear layer and a norm."""
+
+    def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.heads = heads
+        self.q = layers.linear(width, width, dtype=dtype, rngs=rngs)
+        kernel_init = layers.convolution_init(1, width)
+        self.reduce = layers.linear(width, width, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
+        self.norm = layers.layer_norm(width, epsilon=layers.PYRAMID_EPSILON, rngs=rngs)
+        self.kv = layers.linear(width, 2 * width, dtype=dtype, rngs=rngs)
+        self.proj = layers.linear(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, reduction: int) -> jax.Array:
+        """[B, H, W, C] -> [B, H, W, C], the keys and values being H / reduction x W / reduction."""
+        batch, height, width, channels = x.shape
+        (q,) = layers.split_heads(self.q(x).reshape(batch, -1, channels), 1, self.heads)
+        pooled = x.reshape(batch, height // reduction, reduction, width // reduction, reduction, channels)
+        pooled = self.norm(self.reduce(pooled.mean((2, 4)))).reshape(batch, -1, channels)
+        k, v = layers.split_heads(self.kv(pooled), 2, self.heads)
+        return self.proj(layers.attend(q, k, v)).reshape(x.shape)
+
+
+class PvtBlock(nnx.Module):
+    """x + pooled attention(LN(x)), then x + MLP(LN(x))."""
+
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: int, *, drop: DropPath, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        self.drop = drop
+        self.norm1 = layers.layer_norm(width, epsilon=layers.PYRAMID_EPSILON, rngs=rngs)
+        self.attention = PooledAttention(width, heads, dtype=dtype, rngs=rngs)
+        self.norm2 = layers.layer_norm(width, epsilon=layers.PYRAMID_EPSILON, rngs=rngs)
+        self.mlp = layers.Mlp(width, mlp_ratio * width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, reduction: int, drop_keys: jax.Array | None) -> jax.Array:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        x = x + self.drop(self.attention(self.norm1(x), reduction), drop_keys, 0)
+        return x + self.drop(self.mlp(self.norm2(x)), drop_keys, 1)
+
+
+class PvtStage(nnx.Module):
+    """Blocks of one width at one resolution, behind a 2 x 2 convolution of stride 2 unless it is the first."""
+
+    def __init__(
+        self,
+        inputs: int | None,
+        width: int,
+        heads: int,
+        mlp_ratio: int,
+        drops: Sequence[DropPath],
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.merge = (
+            None
+            if inputs is None
+            else layers.linear(
+                4 * inputs, width, dtype=dtype, kernel_init=layers.convolution_init(4, width), rngs=rngs
+            )
+        )
+        self.blocks = nnx.List(PvtBlock(width, heads, mlp_ratio, drop=drop, dtype=dtype, rngs=rngs) for drop in drops)
+
+    def __call__(self, x: jax.Array, reduction: int, drop_keys: jax.Array | None) -> jax.Array:
+        """[B, H, W, C] -> [B, H', W', C'], half the size behind a convolution."""
+        if self.merge is not None:
+            x = self.merge(patchify(x, 2))
+        for block in self.blocks:
+            x = block(x, reduction, drop_keys)
+        return x
+
+
+class Pvt(Encoder):
+    """PVT with average pooling for keys and values.
+
+    Args:
+        grid: rows and columns of patches of the images it is made for, which its position table has.
+        reductions: for each stage, the side of what is pooled for keys and values, on a whole image; half that, but at
+            least 1, on the compact grid.
+        learned_positions: whether the table is a parameter (fine-tuning) or fixed.
+        drop_path: rate in the last block, rising linearly from 0.
+        And those of `Encoder`.
+
+    Raises:
+        UserError: if the numbers do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        patch: int,
+        grid: tuple[int, int],
+        widths: Sequence[int],
+        depths: Sequence[int],
+        heads: Sequence[int],
+        mlp_ratios: Sequence[int],
+        reductions: Sequence[int],
+        learned_positions: bool = False,
+        final_norm: bool = True,
+        drop_path: float = 0.0,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        super().__init__(
+            channels=channels,
+            patch=patch,
+            widths=widths,
+            depths=depths,
+            heads=heads,
+            mlp_ratios=mlp_ratios,
+            patch_norm=False,
+            final_norm=final_norm,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        require(
+            len(reductions) == len(depths),
+            f"model.depths names {len(depths)} stages and model.reductions {len(reductions)}; write one number a stage",
+        )
+        self.reductions = tuple(reductions)
+        self.positions = layers.PositionTable(widths[0], grid, learned=learned_positions)
+        inputs = (None, *widths[:-1])
+        drops = layers.drop_paths(drop_path, depths)
+        self.stages = nnx.List(
+            PvtStage(*sizes, dtype=dtype, rngs=rngs)
+            for sizes in zip(inputs, widths, heads, mlp_ratios, drops, strict=True)
+        )
+
+    def _reductions(self, compact: bool) -> tuple[int, ...]:
+        return tuple(max(1, reduction // 2) for reduction in self.reductions) if compact else self.reductions
+
+    def check_grid(self, grid: tuple[int, int], *, compact: bool) -> None:
+        """Check that reductions divide the grid at every stage; see `Encoder.check_grid`."""
+        for stage, reduction in enumerate(self._reductions(compact)):
+            rows, columns = (size // 2**stage for size in grid)
+            if rows % reduction or columns % reduction:
+                raise UserError(
+                    f"model.reductions: {reduction} does not divide the {rows} x {columns} tokens of stage {stage + 1}"
+                    f"{' on the compact grid (half of what is written)' if compact else ''}; "
+                    f"choose {tuple(2 ** (len(self.widths) - 1 - stage) for stage in range(len(self.widths)))}"
+                )
+
+    def __call__(self, tokens: jax.Array, mask: Mask | None = None, drop_keys: jax.Array | None = None) -> Features:
+        """See `Encoder.__call__`."""
+        self.check_grid((tokens.shape[1], tokens.shape[2]), compact=mask is not None)
+        x = tokens + self.positions(tokens, mask)
+        maps = []
+        for stage, reduction in zip(self.stages, self._reductions(mask is not None), strict=True):
+            x = stage(x, reduction, drop_keys)
+            maps.append(x)
+        if self.norm is not None:
+            maps[-1] = self.norm(maps[-1])
+        return Features(tuple(maps))

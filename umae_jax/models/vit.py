@@ -1,0 +1,77 @@
+"""The plain ViT encoder (SPEC 5): one stage, a class token, attention among all tokens."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from umae_jax.errors import require
+from umae_jax.masking import Mask
+from umae_jax.models import layers
+from umae_jax.models.encoder import Encoder, Features
+
+
+class Vit(Encoder):
+    """ViT with sin-cos positions; being free of neighbourhoods, it takes random masks as well as uniform ones.
+
+    Args:
+        grid: rows and columns of patches of the images it is made for, which its position table has.
+        learned_positions: whether the table is a parameter (fine-tuning) or fixed.
+        drop_path: rate in the last block, rising linearly from 0.
+        And those of `Encoder`, whose sequences name the one stage.
+
+    Raises:
+        UserError: if the numbers do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        patch: int,
+        grid: tuple[int, int],
+        widths: Sequence[int],
+        depths: Sequence[int],
+        heads: Sequence[int],
+        mlp_ratios: Sequence[int],
+        learned_positions: bool = False,
+        final_norm: bool = True,
+        drop_path: float = 0.0,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        super().__init__(
+            channels=channels,
+            patch=patch,
+            widths=widths,
+            depths=depths,
+            heads=heads,
+            mlp_ratios=mlp_ratios,
+            patch_norm=False,
+            final_norm=final_norm,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        require(len(depths) == 1, f"model.depths: a ViT has one stage, such as (12,), not {tuple(depths)}")
+        self.class_token = layers.token(widths[0], rngs=rngs)
+        self.positions = layers.PositionTable(widths[0], grid, class_token=True, learned=learned_positions)
+        (drops,) = layers.drop_paths(drop_path, depths)
+        self.blocks = nnx.List(
+            layers.TransformerBlock(widths[0], heads[0], mlp_ratios[0], drop=drop, dtype=dtype, rngs=rngs)
+            for drop in drops
+        )
+
+    def __call__(self, tokens: jax.Array, mask: Mask | None = None, drop_keys: jax.Array | None = None) -> Features:
+        """See `Encoder.__call__`."""
+        batch, rows, columns, width = tokens.shape
+        x = (tokens + self.positions(tokens, mask)).reshape(batch, rows * columns, width)
+        class_token = self.class_token[...] + self.positions.of_class_token()
+        class_token = jnp.broadcast_to(class_token.astype(x.dtype), (batch, 1, width))
+        x = jnp.concatenate([class_token, x], axis=1)  # [B, 1 + N, C]
+        for block in self.blocks:
+            x = block(x, drop_keys=drop_keys)
+        if self.norm is not None:
+            x = self.norm(x)
+        return Features((x[:, 1:].reshape(batch, rows, columns, width),), x[:, :1])

@@ -1,0 +1,1 @@
+"""Weights that come in and go out: names, layouts, files."""
