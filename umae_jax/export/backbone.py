@@ -24,13 +24,14 @@ from torch import Tensor, nn
 
 ACROSS_REGIONS = -100.0  # added to the attention between tokens that are no neighbours in the image
 NORM_EPSILON = 1e-6
+BLOCK_EPSILON = 1e-5  # of the norms inside blocks
 SKIPPED = ("decoder_", "mask_token", "vis_mask_token", "head.", "fc_norm.")  # in checkpoints beside the encoder
 ARGUMENTS = ("channels", "patch", "widths", "depths", "heads", "mlp_ratios")  # that both encoders take
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def _norm(width: int) -> nn.LayerNorm:
-    return nn.LayerNorm(width, eps=NORM_EPSILON)
+def _norm(width: int, epsilon: float = NORM_EPSILON) -> nn.LayerNorm:
+    return nn.LayerNorm(width, eps=epsilon)
 
 
 def _convolve(convolution: nn.Conv2d, x: Tensor) -> Tensor:
@@ -124,7 +125,7 @@ class _PooledAttention(nn.Module):
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.sr = nn.Conv2d(width, width, 1)
-        self.norm = _norm(width)
+        self.norm = _norm(width, BLOCK_EPSILON)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,8 +154,8 @@ class _Block(nn.Module):
         hidden = int(mlp_ratio * width)
         layers = OrderedDict(fc1=nn.Linear(width, hidden), gelu=nn.GELU(), fc2=nn.Linear(hidden, width))
         self.downsample = downsample
-        self.norm1, self.attn = _norm(width), attention
-        self.norm2, self.mlp = _norm(width), nn.Sequential(layers)
+        self.norm1, self.attn = _norm(width, BLOCK_EPSILON), attention
+        self.norm2, self.mlp = _norm(width, BLOCK_EPSILON), nn.Sequential(layers)
         self.drop_path = drop_path
 
     def _drop(self, x: Tensor) -> Tensor:
