@@ -12,6 +12,6 @@ from umae_jax.config import default_config
 
 
 def get_config() -> ConfigDict:
-    config = default_config()  # which is this model with this recipe
+    config = default_config("swin_tiny", "um_mae")
     config.data.source = "tfds:imagenet2012"
     return config

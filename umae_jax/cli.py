@@ -1,6 +1,7 @@
 """What every command shares: flags, and errors that are one sentence."""
 
 import errno
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,13 +46,18 @@ def required(flag: flags.FlagHolder[T | None], what: str) -> T:
     return flag.value
 
 
+def say(line: str) -> None:
+    """Tell the user something on the terminal."""
+    print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the terminal
+
+
 def _leave(message: str, status: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201 - this is the terminal
     sys.exit(status)
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-    """Parse flags; what is wrong with them, or with the configuration file, is said in one sentence."""
+def _parse(argv: Sequence[str], most: int) -> list[str]:
+    """Parse flags and at most so many arguments; what is wrong, with the configuration file too, is one sentence."""
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
@@ -64,8 +70,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
         _leave(f"--config: unknown key {error}; umae_jax/config.py lists the keys and says what they mean", 2)
     except Exception as error:  # the file is a program of the user's and may raise anything
         _leave(f"--config: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", 2)
-    if len(rest) > 1:
-        _leave(f"unexpected argument {rest[1]!r}; every option is written --name value", 2)
+    if len(rest) > 1 + most:
+        _leave(f"unexpected argument {rest[1 + most]!r}; every option is written --name value", 2)
     return rest
 
 
@@ -85,13 +91,18 @@ def read_config(flag: flags.FlagHolder[ConfigDict]) -> ConfigDict:
     return config
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a command: parse its flags, call it, and turn errors that its user can mend into one sentence."""
+def run(main: Callable[..., None], *, arguments: int = 0) -> None:
+    """Run a command: parse its flags, call it, and turn errors that its user can mend into one sentence.
 
-    def guarded(_: Sequence[str]) -> None:
+    Args:
+        main: called with what was written beside the flags.
+        arguments: how many of these there may be.
+    """
+
+    def guarded(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)
         try:
-            main()
+            main(*argv[1:])
         except UserError as error:
             _leave(str(error), 2)
         except Interrupted as stopped:
@@ -104,4 +115,4 @@ def run(main: Callable[[], None]) -> None:
                 raise
             _leave(f"{error.filename or 'a file'}: {error.strerror}; mend that or name another place", 1)
 
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=functools.partial(_parse, most=arguments))

@@ -72,7 +72,7 @@ class RandomMask(NamedTuple):
         batch, height, width, channels = sampled.shape
         rows, columns = self.order.shape[2:]
         masked = jnp.broadcast_to(masked, (batch, 3, height, width, channels))
-        # The four maps one above the other are a map of 4 * rows x columns units, to be put into 2 * rows x 2 * columns.
+        # The four maps, one above the other, are 4 * rows x columns units, to be put into 2 * rows x 2 * columns.
         maps = jnp.concatenate([sampled[:, None], masked], axis=1).reshape(batch, 4 * height, width, channels)
         places = jnp.argsort(self.order.reshape(batch, -1), axis=-1).reshape(batch, 1, 2 * rows, 2 * columns)
         return _gather_units(maps, places, height // rows)[:, 0]
@@ -100,6 +100,7 @@ def sample_uniform_mask(key: jax.Array, batch: int, cells: tuple[int, int], seco
     Raises:
         ValueError: if the ratio lies outside [0, 1), or there is not one key an image.
     """
+
     def sample_one(image_key: jax.Array) -> UniformMask:
         offset_key, hidden_key = jax.random.split(image_key)
         offset = jax.random.randint(offset_key, cells, 0, 4, dtype=jnp.int32)

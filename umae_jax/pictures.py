@@ -161,7 +161,7 @@ def draw(panels: Panels, caption: str) -> bytes:
 
 
 def make_illustrator(
-    graph: nnx.GraphDef[MaskedImageModel],
+    graph: nnx.GraphDef,
     images: np.ndarray,
     *,
     seed: int,
@@ -172,6 +172,7 @@ def make_illustrator(
     """Fix images and masks; the function returned draws them with the parameters and the title it is given.
 
     Args:
+        graph: of a `MaskedImageModel`.
         images: uint8 [B, H, W, C].
         seed: of the masks.
         statistics: one of STATISTICS.

@@ -6,7 +6,6 @@ The same command again continues from the newest whole checkpoint in DIR.
 """
 
 import contextlib
-import sys
 import time
 from pathlib import Path
 
@@ -20,15 +19,16 @@ from umae_jax.data.loader import Loader
 from umae_jax.data.sources import Source, open_source
 from umae_jax.data.transforms import first_readable
 from umae_jax.errors import UserError, require
+from umae_jax.files import write_whole
 from umae_jax.pictures import make_illustrator
 from umae_jax.signals import StopSignals
-from umae_jax.training import pretraining
 from umae_jax.training.checkpoint import Checkpoints
 from umae_jax.training.loop import Action, train
 from umae_jax.training.mesh import batch_sharding, make_mesh
-from umae_jax.training.metrics import duration, write_whole
+from umae_jax.training.metrics import duration
 from umae_jax.training.optimizer import learning_rate_schedule
-from umae_jax.training.pretraining import Pretraining
+from umae_jax.training.pretraining import abstract_batch, make_loss
+from umae_jax.training.runs import Run, describe, initialize
 from umae_jax.training.step import TrainState, compile_step, make_train_step
 
 PICTURES = "reconstructions"
@@ -36,11 +36,6 @@ MOST_SAMPLES = 2**32  # sample indices are 32-bit
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go.")
-
-
-def say(line: str) -> None:
-    """Tell the user something on the terminal."""
-    print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the terminal
 
 
 def durations(config: ConfigDict, images: int) -> tuple[int, int]:
@@ -57,7 +52,7 @@ def durations(config: ConfigDict, images: int) -> tuple[int, int]:
     )
     warmup = resolve_steps(config, "optimizer.warmup", images, config.batch_size)
     if warmup > total:
-        say(f"the warm-up of {warmup} steps is cut to the {total} of the run")
+        cli.say(f"the warm-up of {warmup} steps is cut to the {total} of the run")
     return total, min(warmup, total)
 
 
@@ -79,7 +74,7 @@ def check_same_model(old: ConfigDict, new: ConfigDict, workdir: Path) -> None:
         fields = "; ".join(f"{key} is {before} there, {after} here" for key, (before, after) in model.items())
         raise UserError(f"{workdir} holds checkpoints of another model ({fields}); choose another --workdir")
     for key, (before, after) in changed.items():
-        say(f"continuing with {key} = {after} (was {before})")
+        cli.say(f"continuing with {key} = {after} (was {before})")
 
 
 def open_workdir(config: ConfigDict, workdir: Path) -> Checkpoints:
@@ -102,7 +97,7 @@ def open_workdir(config: ConfigDict, workdir: Path) -> Checkpoints:
     return checkpoints
 
 
-def make_artist(config: ConfigDict, what: Pretraining, source: Source, workdir: Path) -> Action:
+def make_artist(config: ConfigDict, what: Run, source: Source, workdir: Path) -> Action:
     """Draws the first images of the data, always under the same masks."""
     illustrate = make_illustrator(
         what.graph,
@@ -125,8 +120,9 @@ def main() -> None:
         config = cli.read_config(_CONFIG)
         workdir = Path(cli.required(_WORKDIR, "a directory for what the run produces")).expanduser()
         check(config)
+        require(config.model.method != "classifier", "model.method: a classifier is not pre-trained; choose um_mae")
         mesh = make_mesh(config.mesh.fsdp)
-        what = pretraining.describe(config, mesh)
+        what = describe(config, mesh)
         source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
         total_steps, warmup_steps = durations(config, len(source))
         checkpoints = open_workdir(config, workdir)
@@ -134,27 +130,27 @@ def main() -> None:
 
         # Resume if there is a checkpoint, else start from scratch.
         restored = checkpoints.restore(what.state)
-        state, samples = restored or (pretraining.initialize(config, what), 0)
+        state, samples = restored or (initialize(config, what), 0)
         first_step = int(state.step)
         parameters = sum(array.size for array in jax.tree.leaves(state.params))
         devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
-        say(f"{parameters:,} parameters, {len(source):,} images, {devices}")
+        cli.say(f"{parameters:,} parameters, {len(source):,} images, {devices}")
         if first_step >= total_steps:
-            say(f"{workdir} has reached step {first_step} already; set total_steps above that to go on")
+            cli.say(f"{workdir} has reached step {first_step} already; set total_steps above that to go on")
         else:
             if first_step:
-                say(f"continuing at step {first_step} of {total_steps}")
+                cli.say(f"continuing at step {first_step} of {total_steps}")
             # The loader reads ahead while the step compiles.
             loader = Loader.of(config, source, batch_sharding(mesh), first_sample=samples)
             resources.callback(loader.close)
             schedule = learning_rate_schedule(
                 config.optimizer, batch_size=config.batch_size, warmup_steps=warmup_steps, total_steps=total_steps
             )
-            loss = pretraining.make_loss(config, what.graph)
+            loss = make_loss(config, what.graph)
             step = make_train_step(loss, what.optimizer, schedule, accumulate=config.accumulate)
             start = time.monotonic()
-            compiled = compile_step(step, what.state, pretraining.abstract_batch(config, mesh), mesh)
-            say(f"compiled the step in {duration(time.monotonic() - start)}")
+            compiled = compile_step(step, what.state, abstract_batch(config, mesh), mesh)
+            cli.say(f"compiled the step in {duration(time.monotonic() - start)}")
             train(
                 state,
                 step=compiled,
@@ -171,7 +167,7 @@ def main() -> None:
                 workdir=workdir,
                 actions=[make_artist(config, what, source, workdir)] if config.picture_every else [],
             )
-            say(f"finished {total_steps} steps; everything is in {workdir}")
+            cli.say(f"finished {total_steps} steps; everything is in {workdir}")
         if pictures := sorted((workdir / PICTURES).glob("*.png")):
             print(pictures[-1])  # noqa: T201 - the result, on standard output
 

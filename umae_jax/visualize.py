@@ -12,9 +12,9 @@ from umae_jax.config import MOST_SEED
 from umae_jax.data.sources import Files, open_folder
 from umae_jax.data.transforms import first_readable
 from umae_jax.errors import require
+from umae_jax.files import write_whole
 from umae_jax.pictures import STATISTICS, make_illustrator
-from umae_jax.training import pretraining
-from umae_jax.training.metrics import write_whole
+from umae_jax.training.runs import read_run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The directory of a pre-training run.")
 _IMAGES = flags.DEFINE_string("images", None, "An image file, or a folder of them.")
@@ -37,7 +37,11 @@ def main() -> None:
     require(output.suffix.lower() == ".png", f"--output: a picture is written as PNG; end {output} in .png")
     require(path.is_file() or path.is_dir(), f"--images: there is no file or folder {path}")
     source = Files([str(path)]) if path.is_file() else open_folder(str(path))
-    run = pretraining.read_run(workdir)
+    run = read_run(workdir)
+    require(
+        run.config.model.method != "classifier",
+        f"--workdir: {workdir} holds a classifier, which predicts no pixels; name a pre-training run",
+    )
     images = first_readable(source, _COUNT.value, run.config.image_size, run.config.model.channels)
     illustrate = make_illustrator(
         run.graph,

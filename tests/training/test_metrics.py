@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from umae_jax.training.metrics import METRICS_FILE, MetricsWriter, Progress, duration, write_whole
+from umae_jax.files import write_whole
+from umae_jax.training.metrics import METRICS_FILE, MetricsWriter, Progress, duration
 
 VALUES = {"loss": 0.5, "images_per_second": 100.0, "data_wait": 0.25, "skipped_images": 0, "skipped_updates": 0}
 

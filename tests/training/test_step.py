@@ -8,7 +8,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tests import tiny
 from umae_jax.data.loader import Batch
-from umae_jax.training import pretraining
+from umae_jax.training.pretraining import abstract_batch, make_loss
+from umae_jax.training.runs import describe, initialize
 from umae_jax.training.mesh import batch_sharding, state_shardings
 from umae_jax.training.optimizer import learning_rate_schedule
 from umae_jax.training.step import compile_step, make_train_step
@@ -32,12 +33,12 @@ def batch_of(config, mesh, number=0):
 
 
 def prepare(config, mesh, loss=None, accumulate=1):
-    what = pretraining.describe(config, mesh)
-    loss = loss or pretraining.make_loss(config, what.graph)
+    what = describe(config, mesh)
+    loss = loss or make_loss(config, what.graph)
     schedule = learning_rate_schedule(config.optimizer, batch_size=256, warmup_steps=1, total_steps=10)
     step = make_train_step(loss, what.optimizer, schedule, accumulate=accumulate)
-    compiled = compile_step(step, what.state, pretraining.abstract_batch(config, mesh), mesh)
-    return pretraining.initialize(config, what), compiled
+    compiled = compile_step(step, what.state, abstract_batch(config, mesh), mesh)
+    return initialize(config, what), compiled
 
 
 def run(mesh, steps=3, **changes):

@@ -107,9 +107,7 @@ class PositionTable(nnx.Module):
         learned: whether the table is a parameter, [1, class token and patches, width], or fixed.
     """
 
-    def __init__(
-        self, width: int, grid: tuple[int, int], *, class_token: bool = False, learned: bool = False
-    ) -> None:
+    def __init__(self, width: int, grid: tuple[int, int], *, class_token: bool = False, learned: bool = False) -> None:
         self.width = width
         self.grid = grid
         self.leading = int(class_token)
@@ -160,7 +158,7 @@ class TransformerBlock(nnx.Module):
         heads: int,
         mlp_ratio: int,
         *,
-        drop: DropPath = DropPath(),  # noqa: B008 - immutable
+        drop: DropPath = DropPath(),
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:

@@ -1,5 +1,7 @@
 """What every masked image model has (SPEC 2, 6, 7): mask units, masks over them, and their pixels as the target."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,7 +11,8 @@ from umae_jax.masking import Mask, sample_random_mask, sample_uniform_mask, visi
 from umae_jax.models.encoder import Encoder, check_image_size
 from umae_jax.patches import patchify
 
-SAMPLERS = {"uniform": sample_uniform_mask, "random": sample_random_mask}
+Sampler = Callable[[jax.Array, int, tuple[int, int], float], Mask]
+SAMPLERS: dict[str, Sampler] = {"uniform": sample_uniform_mask, "random": sample_random_mask}
 
 
 class MaskedImageModel(nnx.Module):

@@ -10,7 +10,9 @@ METHODS = {
 }
 
 
-def _swin(width: int, depth: int, heads: int, *, position_width: int = 32, decoder_depth: int = 2) -> dict[str, Any]:
+def _swin(
+    width: int, depth: int, heads: int, *, position_width: int = 32, decoder_depth: int = 2, drop_path: float = 0.1
+) -> dict[str, Any]:
     """A Swin of `width` and `heads` in its first stage, both doubling, with `depth` blocks in its third."""
     return {
         "encoder": "swin",
@@ -22,6 +24,7 @@ def _swin(width: int, depth: int, heads: int, *, position_width: int = 32, decod
         "position_width": position_width,
         "decoder_factor": 2,
         "decoder_depth": decoder_depth,
+        "drop_path": drop_path,
     }
 
 
@@ -55,7 +58,7 @@ SIZES = {
     "swin_tiny": _swin(96, 6, 3),
     "swin_small": _swin(96, 18, 3),
     "swin_base": _swin(128, 18, 4),
-    "swin_large": _swin(192, 18, 6, position_width=64, decoder_depth=8),
+    "swin_large": _swin(192, 18, 6, position_width=64, decoder_depth=8, drop_path=0.2),
     "pvt_tiny": _pvt(2, 2, 2, 2),
     "pvt_small": _pvt(3, 4, 6, 3),
     "pvt_medium": _pvt(3, 4, 18, 3),

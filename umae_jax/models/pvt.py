@@ -72,9 +72,7 @@ class PvtStage(nnx.Module):
         self.merge = (
             None
             if inputs is None
-            else layers.linear(
-                4 * inputs, width, dtype=dtype, kernel_init=layers.convolution_init(4, width), rngs=rngs
-            )
+            else layers.linear(4 * inputs, width, dtype=dtype, kernel_init=layers.convolution_init(4, width), rngs=rngs)
         )
         self.blocks = nnx.List(PvtBlock(width, heads, mlp_ratio, drop=drop, dtype=dtype, rngs=rngs) for drop in drops)
 

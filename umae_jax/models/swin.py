@@ -16,6 +16,7 @@ from umae_jax.models.windows import Windows, make_windows
 from umae_jax.patches import patchify
 from umae_jax.positions import select_case
 
+
 class PositionBias(nnx.Module):
     """A small MLP from a pair's coordinate difference to one bias a head, in float32."""
 
@@ -108,9 +109,7 @@ class SwinStage(nnx.Module):
             for drop in drops
         )
 
-    def __call__(
-        self, x: jax.Array, window: int, offset: jax.Array | None, drop_keys: jax.Array | None
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, window: int, offset: jax.Array | None, drop_keys: jax.Array | None) -> jax.Array:
         """[B, H, W, C] -> [B, H', W', C'], half the size behind a merge."""
         if self.merge is not None:
             x = self.merge(x)

@@ -2,7 +2,7 @@
 
 This one file needs nothing but torch (>= 2.2): copy it beside your toolbox, and
 
-    from backbone import load_backbone
+    from umae_backbone import load_backbone
 
     backbone = load_backbone("swin.safetensors", drop_path=0.1)  # in eval mode; train() it for fine-tuning
     images = (images - mean) / std  # images in [0, 1], [B, C, H, W] of any size; backbone.mean and backbone.std

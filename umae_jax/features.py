@@ -1,0 +1,106 @@
+"""Features of whole images from pre-trained weights, wherever they come from."""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+from ml_collections import ConfigDict
+
+from umae_jax.data.on_device import normalize
+from umae_jax.errors import require
+from umae_jax.models.build import build_model
+from umae_jax.models.encoder import Encoder, check_image_size
+from umae_jax.training.runs import read_run
+from umae_jax.weights.recognize import read_model
+from umae_jax.weights.reference import from_reference
+
+
+@jax.jit
+def _encode(module: Encoder, images: jax.Array) -> tuple[jax.Array, ...]:
+    return module(module.embed(images)).maps
+
+
+class PretrainedEncoder:
+    """An encoder on whole images: call it.
+
+    Attributes:
+        module: the Flax module.
+        config: of the model it was taken from.
+        widths, strides: of each stage's map, in channels and in pixels.
+        mean, std: by which it wants images normalised.
+    """
+
+    def __init__(self, module: Encoder, config: ConfigDict) -> None:
+        self.module = module
+        self.config = config
+        self.widths = module.widths
+        self.strides = tuple(module.patch * 2**stage for stage in range(len(module.widths)))
+        self.mean, self.std = config.data.mean, config.data.std
+
+    def __call__(self, images: ArrayLike) -> tuple[jax.Array, ...]:
+        """The map of every stage, [B, H / strides[i], W / strides[i], widths[i]].
+
+        The last one is normed if its weights include that norm, as those of pre-training do and those of a classifier
+        do not; it is float32 then, the others have the encoder's dtype.
+
+        Args:
+            images: [B, H, W, C], of any size that the last stride divides; uint8 0..255, or floating point and then
+                normalised already (by `mean` and `std`).
+
+        Raises:
+            UserError: if the images have another shape.
+        """
+        images = jnp.asarray(images)
+        require(
+            images.ndim == 4 and images.shape[-1] == self.module.channels,
+            f"images must be [batch, height, width, {self.module.channels}], not {list(images.shape)}",
+        )
+        require(
+            images.dtype == jnp.uint8 or jnp.issubdtype(images.dtype, jnp.floating),
+            f"images must be uint8 from 0 to 255, or floating point and normalised, not {images.dtype}",
+        )
+        size = (images.shape[1], images.shape[2])
+        check_image_size(size, self.strides[-1], "the last stride; resize or pad the images")
+        if images.dtype == jnp.uint8:
+            images = normalize(images, self.mean, self.std)
+        return _encode(self.module, images.astype(jnp.float32))
+
+
+def load_encoder(
+    path: str | os.PathLike[str], *, window: int | None = None, dtype: str = "float32"
+) -> PretrainedEncoder:
+    """Load an encoder from a run's directory or a file of weights.
+
+    Args:
+        path: the directory of a run (pre-trained, fine-tuned or converted), or a `.safetensors`, `.pth` or `.npz`
+            file in this program's, the reference's or, for a ViT, Hugging Face's names.
+        window: Swin: tokens on a window's side, if it shall be another than the model's. The position MLP is
+            continuous, so that any even number will do.
+        dtype: what the linear layers compute in, float32 or bfloat16.
+
+    Raises:
+        UserError: if there are no such weights.
+    """
+    path = Path(path).expanduser()
+    require(path.exists(), f"there is no file or directory {path}")
+    require(dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16, not {dtype!r}")
+    if path.is_dir():
+        config, params = (stored := read_run(path)).config, jax.device_get(stored.params)
+    else:
+        config, tensors = read_model(path)
+    if window is not None:
+        require(config.model.encoder == "swin", f"window: a {config.model.encoder} has no windows; leave it out")
+        config.model.window = window
+    config.dtype = dtype
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)).encoder), nnx.Param)
+    if path.is_dir():
+        params = params["encoder"]
+    else:
+        whole = nnx.state(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))), nnx.Param)
+        params = from_reference(config, whole, tensors, name=str(path), only="encoder.")["encoder"]
+    module = nnx.merge(graph, jax.tree.map(lambda _, array: jnp.asarray(np.asarray(array)), shapes, params))
+    return PretrainedEncoder(module, config)

@@ -1,0 +1,86 @@
+"""A run: what a configuration trains, in shapes alone, freshly initialised, or as its directory holds it."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from umae_jax.config import CONFIG_FILE, read_config
+from umae_jax.errors import UserError, require
+from umae_jax.models.build import build_model
+from umae_jax.training.checkpoint import Checkpoints
+from umae_jax.training.mesh import make_mesh, state_shardings
+from umae_jax.training.optimizer import make_optimizer
+from umae_jax.training.step import Params, TrainState, init_state
+
+
+class Run(NamedTuple):
+    """A model to train, before any array exists.
+
+    Attributes:
+        graph: the model without its parameters; `nnx.merge(graph, params)` puts them together.
+        optimizer: Optax's, without the learning rate.
+        state: the train state's shapes, dtypes and shardings.
+    """
+
+    graph: nnx.GraphDef[nnx.Module]
+    optimizer: optax.GradientTransformation
+    state: TrainState
+
+
+def _initial_params(config: ConfigDict) -> Params:
+    return nnx.state(build_model(config, nnx.Rngs(config.seed)), nnx.Param)
+
+
+def describe(config: ConfigDict, mesh: Mesh) -> Run:
+    """What a configuration trains, in shapes alone.
+
+    Raises:
+        UserError: if the model's numbers do not fit together.
+    """
+    graph = nnx.graphdef(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))))
+    optimizer = make_optimizer(config.optimizer)
+    state = jax.eval_shape(lambda: init_state(_initial_params(config), optimizer))
+    state = jax.tree.map(
+        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
+        state,
+        state_shardings(mesh, state),
+    )
+    return Run(graph, optimizer, state)
+
+
+def initialize(config: ConfigDict, run: Run) -> TrainState:
+    """The first state, each array born on the devices that keep it."""
+    shardings = jax.tree.map(lambda array: array.sharding, run.state)
+    return jax.jit(lambda: init_state(_initial_params(config), run.optimizer), out_shardings=shardings)()
+
+
+class StoredRun(NamedTuple):
+    """What a run's directory holds: its configuration, and the newest parameters with their step."""
+
+    config: ConfigDict
+    graph: nnx.GraphDef[nnx.Module]
+    params: Params
+    step: int
+
+
+def read_run(workdir: Path) -> StoredRun:
+    """Read the newest whole checkpoint of a run, onto every device.
+
+    Raises:
+        UserError: if the directory holds none.
+    """
+    config_file = workdir / CONFIG_FILE
+    require(config_file.is_file(), f"{workdir} holds no run: there is no {CONFIG_FILE} in it")
+    config = read_config(config_file)
+    what = describe(config, make_mesh())
+    checkpoints = Checkpoints(workdir, read_only=True)
+    restored = checkpoints.restore_params(what.state.params)
+    checkpoints.close()
+    if restored is None:
+        raise UserError(f"{workdir} holds no checkpoint that can be read; let the run reach its first one")
+    return StoredRun(config, what.graph, *restored)
