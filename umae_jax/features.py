@@ -5,14 +5,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 from umae_jax.data.on_device import normalize
 from umae_jax.errors import require
-from umae_jax.models.build import build_model
+from umae_jax.models.build import build_encoder
 from umae_jax.models.encoder import Encoder, check_image_size
 from umae_jax.training.runs import read_run
 from umae_jax.weights.recognize import read_model
@@ -96,11 +95,8 @@ def load_encoder(
         require(config.model.encoder == "swin", f"window: a {config.model.encoder} has no windows; leave it out")
         config.model.window = window
     config.dtype = dtype
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)).encoder), nnx.Param)
-    if path.is_dir():
-        params = params["encoder"]
-    else:
-        whole = nnx.state(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))), nnx.Param)
-        params = from_reference(config, whole, tensors, name=str(path), only="encoder.")["encoder"]
-    module = nnx.merge(graph, jax.tree.map(lambda _, array: jnp.asarray(np.asarray(array)), shapes, params))
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: build_encoder(config, jnp.dtype(dtype), nnx.Rngs(0))), nnx.Param)
+    if not path.is_dir():
+        params = from_reference(config, nnx.State({"encoder": shapes}), tensors, name=str(path), only="encoder.")
+    module = nnx.merge(graph, jax.tree.map(jnp.asarray, params["encoder"]))
     return PretrainedEncoder(module, config)

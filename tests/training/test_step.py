@@ -8,10 +8,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tests import tiny
 from umae_jax.data.loader import Batch
-from umae_jax.training.pretraining import abstract_batch, make_loss
-from umae_jax.training.runs import describe, initialize
 from umae_jax.training.mesh import batch_sharding, state_shardings
 from umae_jax.training.optimizer import learning_rate_schedule
+from umae_jax.training.pretraining import abstract_batch, make_loss
+from umae_jax.training.runs import describe, initialize
 from umae_jax.training.step import compile_step, make_train_step
 
 

@@ -55,7 +55,7 @@ def _read_safetensors(path: Path) -> Weights:
 def _read_npz(path: Path) -> Weights:
     """An archive of arrays; where some names begin with "param/", these are the weights."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             names = [name for name in archive.files if name.startswith("param/")] or archive.files
             return Weights({name.removeprefix("param/"): archive[name] for name in names}, {})
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, KeyError, TypeError) as error:

@@ -83,10 +83,11 @@ def _recognize(encoder: str, shapes: Mapping[str, tuple[int, ...]], name: str) -
             "depths": depths,
             "heads": heads,
             "mlp_ratios": tuple(shapes[f"blocks.{first}.mlp.fc1.weight"][0] // block_widths[first] for first in firsts),
-            "reductions": tuple(2**stage for stage in reversed(range(len(depths)))),
             "reference_order": encoder != "vit" and method == "um_mae",
         }
     )
+    if encoder == "pvt":
+        model.reductions = tuple(2**stage for stage in reversed(range(len(depths))))
     if encoder == "swin":
         model.position_width = shapes["blocks.0.attn.posmlp.0.weight"][0]
     if method == "classifier":

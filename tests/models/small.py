@@ -1,0 +1,56 @@
+"""Small models: those of the golden files, freshly initialised, with some keys of their configuration changed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tests import golden
+from umae_jax.models.build import build_model
+
+
+def config_of(name, **changes):
+    """A golden file's configuration, but for the order of the decoder's positions, which is the right one here."""
+    config = golden.config_of(name)
+    for key, value in {"reference_order": False, **changes}.items():
+        setattr(config if key in config else config.model, key, value)
+    return config
+
+
+@functools.cache
+def build(name, **changes):
+    config = config_of(name, **changes)
+    return build_model(config, nnx.Rngs(0))
+
+
+def random_images(model, batch=2, seed=0):
+    height, width = (2 * cells * model.unit for cells in model.cells)
+    return jax.random.normal(jax.random.key(seed), (batch, height, width, model.encoder.channels))
+
+
+def random_case(model, batch=2, seed=0):
+    mask = model.sample_mask(jax.random.split(jax.random.key(seed + 1), batch))
+    return random_images(model, batch, seed), mask
+
+
+@jax.jit
+def encode(model, images, mask):
+    return model.encode(images, mask)
+
+
+@jax.jit
+def run(model, images, mask):
+    return model(images, mask)
+
+
+@jax.jit
+def pixel_gradient(model, images, mask):
+    """Of a random projection of everything that the encoder returns: 0 exactly where no pixel reaches it."""
+
+    def project(images):
+        leaves = jax.tree.leaves(model.encode(images, mask))
+        keys = jax.random.split(jax.random.key(9), len(leaves))
+        return sum(jnp.sum(jax.random.normal(key, leaf.shape) * leaf) for key, leaf in zip(keys, leaves, strict=True))
+
+    return jax.grad(project)(images)

@@ -1,0 +1,191 @@
+"""Classifiers: pooling, the head, learned positions and drop path."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.models.small import build
+from umae_jax.errors import UserError
+from umae_jax.models.layers import DropPath, drop_paths
+from umae_jax.positions import sincos_table
+
+NAMES = ("swin_classifier", "pvt_classifier", "vit_classifier")
+SMALL = {"image_size": (64, 64)}
+
+
+def random_images(batch=2, size=(64, 64), channels=3):
+    return jax.random.normal(jax.random.key(0), (batch, *size, channels))
+
+
+@jax.jit
+def run(model, images):
+    return model(images)
+
+
+@jax.jit
+def encode(model, images, drop_keys=None):
+    return model.encoder(model.encoder.embed(images), drop_keys=drop_keys)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_the_head_of_the_normed_mean_over_patch_tokens(name):
+    """Of patch tokens alone: a ViT's class token is not among its maps."""
+    model = build(name, **SMALL)
+    images = random_images()
+    logits = run(model, images)
+    assert logits.shape == (2, 10)
+    assert logits.dtype == jnp.float32
+    features = encode(model, images)
+    assert (features.class_token is not None) == (name == "vit_classifier")
+    mean = np.asarray(features.maps[-1]).mean((1, 2))
+    normed = (mean - mean.mean(-1, keepdims=True)) / np.sqrt(mean.var(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(logits * 1e5, normed @ np.asarray(model.head.kernel[...]) * 1e5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_follows_float32(name):
+    logits = []
+    for dtype in ("float32", "bfloat16"):
+        model = build(name, dtype=dtype, **SMALL)
+        logits.append(np.asarray(run(model, random_images())))
+        assert logits[-1].dtype == np.float32
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    error = np.linalg.norm(logits[1] - logits[0]) / np.linalg.norm(logits[0])
+    assert 0 < error < 5e-2
+
+
+def test_the_head_starts_from_almost_nothing():
+    kernel = np.asarray(build("pvt_classifier", classes=1000, **SMALL).head.kernel[...])
+    assert kernel.std() == pytest.approx(2e-5, rel=0.02)
+    assert kernel.mean() == pytest.approx(0, abs=5 * 2e-5 / kernel.size**0.5)
+
+
+@pytest.mark.parametrize("name", ["pvt_classifier", "vit_classifier"])
+def test_positions_are_learned_from_the_sincos_table_on(name):
+    model = build(name, **SMALL)
+    state = nnx.state(model, nnx.Param)
+    table = np.asarray(state["encoder"]["positions"]["table"][...])
+    grid = (64 // model.encoder.patch,) * 2
+    leading = int(name == "vit_classifier")
+    assert (table[:, :leading] == 0).all()
+    expected = sincos_table(model.encoder.widths[0], grid).reshape(1, -1, model.encoder.widths[0])
+    np.testing.assert_array_equal(table[:, leading:], expected)
+    graph, params = nnx.split(model, nnx.Param)[:2]
+    images = random_images()
+    gradient = jax.jit(jax.grad(lambda params: jnp.square(1e5 * nnx.merge(graph, params)(images)).sum()))(params)
+    assert (np.asarray(gradient["encoder"]["positions"]["table"][...]) != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("name", ["pvt_um", "vit_um", "simmim_pvt", "simmim_vit"])
+def test_positions_are_fixed_in_pre_training(name):
+    assert "positions" not in nnx.state(build(name), nnx.Param)["encoder"]
+
+
+def rates_of(model):
+    stages = getattr(model.encoder, "stages", [model.encoder])
+    return [block.drop.rate for stage in stages for block in stage.blocks]
+
+
+@pytest.mark.parametrize(("name", "depths"), [(NAMES[0], (2, 1, 1, 1)), (NAMES[1], (2, 1, 1, 1)), (NAMES[2], (5,))])
+def test_the_drop_path_rate_rises_linearly_over_all_blocks(name, depths):
+    np.testing.assert_allclose(rates_of(build(name, depths=depths, drop_path=0.2, **SMALL)), [0, 0.05, 0.1, 0.15, 0.2])
+
+
+@pytest.mark.parametrize("name", ["swin_um_window8", "pvt_um", "vit_um", "simmim_vit"])
+def test_nothing_is_dropped_in_pre_training(name):
+    assert set(rates_of(build(name, drop_path=0.2))) == {0.0}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_keys_nothing_is_dropped(name):
+    images = random_images()
+    with_rate, without = (run(build(name, drop_path=rate, **SMALL), images) for rate in (0.5, 0.0))
+    np.testing.assert_array_equal(with_rate, without)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_dropped_belongs_to_the_image_and_its_key(name):
+    """Not to its place in the batch, nor to what else is in it."""
+    model = build(name, drop_path=0.5, **SMALL)
+    images, keys = random_images(4), jax.random.split(jax.random.key(5), 4)
+    together = np.asarray(encode(model, images, keys).maps[-1])
+    order = np.array([2, 0, 3, 1])
+    np.testing.assert_allclose(encode(model, images[order], keys[order]).maps[-1], together[order], atol=1e-4)
+    np.testing.assert_allclose(encode(model, images[3:], keys[3:]).maps[-1], together[3:], atol=1e-4)
+    same = np.asarray(encode(model, jnp.repeat(images[:1], 4, axis=0), keys).maps[-1])
+    assert len({image.round(3).tobytes() for image in same}) > 1
+
+
+def test_a_block_leaves_out_its_two_branches_independently():
+    """Of two blocks the second has the whole rate; its two branches kept or not make four outputs, each as often."""
+    model = build("vit_classifier", drop_path=0.5, **SMALL)
+    images = jnp.repeat(random_images(1), 256, axis=0)
+    outputs = np.asarray(encode(model, images, jax.random.split(jax.random.key(0), 256)).maps[-1])
+    representatives, counts = [], []
+    for output in outputs:
+        for number, known in enumerate(representatives):
+            if np.abs(output - known).max() < 1e-4:
+                counts[number] += 1
+                break
+        else:
+            representatives.append(output)
+            counts.append(1)
+    assert len(counts) == 4
+    assert min(counts) > 35  # of 64 expected
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_what_is_kept_is_scaled_so_that_the_expectation_stays(rate):
+    keys = jax.random.split(jax.random.key(1), 5000)
+    x = jnp.broadcast_to(jnp.array([[1.0, -2.0], [3.0, 4.0]]), (5000, 2, 2))
+    dropped = np.asarray(DropPath(rate, block=3)(x, keys, 1))
+    kept = (dropped != 0).any((1, 2))
+    np.testing.assert_allclose(dropped[kept], np.asarray(x)[kept] / (1 - rate), rtol=1e-6)
+    assert (dropped[~kept] == 0).all()
+    assert kept.mean() == pytest.approx(1 - rate, abs=5 * (rate * (1 - rate) / 5000) ** 0.5)
+
+
+def test_blocks_and_branches_draw_for_themselves():
+    keys = jax.random.split(jax.random.key(1), 2000)
+    drops = [drop for stage in drop_paths(0.5, (2, 1)) for drop in stage]
+    assert [drop.rate for drop in drops] == [0, 0.25, 0.5]
+    drops = [DropPath(0.5, drop.block) for drop in drops]
+    kept = np.stack(
+        [np.asarray(drop(jnp.ones((2000, 1)), keys, branch))[:, 0] != 0 for drop in drops for branch in (0, 1)]
+    )
+    correlation = np.corrcoef(kept)
+    np.testing.assert_allclose(correlation, np.eye(6), atol=0.12)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("swin_classifier", {"image_size": (96, 160), "channels": 1, "classes": 3}),  # windows do not tile the grids
+        ("pvt_classifier", {"image_size": (64, 96), "channels": 1, "classes": 3}),
+        ("vit_classifier", {"image_size": (24, 56), "channels": 1, "classes": 3}),
+    ],
+)
+def test_other_shapes_compute(name, changes):
+    logits = run(build(name, **changes), random_images(2, changes["image_size"], 1))
+    assert logits.shape == (2, 3)
+    assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("swin_classifier", {"image_size": (100, 64)}, "height 100 is not a multiple of 32.*choose 96 or 128$"),
+        ("pvt_classifier", {"image_size": (64, 40)}, "width 40 is not a multiple of 32.*choose 32 or 64$"),
+        ("vit_classifier", {"image_size": (64, 44)}, "width 44 is not a multiple of 8.*choose 40 or 48$"),
+        (
+            "pvt_classifier",
+            {"image_size": (96, 64), "reductions": (16, 4, 2, 1)},
+            r"16 does not divide the 24 x 16 tokens of stage 1; choose \(8, 4, 2, 1\)$",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_sentence(name, changes, message):
+    with pytest.raises(UserError, match=message):
+        build(name, **changes)

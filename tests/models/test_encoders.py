@@ -1,0 +1,129 @@
+"""What all encoders promise: shapes of their maps, positions, and what they make of hidden units."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.models.small import build, encode, random_case
+from umae_jax.masking import expand, original_coordinates, sample_random_mask, sample_uniform_mask
+from umae_jax.models.layers import PositionTable
+from umae_jax.positions import sincos_table
+
+WIDTHS = {"swin_um_window8": (16, 32, 64, 128), "pvt_um": (16, 24, 40, 48), "vit_um": (32,)}
+NAMES = tuple(WIDTHS)
+
+
+@pytest.mark.parametrize("image_size", [(64, 64), (64, 128), (96, 160)])
+@pytest.mark.parametrize("name", NAMES)
+def test_each_stage_of_a_whole_image_has_half_the_resolution_of_the_one_before(name, image_size):
+    encoder = build(name, reductions=(4, 2, 1, 1)).encoder
+    features = jax.jit(lambda images: encoder(encoder.embed(images)))(jnp.ones((2, *image_size, 3)))
+    sides = [encoder.patch * 2**stage for stage in range(len(WIDTHS[name]))]
+    expected = [
+        (2, image_size[0] // side, image_size[1] // side, width)
+        for side, width in zip(sides, WIDTHS[name], strict=True)
+    ]
+    assert [stage.shape for stage in features.maps] == expected
+    assert encoder.stride == sides[-1]
+    assert (None if features.class_token is None else features.class_token.shape) == (
+        (2, 1, 32) if name == "vit_um" else None
+    )
+    assert features.maps[-1].dtype == jnp.float32
+    assert all(np.isfinite(stage).all() for stage in features.maps)
+
+
+@pytest.mark.parametrize("name", (*NAMES, "vit_random"))
+def test_the_compact_grid_has_half_the_sides_of_the_whole_one(name):
+    model = build(name, image_size=(64, 128))
+    images, mask = random_case(model)
+    features = encode(model, images, mask)
+    sides = [2 * model.encoder.patch * 2**stage for stage in range(len(features.maps))]
+    assert [stage.shape[1:3] for stage in features.maps] == [(64 // side, 128 // side) for side in sides]
+
+
+@pytest.mark.parametrize("name", (*NAMES, "vit_random"))
+def test_hidden_units_hold_the_mask_token_and_go_through_the_norm_of_patches(name):
+    model = build(name, secondary_ratio=0.25)
+    images, mask = random_case(model)
+    token = jax.random.normal(jax.random.key(4), model.mask_token.shape)
+    embed = jax.jit(lambda encoder, *arguments: encoder.embed(*arguments))
+    content = np.asarray(embed(model.encoder, mask.compact(images)))
+    tokens = np.asarray(embed(model.encoder, mask.compact(images), mask.hidden, token))
+    hidden = np.asarray(expand(mask.hidden, model.unit // model.encoder.patch))
+    token = np.asarray(token)[0, 0]
+    if name.startswith("swin"):  # as initialised: nothing but the normalisation
+        token = (token - token.mean()) / np.sqrt(token.var() + 1e-6)
+    np.testing.assert_allclose(tokens[hidden], np.broadcast_to(token, tokens[hidden].shape), atol=1e-5)
+    np.testing.assert_array_equal(tokens[~hidden], content[~hidden])
+    assert hidden.mean() == 0.25
+
+
+def zeros(batch, grid, width):
+    return jnp.zeros((batch, *grid, width))
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+@pytest.mark.parametrize("learned", [False, True])
+def test_positions_on_the_table_s_own_grid_are_the_table(class_token, learned):
+    positions = PositionTable(8, (4, 6), class_token=class_token, learned=learned)
+    np.testing.assert_array_equal(positions(zeros(2, (4, 6), 8), None), sincos_table(8, (4, 6))[None])
+    assert np.asarray(positions.of_class_token()).shape == (1, int(class_token), 8)
+    assert (np.asarray(positions.of_class_token()) == 0).all()
+
+
+@pytest.mark.parametrize("grid", [(8, 12), (2, 3), (4, 9), (7, 5)])
+@pytest.mark.parametrize("class_token", [False, True])
+def test_positions_on_another_grid_are_the_table_resized(class_token, grid):
+    positions = PositionTable(8, (4, 6), class_token=class_token, learned=True)
+    table = jax.random.normal(jax.random.key(0), (1, 4, 6, 8))
+    flat = jnp.concatenate([jnp.full((1, int(class_token), 8), 7.0), table.reshape(1, 24, 8)], axis=1)
+    positions.table[...] = flat
+    expected = jax.image.resize(table, (1, *grid, 8), "bicubic", antialias=True)
+    np.testing.assert_allclose(positions(zeros(1, grid, 8), None), expected, atol=1e-6)
+    assert (np.asarray(positions.of_class_token()) == 7).all()
+
+
+@pytest.mark.parametrize("own_grid", [(8, 12), (4, 4)])
+def test_compacted_positions_are_those_of_the_original_places(own_grid):
+    """A map of 8 x 12 tokens, units of 2 x 2 of them; a table of that grid, or one that is resized to it first."""
+    positions = PositionTable(8, own_grid)
+    whole = np.asarray(positions(zeros(1, (8, 12), 8), None))[0]
+    uniform = sample_uniform_mask(jax.random.key(0), 3, (2, 3), 0.25)
+    rows, columns = np.moveaxis(np.asarray(original_coordinates(uniform.offset, 2)), -1, 0)
+    np.testing.assert_array_equal(positions(zeros(3, (4, 6), 8), uniform), whole[rows, columns])
+    chosen = sample_random_mask(jax.random.key(0), 3, (2, 3), 0.25)
+    compacted = np.asarray(positions(zeros(3, (4, 6), 8), chosen))
+    for image, row, column in np.ndindex(3, 4, 6):
+        unit = divmod(int(chosen.order[image, 0, row // 2, column // 2]), 6)
+        expected = whole[2 * unit[0] + row % 2, 2 * unit[1] + column % 2]
+        np.testing.assert_array_equal(compacted[image, row, column], expected)
+
+
+@pytest.mark.parametrize("name", ["pvt_classifier", "vit_classifier"])
+def test_an_encoder_meets_other_images_as_one_with_the_resized_table_would(name):
+    sizes = {"pvt_classifier": ((64, 64), (64, 128)), "vit_classifier": ((32, 32), (48, 24))}[name]
+    ours, theirs = (nnx.clone(build(name, image_size=size).encoder) for size in sizes)
+    leading = int(name == "vit_classifier")
+    grids = [tuple(side // ours.patch for side in size) for size in sizes]
+    width = ours.widths[0]
+    table = ours.positions.table[...]
+    resized = jax.image.resize(table[:, leading:].reshape(1, *grids[0], width), (1, *grids[1], width), "bicubic")
+    state = nnx.state(ours)
+    resized = jnp.concatenate([table[:, :leading], resized.reshape(1, -1, width)], axis=1)
+    state["positions"]["table"] = state["positions"]["table"].replace(resized)
+    nnx.update(theirs, state)
+    images = jax.random.normal(jax.random.key(1), (2, *sizes[1], 3))
+    run = jax.jit(lambda encoder: encoder(encoder.embed(images)).maps[-1])
+    np.testing.assert_allclose(run(ours), run(theirs), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pvt_um", "vit_um"])
+def test_equal_patches_differ_by_their_positions(name):
+    model = build(name)
+    encoder = model.encoder
+    first = np.asarray(jax.jit(lambda images: encoder(encoder.embed(images)).maps[0])(jnp.ones((1, 64, 64, 3))))
+    tokens = first.reshape(-1, first.shape[-1])
+    distances = np.abs(tokens[:, None] - tokens[None]).max(-1) + np.eye(len(tokens))
+    assert distances.min() > 1e-3

@@ -1,0 +1,200 @@
+"""Swin: the position bias, windows against a computation pair by pair, and what its parameters start from."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.models.small import build
+from umae_jax import masking
+from umae_jax.errors import UserError
+from umae_jax.models.layers import DropPath
+from umae_jax.models.swin import PositionBias, SwinBlock
+from umae_jax.models.windows import ACROSS_BORDERS, make_windows
+
+
+def log_scaled(difference):
+    return jnp.sign(difference) * jnp.log1p(jnp.abs(difference))
+
+
+def direct_bias(position, windows, offset, grid):
+    """The MLP over the original coordinates of every pair of tokens of every window of every image."""
+    tokens_a_cell = grid[0] / offset.shape[1]
+    if tokens_a_cell >= 1:
+        coordinates = masking.original_coordinates(offset, int(tokens_a_cell)).astype(jnp.float32)
+    else:  # the merge keeps the top-left coordinates of each group, divided by 2
+        every = int(1 / tokens_a_cell)
+        coordinates = masking.original_coordinates(offset, 1)[:, ::every, ::every].astype(jnp.float32) / every
+    cut = windows.cut(coordinates)
+    scaled = log_scaled(cut[:, :, None, :, :] - cut[:, :, :, None, :])
+    return position.fc2(jax.nn.relu(position.fc1(scaled))).transpose(0, 1, 4, 2, 3)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize(
+    ("grid", "cells", "window"),
+    [
+        ((16, 16), (4, 4), 8),  # stage 1: windows of 2 x 2 units
+        ((16, 16), (4, 4), 4),  # windows of one unit; shifted ones cut through units
+        ((24, 12), (6, 3), 6),  # windows that cut the units at different places
+        ((16, 8), (4, 2), 8),  # a window as wide as the grid
+        ((8, 8), (4, 4), 4),  # stage 2
+        ((4, 4), (4, 4), 8),  # stage 3, one window
+        ((4, 8), (8, 16), 2),  # stage 4: a token spans 2 x 2 units
+        ((2, 4), (8, 16), 2),  # a stage more: 4 x 4 units
+    ],
+)
+def test_the_nine_cases_are_the_bias_of_every_pair(grid, cells, window, shifted):
+    position = PositionBias(3, 8, rngs=nnx.Rngs(0))
+    offset = masking.sample_uniform_mask(jax.random.key(2), 3, cells, 0.25).offset
+    windows = make_windows(grid, window, shifted=shifted, offset=offset)
+    ours, direct = position(windows), direct_bias(position, windows, offset, grid)
+    if windows.mask is not None:
+        across = np.broadcast_to(windows.mask[None, :, None] != 0, ours.shape)
+        assert (np.asarray(ours)[across] < ACROSS_BORDERS / 2).all()
+        ours, direct = np.where(across, 0, ours), np.where(across, 0, direct)
+    np.testing.assert_allclose(ours, direct, atol=1e-5)
+
+
+def test_the_bias_on_a_whole_image_is_the_direct_one():
+    position = PositionBias(2, 8, rngs=nnx.Rngs(0))
+    windows = make_windows((8, 8), 4, shifted=False, offset=None)
+    place = jnp.arange(4, dtype=jnp.float32)
+    coordinates = jnp.stack(jnp.meshgrid(place, place, indexing="ij"), -1).reshape(-1, 2)
+    scaled = log_scaled(coordinates[None, :] - coordinates[:, None])
+    direct = position.fc2(jax.nn.relu(position.fc1(scaled))).transpose(2, 0, 1)
+    np.testing.assert_allclose(position(windows)[0, 0], direct, atol=1e-5)
+
+
+def companions(grid, window, shifted):
+    """Which tokens may see one another, pair by pair: bool [N, N].
+
+    Along each axis the window of a token counts from its start, or from `window // 2` where windows shift; what lies
+    before the first shifted window is a region of its own. Where the grid is no larger than a window, all see all.
+    """
+
+    def window_of(place, size):
+        if size <= window:
+            return 0
+        return (place - (window // 2 if shifted else 0)) // window
+
+    places = [(window_of(row, grid[0]), window_of(column, grid[1])) for row, column in np.ndindex(*grid)]
+    return np.array([[one == other for other in places] for one in places])
+
+
+def block_by_pairs(block, x, coordinates, allowed):
+    """The block as SPEC 3 writes it, over all pairs of tokens of the grid at once, those not allowed left out."""
+    batch, rows, columns, width = x.shape
+    tokens = x.reshape(batch, rows * columns, width)
+    q, k, v = np.moveaxis(
+        np.asarray(block.qkv(block.norm1(tokens))).reshape(batch, -1, 3, block.heads, width // block.heads), 2, 0
+    )
+    scaled = log_scaled(coordinates[:, None, :] - coordinates[:, :, None])
+    bias = np.moveaxis(np.asarray(block.position.fc2(jax.nn.relu(block.position.fc1(scaled)))), -1, 1)
+    weights = np.exp(np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1]) + bias) * allowed
+    weights /= weights.sum(-1, keepdims=True)
+    tokens = tokens + block.proj(jnp.asarray(np.einsum("bhqk,bkhd->bqhd", weights, v).reshape(tokens.shape)))
+    return (tokens + block.mlp(block.norm2(tokens))).reshape(x.shape)
+
+
+def make_block():
+    return SwinBlock(8, 2, 2, drop=DropPath(), position_width=4, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+
+run_block = jax.jit(lambda block, x, windows: block(x, windows(), None), static_argnums=2)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize(
+    ("grid", "window"),
+    [
+        ((8, 8), 4),
+        ((6, 10), 4),  # padded along both axes
+        ((8, 5), 4),  # along one
+        ((9, 9), 4),  # three tokens of padding
+        ((7, 6), 6),  # and five
+        ((3, 10), 4),  # smaller than a window along one
+        ((4, 4), 8),
+    ],
+)
+def test_a_block_on_a_whole_image_is_the_computation_pair_by_pair(grid, window, shifted):
+    block = make_block()
+    x = jax.random.normal(jax.random.key(1), (2, *grid, 8))
+    windows = make_windows(grid, window, shifted=shifted, offset=None)
+    coordinates = jnp.asarray(list(np.ndindex(*grid)), jnp.float32)[None]
+    expected = block_by_pairs(block, x, coordinates, companions(grid, window, shifted))
+    ours = jax.jit(lambda block, x: block(x, windows, None))(block, x)
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize(("grid", "cells", "window"), [((8, 12), (4, 6), 4), ((8, 12), (2, 3), 4), ((4, 8), (2, 4), 4)])
+def test_a_block_on_the_compact_grid_is_the_computation_pair_by_pair(grid, cells, window, shifted):
+    block = make_block()
+    x = jax.random.normal(jax.random.key(1), (2, *grid, 8))
+    offset = masking.sample_uniform_mask(jax.random.key(2), 2, cells, 0.25).offset
+    windows = make_windows(grid, window, shifted=shifted, offset=offset)
+    coordinates = masking.original_coordinates(offset, grid[0] // cells[0]).reshape(2, -1, 2).astype(jnp.float32)
+    expected = block_by_pairs(block, x, coordinates, companions(grid, window, shifted))
+    ours = jax.jit(lambda block, x: block(x, windows, None))(block, x)
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("grid", "window"), [((8, 8), 4), ((6, 10), 4)])
+def test_tokens_of_different_windows_do_not_meet_in_a_block(grid, window):
+    """Read off the gradient: a token's output depends on those tokens that it may see, on all of them and no other."""
+    block = make_block()
+    x = jax.random.normal(jax.random.key(1), (1, *grid, 8))
+    weights = jax.random.normal(jax.random.key(2), (8,))
+    windows = make_windows(grid, window, shifted=True, offset=None)
+    jacobian = jax.jit(jax.jacrev(lambda x: block(x, windows, None)[0] @ weights))(x)[:, :, 0]
+    depends = np.asarray((jacobian != 0).any(-1)).reshape(grid[0] * grid[1], -1)
+    np.testing.assert_array_equal(depends, companions(grid, window, True))
+
+
+def test_initialisation():
+    """The standard deviation of each kind of parameter, SPEC 9."""
+    model = build("swin_um_window8", widths=(64, 128, 256, 512), depths=(1, 1, 1, 1), position_width=64)
+    block, merge = model.encoder.stages[1].blocks[0], model.encoder.stages[1].merge
+    expected = {  # of a Xavier uniform: sqrt(2 / (inputs + outputs))
+        "patch": (model.encoder.patch_embed.kernel, (2 / (48 + 64)) ** 0.5),
+        "qkv": (block.qkv.kernel, (2 / (128 + 384)) ** 0.5),
+        "mlp": (block.mlp.fc1.kernel, (2 / (128 + 512)) ** 0.5),
+        "decoder": (model.decoder_embed.kernel, (2 / (512 + 4 * 32)) ** 0.5),
+        "merge": (merge.proj.kernel, (2 / (4 * 128)) ** 0.5),
+        "position, first": (block.position.fc1.kernel, (2 / 64) ** 0.5),
+        "position, second": (block.position.fc2.kernel, (2 / 2) ** 0.5),
+        "token": (model.mask_token, 0.02),
+        "decoder token": (model.decoder_mask_token, 0.02),
+    }
+    for name, (parameter, deviation) in expected.items():
+        tolerance = 5 / (2 * parameter.size) ** 0.5
+        assert float(parameter[...].std()) == pytest.approx(deviation, rel=tolerance), name
+    for norm in (model.encoder.norm, model.encoder.patch_norm, merge.norm, block.norm1, model.decoder_norm):
+        assert (np.asarray(norm.scale[...]) == 1).all()
+        assert (np.asarray(norm.bias[...]) == 0).all()
+    for layer in (model.encoder.patch_embed, merge.proj, block.qkv, block.position.fc1, model.decoder_prediction):
+        assert (np.asarray(layer.bias[...]) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"window": 10, "image_size": (192, 192)},
+            "windows of 5 tokens .* do not tile stages of 24 x 24 tokens, .*; choose 6 or 12$",
+        ),
+        ({"window": 6, "image_size": (192, 64)}, "do not tile stages of 24 x 8 tokens"),
+        ({"window": 2}, "must be an even number of tokens from 4 .*, not 2$"),
+        ({"window": 9}, "must be an even number of tokens from 4 .*, not 9$"),
+    ],
+)
+def test_windows_that_do_not_fit_are_refused_in_one_sentence(changes, message):
+    with pytest.raises(UserError, match=message):
+        build("swin_um_window8", **changes)
+
+
+@pytest.mark.parametrize("window", [6, 12])
+def test_the_windows_that_the_refusal_proposes_fit(window):
+    assert build("swin_um_window8", image_size=(192, 192), window=window).encoder.window == window

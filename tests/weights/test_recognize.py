@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests import golden, small
+from umae_jax.config import default_config
+from umae_jax.errors import UserError
+from umae_jax.models.build import build_model
+from umae_jax.models.presets import SIZES, methods_of
+from umae_jax.weights.recognize import recognize
+from umae_jax.weights.reference import entries, to_reference
+
+
+def shapes_of(config):
+    """A state dict of the reference's names whose arrays take no memory."""
+    params = nnx.state(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))), nnx.Param)
+    shapes = {".".join(map(str, keys)): variable.shape for keys, variable in nnx.to_flat_state(params)}
+    return {
+        entry.theirs: entry.layout.to_theirs(np.broadcast_to(np.float32(0), shapes[entry.ours]))
+        for entry in entries(config)
+        if entry.ours in shapes
+    }
+
+
+@pytest.mark.parametrize(
+    ("size", "method"),
+    [(size, "um_mae") for size in SIZES]
+    + [(size, method) for size in ("swin_tiny", "pvt_small", "vit_small") for method in methods_of(size)[1:]],
+)
+def test_every_preset_is_recognized_from_its_shapes(size, method):
+    config = default_config(size, method)
+    found = recognize(shapes_of(config), "weights")
+    # Trained by the reference, and not for this: no shape tells them.
+    config.model.reference_order = method == "um_mae" and "vit" not in size
+    found.model.drop_path = config.model.drop_path
+    if method in ("simmim", "classifier"):
+        found.model.decoder_depth = config.model.decoder_depth
+    assert found.model.to_dict() == config.model.to_dict()
+    assert found.image_size == config.image_size
+
+
+def test_image_sizes_follow_the_tables():
+    config = golden.config_of("swin_um_window8")
+    tensors = to_reference(config, small.random_model(config)[1])
+    with pytest.raises(UserError, match="width 32, whose heads no shape tells; name the model with --config"):
+        recognize(tensors, "weights")
+    config = default_config("vit_small", "classifier")
+    config.image_size = (96, 96)
+    assert recognize(shapes_of(config), "weights").image_size == (96, 96)
+    config.image_size = (96, 128)
+    with pytest.raises(UserError, match=r"images that are not square, of 48 patches of 16 pixels; .*image_size"):
+        recognize(shapes_of(config), "weights")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: {"layer1.0.conv1.weight": np.zeros(3)}, "another architecture .* such as layer1.0.conv1.weight"),
+        (lambda state: {k: v for k, v in state.items() if "blocks.1.norm1" not in k}, "a vit that lacks 'blocks.1"),
+        (lambda state: state | {"patch_embed.proj.weight": np.zeros((384, 5, 16, 16))}, "of 5 channels, of which"),
+        (
+            lambda state: {k: v for k, v in state.items() if "blocks.11" not in k},
+            r"\(11,\), whose heads no shape",
+        ),
+    ],
+)
+def test_what_cannot_be_recognized_is_told_in_one_sentence(change, message):
+    state = shapes_of(default_config("vit_small", "mae"))
+    with pytest.raises(UserError, match=message) as told:
+        recognize(change(state), "weights")
+    assert "\n" not in str(told.value)
+
+
+def test_an_encoder_alone_is_recognized():
+    state = {
+        k: v for k, v in shapes_of(default_config("vit_small", "mae")).items() if not k.startswith(("dec", "mask"))
+    }
+    assert recognize(state, "weights").model.widths == (384,)

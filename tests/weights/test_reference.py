@@ -1,0 +1,103 @@
+import re
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests import golden, small
+from umae_jax.errors import UserError
+from umae_jax.weights.files import Weights, read_weights, write_weights
+from umae_jax.weights.reference import from_reference, to_reference
+
+
+def assert_same(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other), strict=True)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("kind", small.KINDS)
+def test_out_and_in_again_is_the_identity_bit_for_bit(kind, suffix, tmp_path):
+    if suffix == ".pth":
+        pytest.importorskip("torch")
+    config = golden.config_of(kind)
+    _, params = small.random_model(config)
+    path = tmp_path / f"weights{suffix}"
+    write_weights(path, Weights(to_reference(config, params), {"a": "b"}))
+    tensors, metadata = read_weights(path)
+    assert metadata == {"a": "b"}
+    assert_same(from_reference(config, params, tensors, name="weights"), params)
+    # And once more out: the file's numbers are those that came in.
+    again = to_reference(config, from_reference(config, params, tensors, name="weights"))
+    assert again.keys() == tensors.keys()
+    for name, array in again.items():
+        np.testing.assert_array_equal(array, tensors[name], strict=True)
+
+
+@pytest.mark.parametrize("kind", small.KINDS)
+def test_the_names_and_shapes_are_the_references_to_the_last(kind):
+    theirs = golden.part(golden.load(kind), "param")
+    config = golden.config_of(kind)
+    ours = to_reference(config, small.random_model(config)[1])
+    assert {name: array.shape for name, array in ours.items()} == {name: array.shape for name, array in theirs.items()}
+    for table in {"pos_embed", "decoder_pos_embed"} & theirs.keys() - (
+        {"pos_embed"} if "classifier" in kind else set()
+    ):
+        np.testing.assert_allclose(ours[table], theirs[table], atol=1e-5)
+
+
+def test_a_convolution_is_laid_out_as_torch_has_it():
+    torch = pytest.importorskip("torch")
+    config = golden.config_of("pvt_um")
+    graph, params = small.random_model(config)
+    tensors = to_reference(config, params)
+    weight, bias = (torch.tensor(tensors[f"patch_embed.proj.{leaf}"]) for leaf in ("weight", "bias"))
+    images = np.random.default_rng(0).normal(size=(1, 8, 12, 3)).astype(np.float32)
+    theirs = torch.nn.functional.conv2d(torch.from_numpy(images).permute(0, 3, 1, 2), weight, bias, stride=4)
+    ours = nnx.merge(graph, params).encoder.embed(images)
+    np.testing.assert_allclose(ours, theirs.permute(0, 2, 3, 1), atol=1e-5)
+
+
+def test_everything_that_does_not_fit_is_told_at_once():
+    config = golden.config_of("swin_um_window8")
+    params = small.random_model(config)[1]
+    tensors = to_reference(config, params)
+    del tensors["norm.weight"], tensors["blocks.3.mlp.fc1.bias"]
+    tensors["surprise"] = np.zeros(3, np.float32)
+    tensors["decoder_pred.bias"] = np.zeros(10, np.float32)
+    tensors["decoder_pos_embed"] = tensors["decoder_pos_embed"] + 1
+    tensors["mask_token"] = tensors["mask_token"] * np.nan
+    with pytest.raises(UserError) as told:
+        from_reference(config, params, tensors, name="weights.pth")
+    for part in (
+        "weights.pth does not fit the swin um_mae",
+        "2 missing: blocks.3.mlp.fc1.bias, norm.weight",
+        "1 unexpected: surprise",
+        "decoder_pred.bias is [10], not [768]",
+        "decoder_pos_embed is not the fixed sin-cos table",
+        "mask_token is not finite",
+    ):
+        assert part in str(told.value)
+
+
+def test_fixed_tables_may_be_missing_and_an_encoder_alone_may_be_taken():
+    config = golden.config_of("vit_um")
+    params = small.random_model(config)[1]
+    tensors = to_reference(config, params)
+    encoder = {name: array for name, array in tensors.items() if not re.match("decoder_|mask_token|pos_embed", name)}
+    alone = from_reference(config, params, encoder, name="weights", only="encoder.")
+    assert_same(alone["encoder"], params["encoder"])
+    with pytest.raises(UserError, match=r"missing: .*decoder_pred.weight"):
+        from_reference(config, params, encoder, name="weights")
+
+
+def test_a_head_of_another_number_of_classes_is_told():
+    config = golden.config_of("pvt_classifier")
+    params = small.random_model(config)[1]
+    tensors = to_reference(config, params)
+    config.model.classes = 7
+    params = small.random_model(config)[1]
+    with pytest.raises(UserError, match=r"head.bias is \[10\], not \[7\]"):
+        from_reference(config, params, tensors, name="weights")
