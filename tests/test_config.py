@@ -1,4 +1,6 @@
+import functools
 import importlib.util
+from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -6,7 +8,8 @@ from flax import nnx
 
 from umae_jax.config import check, default_config, differences, read_config, resolve_steps, to_json
 from umae_jax.errors import UserError
-from umae_jax.models.build import build_autoencoder
+from umae_jax.models import presets
+from umae_jax.models.build import build_model
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -18,7 +21,7 @@ def test_every_configuration_builds_and_survives_json(path, tmp_path):
     spec.loader.exec_module(module)
     config = module.get_config()
     check(config)
-    nnx.eval_shape(lambda: build_autoencoder(config, nnx.Rngs(0)))
+    nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)))
     written = tmp_path / "config.json"
     written.write_text(to_json(config))
     assert read_config(written).to_dict() == config.to_dict()
@@ -37,9 +40,9 @@ def test_steps_win_over_examples_and_examples_over_epochs():
 
 def test_differences_name_the_nested_key():
     old, new = default_config(), default_config()
-    new.model.width = 192
+    new.model.widths = (192, 384, 768, 1536)
     new.seed = 1
-    assert differences(old, new) == {"model.width": (96, 192), "seed": (0, 1)}
+    assert differences(old, new) == {"model.widths": ((96, 192, 384, 768), (192, 384, 768, 1536)), "seed": (0, 1)}
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b'{"model": {"no_such_key": 1}}', b'{"seed": "one"}', b"\x80\xff"])
@@ -48,6 +51,29 @@ def test_a_file_that_is_no_configuration_is_told(tmp_path, data):
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"config.json is not a configuration that this program wrote"):
         read_config(path)
+
+
+@pytest.mark.parametrize("key", ["accumulate", "model.method", "model.widths", "optimizer"])
+def test_a_file_that_lacks_a_key_is_told(tmp_path, key):
+    """Such as one that an earlier version wrote: what it lacks is never filled in with a default."""
+    config = default_config().unlock()
+    *parents, last = key.split(".")
+    del functools.reduce(getitem, parents, config)[last]
+    path = tmp_path / "config.json"
+    path.write_text(to_json(config))
+    with pytest.raises(UserError, match=rf"not a configuration that this program wrote \({last} missing\)"):
+        read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("size", "method"), [(size, method) for size in presets.SIZES for method in presets.methods_of(size)]
+)
+def test_every_preset_passes_the_check_and_survives_json(tmp_path, size, method):
+    config = default_config(size, method)
+    check(config)
+    path = tmp_path / "config.json"
+    path.write_text(to_json(config))
+    assert read_config(path).to_dict() == config.to_dict()
 
 
 def test_a_configuration_that_misses_keys_is_told():
@@ -71,6 +97,11 @@ def test_a_configuration_that_misses_keys_is_told():
         ("log_every", 0, "log_every must be a whole number from 1, not 0"),
         ("model.patch", -4, "model.patch must be a whole number from 1"),
         ("model.depths", (1.5, 2), "model.depths must be whole numbers from 1"),
+        ("model.widths", (96, 0), "model.widths must be whole numbers from 1"),
+        ("model.mlp_ratios", (4.0, 4.0), "model.mlp_ratios must be whole numbers from 1"),
+        ("model.reductions", (0, 1), "model.reductions must be whole numbers from 1"),
+        ("model.classes", 0, "model.classes must be a whole number from 1"),
+        ("model.drop_path", 1.0, r"model.drop_path must lie in \[0, 1\)"),
         ("image_size", (32.0, 32.0), "image_size must be whole numbers from 1"),
         ("seed", -1, "seed must lie in 0"),
         ("seed", 2**40, "seed must lie in 0"),

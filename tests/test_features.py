@@ -8,9 +8,9 @@ import umae_jax
 from tests import golden, small
 from tests.images import picture
 from tests.runs import store
-from umae_jax.convert import take_out
 from umae_jax.data.on_device import normalize
 from umae_jax.errors import UserError
+from umae_jax.weights.exchange import take_out
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Properties of uniform masking over shapes and seeds."""
+"""Properties of uniform and random masking over shapes and seeds."""
 
 import math
 
@@ -19,6 +19,10 @@ quick = settings(max_examples=25, deadline=None)
 
 def draw(seed, batch, cells, ratio=0.25):
     return masking.sample_uniform_mask(jax.random.key(seed), batch, cells, ratio)
+
+
+def draw_random(seed, batch, cells, ratio=0.25):
+    return masking.sample_random_mask(jax.random.key(seed), batch, cells, ratio)
 
 
 def random_map(seed, batch, cells, side, channels):
@@ -81,6 +85,103 @@ def test_coordinates_are_where_compaction_takes_its_tokens_from(seed, cells, sid
     np.testing.assert_array_equal(masking.original_coordinates(offset, side), taken)
 
 
+def test_a_uniform_mask_s_methods_are_the_functions():
+    mask, x = draw(0, 2, (2, 3)), random_map(0, 2, (2, 3), 2, 3)
+    sampled, masked = mask.compact(x), mask.masked_units(x)
+    np.testing.assert_array_equal(sampled, masking.compact(x, mask.offset))
+    np.testing.assert_array_equal(masked, masking.masked_units(x, mask.offset))
+    np.testing.assert_array_equal(mask.assemble(sampled, masked), masking.assemble(sampled, masked, mask.offset))
+
+
+def unit_at(x, unit, cells, side):
+    """One unit of one image, [side, side, C], by its number in the rows of the grid."""
+    row, column = divmod(int(unit), 2 * cells[1])
+    return x[row * side : (row + 1) * side, column * side : (column + 1) * side]
+
+
+def four_maps(x, order, side):
+    """Independent of the code under test, unit by unit: the maps [B, 4, rows * side, columns * side, C]."""
+    batch, _, rows, columns = order.shape
+    maps = np.empty((batch, 4, rows * side, columns * side, x.shape[-1]), x.dtype)
+    for image, number, row, column in np.ndindex(order.shape):
+        place = maps[image, number, row * side : (row + 1) * side, column * side : (column + 1) * side]
+        place[...] = unit_at(x[image], order[image, number, row, column], (rows, columns), side)
+    return maps
+
+
+@quick
+@given(seeds, sizes, st.integers(1, 3), st.floats(0, 0.99))
+def test_a_random_mask_orders_all_units_and_hides_exactly_its_count(seed, cells, batch, ratio):
+    """So that exactly a quarter is sampled: the first of the four maps."""
+    mask = draw_random(seed, batch, cells, ratio)
+    assert mask.order.shape == (batch, 4, *cells)
+    assert mask.hidden.shape == (batch, *cells)
+    assert mask.order.dtype == jnp.int32
+    assert mask.hidden.dtype == jnp.bool_
+    count = cells[0] * cells[1]
+    assert (np.sort(np.asarray(mask.order).reshape(batch, -1)) == np.arange(4 * count)).all()
+    assert (count - np.asarray(mask.hidden).sum((1, 2)) == math.floor(count * (1 - ratio))).all()
+
+
+@quick
+@given(seeds, sizes, st.integers(1, 3), st.integers(1, 4), st.integers(1, 5))
+def test_a_random_mask_takes_an_image_apart_and_puts_it_together(seed, cells, batch, side, channels):
+    mask = draw_random(seed, batch, cells)
+    x = random_map(seed, batch, cells, side, channels)
+    sampled, masked = mask.compact(x), mask.masked_units(x)
+    maps = four_maps(x, np.asarray(mask.order), side)
+    np.testing.assert_array_equal(sampled, maps[:, 0])
+    np.testing.assert_array_equal(masked, maps[:, 1:])
+    np.testing.assert_array_equal(mask.assemble(sampled, masked), x)
+    # Alone, what was sampled goes back to its place.
+    flags = np.zeros((batch, 4 * cells[0] * cells[1]), bool)
+    np.put_along_axis(flags, np.asarray(mask.order[:, 0]).reshape(batch, -1), True, axis=1)
+    flags = flags.reshape(batch, 2 * cells[0], 2 * cells[1]).repeat(side, 1).repeat(side, 2)[..., None]
+    scattered = mask.assemble(sampled, jnp.zeros((1, 1, 1, 1, 1)))
+    np.testing.assert_array_equal(scattered, np.where(flags, x, 0))
+
+
+@pytest.mark.parametrize("sample", [draw, draw_random])
+def test_one_map_serves_every_image(sample):
+    mask = sample(4, 3, (2, 3))
+    x = random_map(4, 1, (2, 3), 2, 5)
+    copies = np.repeat(x, 3, axis=0)
+    np.testing.assert_array_equal(mask.compact(x), mask.compact(copies))
+    np.testing.assert_array_equal(mask.masked_units(x), mask.masked_units(copies))
+    np.testing.assert_array_equal(mask.assemble(mask.compact(x), mask.masked_units(x)), copies)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.float16, np.bool_])
+@pytest.mark.parametrize("sample", [draw, draw_random])
+def test_maps_keep_their_type(sample, dtype):
+    mask = sample(4, 2, (2, 3))
+    x = np.random.default_rng(0).integers(0, 256, (2, 8, 12, 3)).astype(dtype)
+    sampled, masked = mask.compact(x), mask.masked_units(x)
+    assert sampled.dtype == masked.dtype == dtype
+    whole = mask.assemble(sampled, masked)
+    assert whole.dtype == dtype
+    np.testing.assert_array_equal(whole, x)
+
+
+def test_every_order_of_a_random_mask_comes_as_often():
+    orders = np.asarray(draw_random(3, 6000, (1, 1)).order).reshape(-1, 4)
+    _, counts = np.unique(orders, axis=0, return_counts=True)
+    assert len(counts) == 24
+    assert scipy.stats.chisquare(counts).pvalue > 1e-4
+
+
+def test_random_marginals_are_uniform():
+    mask = draw_random(3, 4000, (2, 2))
+    order = np.asarray(mask.order).reshape(-1, 16)
+    for place in range(16):
+        assert scipy.stats.chisquare(np.bincount(order[:, place], minlength=16)).pvalue > 1e-4
+    # Which sampled unit is hidden: one of four places, each as often; and independent of the unit that lies there.
+    hidden = np.asarray(mask.hidden).reshape(-1, 4)
+    assert scipy.stats.chisquare(hidden.sum(0)).pvalue > 1e-4
+    table = [np.bincount(order[:, :4][hidden == flag], minlength=16) for flag in (False, True)]
+    assert scipy.stats.chi2_contingency(table).pvalue > 1e-4
+
+
 def test_marginals_are_uniform():
     mask = draw(3, 4000, (2, 2))
     for cell in np.ndindex(2, 2):
@@ -107,6 +208,29 @@ def test_the_mask_belongs_to_the_key_of_its_image():
         np.testing.assert_array_equal(alone.hidden[0], together.hidden[image])
 
 
+def test_the_random_mask_belongs_to_the_key_of_its_image():
+    keys = jax.random.split(jax.random.key(0), 6)
+    together = masking.sample_random_mask(keys, 6, (3, 4), 0.25)
+    for image in range(6):
+        alone = masking.sample_random_mask(keys[image : image + 1], 1, (3, 4), 0.25)
+        np.testing.assert_array_equal(alone.order[0], together.order[image])
+        np.testing.assert_array_equal(alone.hidden[0], together.hidden[image])
+    assert len(np.unique(np.asarray(together.order).reshape(6, -1), axis=0)) == 6
+
+
+def test_random_masks_work_under_jit_and_vmap():
+    key = jax.random.key(1)
+    compiled = jax.jit(masking.sample_random_mask, static_argnums=(1, 2, 3))(key, 2, (2, 3), 0.25)
+    eager = masking.sample_random_mask(key, 2, (2, 3), 0.25)
+    np.testing.assert_array_equal(compiled.order, eager.order)
+    np.testing.assert_array_equal(compiled.hidden, eager.hidden)
+    many = jax.vmap(lambda key: masking.sample_random_mask(key, 2, (2, 3), 0.25))(jax.random.split(key, 5))
+    x = random_map(0, 2, (2, 3), 2, 3)
+    stacked = jax.jit(jax.vmap(lambda mask: mask.compact(x)))(many)
+    fourth = masking.RandomMask(many.order[4], many.hidden[4])
+    np.testing.assert_array_equal(stacked[4], fourth.compact(x))
+
+
 def test_works_under_jit_and_vmap():
     key = jax.random.key(1)
     compiled = jax.jit(masking.sample_uniform_mask, static_argnums=(1, 2, 3))(key, 2, (2, 3), 0.25)
@@ -126,16 +250,21 @@ def test_accepts_a_key_of_the_old_kind():
 
 def test_keys_must_be_one_an_image():
     with pytest.raises(ValueError, match="one an image"):
+        masking.sample_random_mask(jax.random.split(jax.random.key(0), 3), 2, (2, 2), 0.25)
+    with pytest.raises(ValueError, match="one an image"):
         masking.sample_uniform_mask(jax.random.split(jax.random.key(0), 3), 2, (2, 2), 0.25)
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, float("nan")])
 def test_a_ratio_outside_its_range_is_refused(ratio):
-    with pytest.raises(ValueError, match="secondary masking ratio"):
-        draw(0, 1, (2, 2), ratio)
+    for sample in (draw, draw_random):
+        with pytest.raises(ValueError, match="secondary masking ratio"):
+            sample(0, 1, (2, 2), ratio)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 6, 3), (1, 7, 8, 3), (1, 2, 2, 3)])
 def test_a_map_that_is_not_made_of_cells_is_refused(shape):
     with pytest.raises(ValueError, match="does not divide"):
         masking.compact(jnp.zeros(shape), jnp.zeros((1, 2, 2), jnp.int32))
+    with pytest.raises(ValueError, match="does not divide"):
+        draw_random(0, 1, (2, 2)).compact(jnp.zeros(shape))

@@ -1,4 +1,5 @@
 import io
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,7 @@ from PIL import Image, ImageDraw
 from tests import tiny
 from tests.images import picture
 from umae_jax.data.on_device import IMAGENET_MEAN, IMAGENET_STD, denormalize, normalize, random_flip, sample_keys
-from umae_jax.masking import assemble, sample_uniform_mask
-from umae_jax.models.build import build_autoencoder
+from umae_jax.models.build import build_model
 from umae_jax.pictures import PLAIN, STATISTICS, make_illustrator, reconstruct
 
 NORMALIZATION = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
@@ -27,31 +27,47 @@ class Oracle:
         return getattr(self._model, name)
 
     def __call__(self, images, mask):
-        return jnp.zeros(()), self._model.target(images, mask.offset)
+        return jnp.zeros(()), self._model.target(images, mask)
 
 
-def build(normalize_target):
+KINDS = {  # each with a share of its sampled units that are hidden
+    "uniform": ({}, 0.25),
+    "random": (
+        {"method": "mae", "encoder": "vit", "widths": (8,), "depths": (1,), "heads": (2,), "mlp_ratios": (4,)}
+        | {"decoder_factor": 1},
+        0.25,
+    ),
+    "simmim": ({"method": "simmim"}, 0),
+}
+
+
+def build(kind="uniform", **changes):
     config = tiny.get_config()
-    config.model.normalize_target = normalize_target
-    return build_autoencoder(config, nnx.Rngs(0))
+    config.model.update(KINDS[kind][0] | changes)
+    return build_model(config, nnx.Rngs(0))
 
 
-@pytest.fixture
-def case():
+def case(model):
     images = jnp.asarray(np.stack([picture(seed, 32, 32) for seed in range(2)]))
-    mask = sample_uniform_mask(jax.random.key(0), 2, (4, 4), 0.25)
-    return images, mask
+    return images, model.sample_mask(jax.random.split(jax.random.key(0), 2))
+
+
+def panels_of(model, images, mask, statistics):
+    show = partial(reconstruct, model, statistics=statistics, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    return jax.jit(show)(images, mask)
 
 
 @pytest.mark.parametrize(("normalize_target", "statistics"), [(False, "visible"), (True, "unit")])
-def test_an_exact_prediction_restores_the_picture(case, normalize_target, statistics):
-    images, mask = case
-    panels = reconstruct(Oracle(build(normalize_target)), images, mask, statistics=statistics, **NORMALIZATION)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exact_prediction_restores_the_picture(kind, normalize_target, statistics):
+    model = build(kind, normalize_target=normalize_target)
+    images, mask = case(model)
+    panels = panels_of(Oracle(model), images, mask, statistics)
     shown = ~np.asarray(panels.hidden)
     difference = np.asarray(panels.pasted).astype(int) - np.asarray(images)
     assert np.abs(difference)[shown].max() <= 1
     assert (np.asarray(panels.pasted)[~shown] == 0).all()
-    assert np.asarray(panels.hidden).mean() == 1 / 16
+    assert np.asarray(panels.hidden).mean() == KINDS[kind][1] / 4
     assert np.asarray(panels.sampled).mean() == 1 / 4
     seen = np.asarray(panels.sampled & ~panels.hidden)
     np.testing.assert_array_equal(np.asarray(panels.seen)[seen], np.asarray(images)[seen])
@@ -59,27 +75,25 @@ def test_an_exact_prediction_restores_the_picture(case, normalize_target, statis
     np.testing.assert_allclose(panels.error, 0, atol=1e-9)
 
 
-def test_statistics_of_visible_units_do_not_leak_what_was_masked(case):
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics_of_visible_units_do_not_leak_what_was_masked(kind):
     """Only visible pixels and the model's prediction may reach the picture."""
-    images, mask = case
+    model = build(kind, normalize_target=True)
+    images, mask = case(model)
     noise = jax.random.randint(jax.random.key(5), images.shape, 0, 256).astype(jnp.uint8)
-    flags = assemble(~mask.hidden.repeat(4, 1).repeat(4, 2)[..., None], jnp.zeros((1, 1, 1, 1, 1), bool), mask.offset)
+    flags = mask.assemble(~mask.hidden.repeat(4, 1).repeat(4, 2)[..., None], jnp.zeros((1, 1, 1, 1, 1), bool))
     others = jnp.where(flags, images, noise)  # the same where visible
-    model = build(True)
-    shown = []
-    for pixels in (images, others):
-        panels = reconstruct(model, pixels, mask, statistics="visible", **NORMALIZATION)
-        shown.append(np.asarray(panels.predicted))
+    shown = [panels_of(model, pixels, mask, "visible").predicted for pixels in (images, others)]
     np.testing.assert_array_equal(*shown)
 
 
-def test_statistics_of_visible_units_are_the_nearest(case):
+def test_statistics_of_visible_units_are_the_nearest():
     """On an image dark to the left and bright to the right, each border takes its own side's colour."""
-    _, mask = case
-    mask = mask._replace(hidden=jnp.zeros_like(mask.hidden))
+    model = build(secondary_ratio=0.0, normalize_target=True)
+    _, mask = case(model)
     columns = jnp.where(jnp.arange(32) < 16, 40, 220).astype(jnp.uint8)
     images = jnp.broadcast_to(columns[None, None, :, None], (2, 32, 32, 3))
-    panels = reconstruct(Oracle(build(True)), images, mask, statistics="visible", **NORMALIZATION)
+    panels = panels_of(Oracle(model), images, mask, "visible")
     restored = np.where(np.asarray(panels.sampled)[..., None], images, panels.predicted)
     means = [normalize(jnp.asarray(pixels), **NORMALIZATION).mean((0, 1, 3)) for pixels in (restored, images)]
     border = np.array([0, 1, 2, 3, 28, 29, 30, 31])
@@ -89,10 +103,7 @@ def test_statistics_of_visible_units_are_the_nearest(case):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("normalize_target", "statistics"), [(True, "visible"), (True, "unit"), (False, "unit")])
 def test_the_caption_says_how_it_was_de_normalised(monkeypatch, channels, normalize_target, statistics):
-    config = tiny.get_config()
-    config.model.normalize_target = normalize_target
-    config.model.channels = channels
-    graph, params = nnx.split(build_autoencoder(config, nnx.Rngs(0)))
+    graph, params = nnx.split(build(normalize_target=normalize_target, channels=channels))
     images = np.stack([picture(0, 32, 32)])[..., :channels]
     captions = []
     original = ImageDraw.ImageDraw.text

@@ -10,7 +10,7 @@ import pytest
 import umae_jax
 from tests import golden, small
 from tests.runs import store
-from umae_jax.convert import BACKBONE, take_out
+from umae_jax.weights.exchange import BACKBONE, take_out
 
 torch = pytest.importorskip("torch")
 

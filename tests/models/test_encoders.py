@@ -34,7 +34,7 @@ def test_each_stage_of_a_whole_image_has_half_the_resolution_of_the_one_before(n
     assert all(np.isfinite(stage).all() for stage in features.maps)
 
 
-@pytest.mark.parametrize("name", (*NAMES, "vit_random"))
+@pytest.mark.parametrize("name", [*NAMES, "vit_random"])
 def test_the_compact_grid_has_half_the_sides_of_the_whole_one(name):
     model = build(name, image_size=(64, 128))
     images, mask = random_case(model)
@@ -43,7 +43,7 @@ def test_the_compact_grid_has_half_the_sides_of_the_whole_one(name):
     assert [stage.shape[1:3] for stage in features.maps] == [(64 // side, 128 // side) for side in sides]
 
 
-@pytest.mark.parametrize("name", (*NAMES, "vit_random"))
+@pytest.mark.parametrize("name", [*NAMES, "vit_random"])
 def test_hidden_units_hold_the_mask_token_and_go_through_the_norm_of_patches(name):
     model = build(name, secondary_ratio=0.25)
     images, mask = random_case(model)

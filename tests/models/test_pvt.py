@@ -14,18 +14,22 @@ from umae_jax.models.pvt import PooledAttention
 def test_every_token_attends_to_the_averages_of_all_blocks(grid, reduction):
     attention = PooledAttention(8, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, *grid, 8))
-    pooled = [
-        np.asarray(x)[:, row : row + reduction, column : column + reduction].mean((1, 2))
-        for row in range(0, grid[0], reduction)
-        for column in range(0, grid[1], reduction)
-    ]
-    keys_values = attention.kv(attention.norm(attention.reduce(jnp.asarray(np.stack(pooled, 1)))))
-    k, v = np.split(np.asarray(keys_values).reshape(2, -1, 4, 4), 2, axis=2)  # keys of both heads, then values
-    q = np.asarray(attention.q(x)).reshape(2, -1, 2, 4)
-    weights = np.exp(np.einsum("bqhd,bkhd->bhqk", q, k) / 2)
-    weights /= weights.sum(-1, keepdims=True)
-    expected = attention.proj(jnp.asarray(np.einsum("bhqk,bkhd->bqhd", weights, v).reshape(x.shape)))
-    np.testing.assert_allclose(attention(x, reduction), expected, atol=1e-5)
+
+    @jax.jit
+    def by_pairs(attention, x):
+        pooled = [
+            x[:, row : row + reduction, column : column + reduction].mean((1, 2))
+            for row in range(0, grid[0], reduction)
+            for column in range(0, grid[1], reduction)
+        ]
+        keys_values = attention.kv(attention.norm(attention.reduce(jnp.stack(pooled, 1)))).reshape(2, -1, 2, 2, 4)
+        q = attention.q(x).reshape(2, -1, 2, 4)
+        weights = jnp.exp(jnp.einsum("bqhd,bkhd->bhqk", q, keys_values[:, :, 0]) / 2)
+        weights = weights / weights.sum(-1, keepdims=True)
+        return attention.proj(jnp.einsum("bhqk,bkhd->bqhd", weights, keys_values[:, :, 1]).reshape(x.shape))
+
+    ours = jax.jit(lambda attention, x: attention(x, reduction))(attention, x)
+    np.testing.assert_allclose(ours, by_pairs(attention, x), atol=1e-5)
 
 
 def test_reductions_are_halved_on_the_compact_grid_but_never_below_1():

@@ -14,8 +14,10 @@ from umae_jax.models.swin import PositionBias, SwinBlock
 from umae_jax.models.windows import ACROSS_BORDERS, make_windows
 
 
-def log_scaled(difference):
-    return jnp.sign(difference) * jnp.log1p(jnp.abs(difference))
+def position_bias(position, difference):
+    """SPEC 3 written out: coordinate differences [..., 2] to one bias a head."""
+    scaled = jnp.sign(difference) * jnp.log1p(jnp.abs(difference))
+    return position.fc2(jax.nn.relu(position.fc1(scaled)))
 
 
 def direct_bias(position, windows, offset, grid):
@@ -27,8 +29,7 @@ def direct_bias(position, windows, offset, grid):
         every = int(1 / tokens_a_cell)
         coordinates = masking.original_coordinates(offset, 1)[:, ::every, ::every].astype(jnp.float32) / every
     cut = windows.cut(coordinates)
-    scaled = log_scaled(cut[:, :, None, :, :] - cut[:, :, :, None, :])
-    return position.fc2(jax.nn.relu(position.fc1(scaled))).transpose(0, 1, 4, 2, 3)
+    return position_bias(position, cut[:, :, None, :, :] - cut[:, :, :, None, :]).transpose(0, 1, 4, 2, 3)
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -48,10 +49,15 @@ def direct_bias(position, windows, offset, grid):
 def test_the_nine_cases_are_the_bias_of_every_pair(grid, cells, window, shifted):
     position = PositionBias(3, 8, rngs=nnx.Rngs(0))
     offset = masking.sample_uniform_mask(jax.random.key(2), 3, cells, 0.25).offset
-    windows = make_windows(grid, window, shifted=shifted, offset=offset)
-    ours, direct = position(windows), direct_bias(position, windows, offset, grid)
-    if windows.mask is not None:
-        across = np.broadcast_to(windows.mask[None, :, None] != 0, ours.shape)
+
+    @jax.jit
+    def both(position, offset):
+        windows = make_windows(grid, window, shifted=shifted, offset=offset)
+        return position(windows), direct_bias(position, windows, offset, grid), windows.mask
+
+    ours, direct, mask = both(position, offset)
+    if mask is not None:
+        across = np.broadcast_to(mask[None, :, None] != 0, ours.shape)
         assert (np.asarray(ours)[across] < ACROSS_BORDERS / 2).all()
         ours, direct = np.where(across, 0, ours), np.where(across, 0, direct)
     np.testing.assert_allclose(ours, direct, atol=1e-5)
@@ -62,8 +68,7 @@ def test_the_bias_on_a_whole_image_is_the_direct_one():
     windows = make_windows((8, 8), 4, shifted=False, offset=None)
     place = jnp.arange(4, dtype=jnp.float32)
     coordinates = jnp.stack(jnp.meshgrid(place, place, indexing="ij"), -1).reshape(-1, 2)
-    scaled = log_scaled(coordinates[None, :] - coordinates[:, None])
-    direct = position.fc2(jax.nn.relu(position.fc1(scaled))).transpose(2, 0, 1)
+    direct = position_bias(position, coordinates[None, :] - coordinates[:, None]).transpose(2, 0, 1)
     np.testing.assert_allclose(position(windows)[0, 0], direct, atol=1e-5)
 
 
@@ -83,26 +88,23 @@ def companions(grid, window, shifted):
     return np.array([[one == other for other in places] for one in places])
 
 
+@jax.jit
 def block_by_pairs(block, x, coordinates, allowed):
     """The block as SPEC 3 writes it, over all pairs of tokens of the grid at once, those not allowed left out."""
     batch, rows, columns, width = x.shape
     tokens = x.reshape(batch, rows * columns, width)
-    q, k, v = np.moveaxis(
-        np.asarray(block.qkv(block.norm1(tokens))).reshape(batch, -1, 3, block.heads, width // block.heads), 2, 0
-    )
-    scaled = log_scaled(coordinates[:, None, :] - coordinates[:, :, None])
-    bias = np.moveaxis(np.asarray(block.position.fc2(jax.nn.relu(block.position.fc1(scaled)))), -1, 1)
-    weights = np.exp(np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1]) + bias) * allowed
-    weights /= weights.sum(-1, keepdims=True)
-    tokens = tokens + block.proj(jnp.asarray(np.einsum("bhqk,bkhd->bqhd", weights, v).reshape(tokens.shape)))
+    qkv = block.qkv(block.norm1(tokens)).reshape(batch, -1, 3, block.heads, width // block.heads)
+    q, k, v = (qkv[:, :, part] for part in range(3))
+    bias = position_bias(block.position, coordinates[:, None, :] - coordinates[:, :, None])
+    weights = jnp.exp(jnp.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5 + bias.transpose(0, 3, 1, 2))
+    weights = jnp.where(allowed[None, None], weights, 0)
+    weights = weights / weights.sum(-1, keepdims=True)
+    tokens = tokens + block.proj(jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(tokens.shape))
     return (tokens + block.mlp(block.norm2(tokens))).reshape(x.shape)
 
 
 def make_block():
     return SwinBlock(8, 2, 2, drop=DropPath(), position_width=4, dtype=jnp.float32, rngs=nnx.Rngs(0))
-
-
-run_block = jax.jit(lambda block, x, windows: block(x, windows(), None), static_argnums=2)
 
 
 @pytest.mark.parametrize("shifted", [False, True])

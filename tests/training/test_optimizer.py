@@ -6,12 +6,12 @@ from flax import nnx
 
 from tests import tiny
 from umae_jax.config import default_config
-from umae_jax.models.build import build_autoencoder
+from umae_jax.models.build import build_model
 from umae_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
 
 
 def test_no_decay_on_vectors_by_name():
-    state = nnx.state(build_autoencoder(tiny.get_config(), nnx.Rngs(0)), nnx.Param)
+    state = nnx.state(build_model(tiny.get_config(), nnx.Rngs(0)), nnx.Param)
     names = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
     decayed = dict(zip(names, jax.tree.leaves(decay_mask(state)), strict=True))
     assert {True, False} == set(decayed.values())

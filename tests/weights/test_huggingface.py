@@ -9,8 +9,8 @@ from flax import nnx
 
 from tests import golden, small
 from tests.runs import store
-from umae_jax.convert import take_out
 from umae_jax.masking import RandomMask
+from umae_jax.weights.exchange import take_out
 from umae_jax.weights.files import read_weights
 from umae_jax.weights.huggingface import LAYOUTS, from_huggingface, to_huggingface
 from umae_jax.weights.reference import to_reference

@@ -59,6 +59,13 @@ def initialize(config: ConfigDict, run: Run) -> TrainState:
     return jax.jit(lambda: init_state(_initial_params(config), run.optimizer), out_shardings=shardings)()
 
 
+def start_from(run: Run, params: Params) -> TrainState:
+    """The first state of a run whose parameters are given, as arrays of the host or of any device."""
+    shardings = jax.tree.map(lambda array: array.sharding, run.state)
+    params = jax.device_put(params, shardings.params)
+    return jax.jit(lambda params: init_state(params, run.optimizer), out_shardings=shardings)(params)
+
+
 class StoredRun(NamedTuple):
     """What a run's directory holds: its configuration, and the newest parameters with their step."""
 

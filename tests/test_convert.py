@@ -1,0 +1,142 @@
+import json
+import pickle
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import umae_jax
+from tests import commands, golden, small, tiny
+from tests.runs import store
+from tests.weights.test_reference import assert_same
+from umae_jax.errors import UserError
+from umae_jax.training.runs import read_run
+from umae_jax.weights.exchange import take_in, take_out
+from umae_jax.weights.files import read_weights
+
+
+@pytest.mark.parametrize("kind", ["swin_um_window4_no_secondary", "pvt_um", "vit_um", "simmim_pvt", "vit_classifier"])
+def test_a_golden_file_comes_in_and_is_reproduced(kind, tmp_path):
+    take_in(golden.path_of(kind), tmp_path / "run", golden.config_of(kind))
+    stored = read_run(tmp_path / "run")
+    assert stored.step == 0
+    assert stored.config.to_dict() == golden.config_of(kind).to_dict()
+    params = jax.device_get(stored.params)
+    assert_same(params, nnx.state(golden.model_of(kind), nnx.Param))
+    numbers, model = golden.load(kind), nnx.merge(stored.graph, params)
+    if "logits" in numbers:
+        np.testing.assert_allclose(jax.jit(lambda m, x: m(x))(model, numbers["images"]), numbers["logits"], atol=1e-4)
+    else:
+        loss = jax.jit(lambda m, x: m(x, golden.mask_of(numbers, model))[0])(model, numbers["images"])
+        assert float(loss) == pytest.approx(float(numbers["loss"]), rel=1e-5)
+
+
+def test_out_by_command_and_in_again_is_the_same_run(tmp_path):
+    config = tiny.get_config()
+    config.data.source, config.data.data_dir = "folder:/home/somebody/pictures", "/home/somebody"
+    store(tmp_path / "run", config, small.random_model(config)[1])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "README.md").write_text("# Somebody's own\n")
+    output, errors = commands.run("convert", tmp_path / "run", "--output", tmp_path / "out" / "swin.safetensors")
+    assert output.split() == [str(tmp_path / "out" / "swin.safetensors")]
+    assert "beside it: swin.md, umae_backbone.py" in errors
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"swin.safetensors", "swin.md", "umae_backbone.py", "README.md"}
+    assert (tmp_path / "out" / "README.md").read_text() == "# Somebody's own\n"
+    metadata = read_weights(tmp_path / "out" / "swin.safetensors").metadata
+    assert metadata["step"] == "7"
+    assert json.loads(metadata["config"])["data"]["source"] == "folder:pictures"
+    assert "somebody" not in str(metadata) + (tmp_path / "out" / "swin.md").read_text()
+
+    output, errors = commands.run("convert", tmp_path / "out" / "swin.safetensors", "--workdir", tmp_path / "again")
+    assert output.split() == [str(tmp_path / "again")]
+    assert "a swin of widths (8, 16) and depths (1, 2), um_mae" in errors
+    one, other = read_run(tmp_path / "run"), read_run(tmp_path / "again")
+    assert_same(jax.device_get(one.params), jax.device_get(other.params))
+    # From where pre-training goes on.
+    commands.pretrain(tmp_path / "again", "--config.total_steps=2", "--config.data.source=photos")
+    assert [step for step, _ in commands.losses(tmp_path / "again")] == [1, 2]
+
+
+def test_the_card_of_a_run_tells_what_it_is_and_how_to_load_it(tmp_path, monkeypatch):
+    config = golden.config_of("pvt_um")
+    store(tmp_path / "run", config, small.random_model(config)[1])
+    take_out(tmp_path / "run", tmp_path / "out" / "pvt.safetensors", "reference")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: umae_jax\n")
+    for part in ("mean (0.485, 0.456, 0.406)", "widths (16, 24, 40, 48)", "7 steps of 4096 images", "128 x 128"):
+        assert part in card
+    # Its first example runs as it stands.
+    example = card.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path / "out")
+    names = {"images": np.zeros((1, 64, 64, 3), np.uint8)}
+    exec(example, names)
+    assert [stage.shape[-1] for stage in names["maps"]] == [16, 24, 40, 48]
+
+
+def error_of(file, *arguments):
+    """The one sentence that the command leaves with."""
+    _, errors = commands.run("convert", file, *arguments, status=2)
+    lines = [line for line in errors.splitlines() if line]
+    assert len(lines) == 1, errors
+    return lines[0]
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_pickle_that_would_run_code_leaves_nothing_behind(tmp_path):
+    pytest.importorskip("torch")
+    with (tmp_path / "evil.pth").open("wb") as file:
+        pickle.dump({"model": {"a": Trap(tmp_path / "sprung")}}, file, protocol=2)
+    assert "nothing" in error_of(tmp_path / "evil.pth", "--workdir", tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["evil.pth"]
+
+
+@pytest.fixture(scope="module")
+def swin(tmp_path_factory):
+    """A run and an exported file of it."""
+    folder = tmp_path_factory.mktemp("swin")
+    config = tiny.get_config()
+    store(folder / "run", config, small.random_model(config)[1])
+    take_out(folder / "run", folder / "swin.safetensors", "reference")
+    return folder
+
+
+def test_what_the_commands_user_gets_wrong_is_told_in_one_sentence(swin, tmp_path):
+    """By one command for the way there, the other cases without: they share it."""
+    message = error_of(swin / "swin.safetensors", "--workdir", swin / "run")
+    assert (
+        message == f"error: --workdir: {swin / 'run'} is there and not empty; choose another, so that nothing is lost"
+    )
+    (tmp_path / "cut.safetensors").write_bytes((swin / "swin.safetensors").read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"cut.safetensors is no whole safetensors file"):
+        take_in(tmp_path / "cut.safetensors", tmp_path / "run", None)
+    np.savez(tmp_path / "resnet.npz", **{"layer1.0.conv1.weight": np.zeros((3, 3))})
+    with pytest.raises(UserError, match="holds another architecture"):
+        take_in(tmp_path / "resnet.npz", tmp_path / "run", None)
+    with pytest.raises(UserError, match=r"does not fit the pvt um_mae .*missing: .*unexpected: "):
+        take_in(swin / "swin.safetensors", tmp_path / "run", golden.config_of("pvt_um"))
+    config = tiny.get_config()
+    config.model.channels = 1
+    with pytest.raises(UserError, match=r"patch_embed.proj.weight is \[8, 3, 4, 4\], not \[8, 1, 4, 4\]"):
+        take_in(swin / "swin.safetensors", tmp_path / "run", config)
+    with pytest.raises(UserError, match="transformers has no model that computes what this swin um_mae does"):
+        take_out(swin / "run", tmp_path / "model.safetensors", "vit")
+    with pytest.raises(UserError, match="holds no run"):
+        take_out(tmp_path, tmp_path / "model.safetensors", "reference")
+    assert {path.name for path in tmp_path.iterdir()} == {"cut.safetensors", "resnet.npz"}
+
+
+def test_transformers_wants_its_own_file_name(tmp_path):
+    config = golden.config_of("vit_um")
+    store(tmp_path / "run", config, small.random_model(config)[1])
+    with pytest.raises(UserError, match=r"transformers looks for model.safetensors; end .*/model.safetensors"):
+        take_out(tmp_path / "run", tmp_path / "vit.safetensors", "vit_mae")
+    assert umae_jax.load_encoder(tmp_path / "run").widths == (32,)
