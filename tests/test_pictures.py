@@ -53,7 +53,7 @@ def case(model):
 
 
 def panels_of(model, images, mask, statistics):
-    show = partial(reconstruct, model, statistics=statistics, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    show = partial(reconstruct, model, statistics=statistics, **NORMALIZATION)
     return jax.jit(show)(images, mask)
 
 

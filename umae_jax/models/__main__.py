@@ -16,6 +16,7 @@ from umae_jax.config import default_config
 from umae_jax.errors import require
 from umae_jax.models.build import build_model
 from umae_jax.models.classifier import Classifier
+from umae_jax.models.masked import MaskedImageModel
 from umae_jax.models.presets import METHODS, SIZES, methods_of
 
 COLUMNS = ("size", "method", "image", "parameters", "tokens", "GFLOPs an image")
@@ -29,7 +30,7 @@ def describe(size: str, method: str) -> tuple[str, ...]:
     model = nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)))
     parameters = sum(array.size for array in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
-    def forward(model: nnx.Module, images: jax.Array, keys: jax.Array) -> jax.Array:
+    def forward(model: MaskedImageModel | Classifier, images: jax.Array, keys: jax.Array) -> jax.Array:
         if isinstance(model, Classifier):
             return model(images)
         return model(images, model.sample_mask(keys))[0]
@@ -39,7 +40,7 @@ def describe(size: str, method: str) -> tuple[str, ...]:
     compiled = jax.jit(forward).lower(model, images, keys).compile()
     patches = config.image_size[0] * config.image_size[1] // config.model.patch**2
     tokens = patches // (4 if method in ("um_mae", "mae") else 1) + (config.model.encoder == "vit")
-    flops = compiled.cost_analysis()["flops"] / 1e9
+    flops = (compiled.cost_analysis() or {})["flops"] / 1e9
     image = "{} x {}".format(*config.image_size)
     return size, method, image, f"{parameters:,}", f"{tokens:,}", f"{flops:.2f}"
 
