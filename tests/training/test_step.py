@@ -41,11 +41,21 @@ def prepare(config, mesh, loss=None, accumulate=1):
     return initialize(config, what), compiled
 
 
-def run(mesh, steps=3, **changes):
+VIT = {"encoder": "vit", "patch": 8, "widths": (8,), "depths": (2,), "heads": (2,), "mlp_ratios": (4,)}
+MODELS = {
+    "pvt": {"encoder": "pvt", "reductions": (2, 1)},
+    "simmim": {"method": "simmim", "normalize_target": False},
+    "vit": VIT | {"decoder_factor": 1},
+    "mae": VIT | {"method": "mae", "decoder_factor": 1},
+}
+
+
+def run(mesh, steps=3, model=None, **changes):
     config = tiny.get_config()
     accumulate = changes.pop("accumulate", 1)
     with config.unlocked():
         config.update(changes)
+        config.model.update(model or {})
     state, step = prepare(config, mesh, accumulate=accumulate)
     losses = []
     for number in range(steps):
@@ -65,6 +75,13 @@ def test_losses_are_equal_on_any_number_of_devices(one_device, shape):
     np.testing.assert_allclose(losses, one_device[0], rtol=2e-6)
     sharded = [leaf for leaf in jax.tree.leaves(state.params) if not leaf.sharding.is_fully_replicated]
     assert bool(sharded) == (shape[1] > 1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_trains_alike_on_1_and_8_devices(name):
+    (one, _), (eight, _) = (run(mesh_of(*shape), model=MODELS[name]) for shape in ((1, 1), (2, 4)))
+    np.testing.assert_allclose(eight, one, rtol=2e-6)
+    assert len(set(one)) == 3
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (8, 1)])
