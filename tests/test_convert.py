@@ -12,6 +12,7 @@ from tests.runs import store
 from tests.weights.test_reference import assert_same
 from umae_jax.errors import UserError
 from umae_jax.training.runs import read_run
+from umae_jax.weights.card import OURS
 from umae_jax.weights.exchange import take_in, take_out
 from umae_jax.weights.files import read_weights
 
@@ -62,11 +63,16 @@ def test_out_by_command_and_in_again_is_the_same_run(tmp_path):
 def test_the_card_of_a_run_tells_what_it_is_and_how_to_load_it(tmp_path, monkeypatch):
     config = golden.config_of("pvt_um")
     store(tmp_path / "run", config, small.random_model(config)[1])
-    take_out(tmp_path / "run", tmp_path / "out" / "pvt.safetensors", "reference")
+    take_out(tmp_path / "run", tmp_path / "out" / "pvt.safetensors")
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: umae_jax\n")
     for part in ("mean (0.485, 0.456, 0.406)", "widths (16, 24, 40, 48)", "7 steps of 4096 images", "128 x 128"):
         assert part in card
+    # What somebody adds is kept if they want it.
+    (tmp_path / "out" / "README.md").write_text(card.replace(OURS, "Trained on a rainy day."))
+    take_out(tmp_path / "run", tmp_path / "out" / "pvt.safetensors")
+    assert "rainy" in (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / "pvt.md").read_text() == card
     # Its first example runs as it stands.
     example = card.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path / "out")
@@ -121,7 +127,7 @@ def test_what_the_commands_user_gets_wrong_is_told_in_one_sentence(swin, tmp_pat
     np.savez(tmp_path / "resnet.npz", **{"layer1.0.conv1.weight": np.zeros((3, 3))})
     with pytest.raises(UserError, match="holds another architecture"):
         take_in(tmp_path / "resnet.npz", tmp_path / "run", None)
-    with pytest.raises(UserError, match=r"does not fit the pvt um_mae .*missing: .*unexpected: "):
+    with pytest.raises(UserError, match=r"does not fit a pvt for um_mae .*missing: .*unexpected: "):
         take_in(swin / "swin.safetensors", tmp_path / "run", golden.config_of("pvt_um"))
     config = tiny.get_config()
     config.model.channels = 1
@@ -134,9 +140,11 @@ def test_what_the_commands_user_gets_wrong_is_told_in_one_sentence(swin, tmp_pat
     assert {path.name for path in tmp_path.iterdir()} == {"cut.safetensors", "resnet.npz"}
 
 
-def test_transformers_wants_its_own_file_name(tmp_path):
+def test_transformers_wants_its_own_file_name_and_folder(tmp_path):
     config = golden.config_of("vit_um")
     store(tmp_path / "run", config, small.random_model(config)[1])
+    with pytest.raises(UserError, match=r"is a run.s, whose config.json would be lost"):
+        take_out(tmp_path / "run", tmp_path / "run" / "model.safetensors", "vit_mae")
     with pytest.raises(UserError, match=r"transformers looks for model.safetensors; end .*/model.safetensors"):
         take_out(tmp_path / "run", tmp_path / "vit.safetensors", "vit_mae")
     assert umae_jax.load_encoder(tmp_path / "run").widths == (32,)

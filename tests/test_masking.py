@@ -99,6 +99,13 @@ def unit_at(x, unit, cells, side):
     return x[row * side : (row + 1) * side, column * side : (column + 1) * side]
 
 
+@jax.jit
+def apart_and_together(mask, x):
+    sampled, masked = mask.compact(x), mask.masked_units(x)
+    alone = mask.assemble(sampled, jnp.zeros((1, 1, 1, 1, 1)))
+    return sampled, masked, mask.assemble(sampled, masked), alone
+
+
 def four_maps(x, order, side):
     """Independent of the code under test, unit by unit: the maps [B, 4, rows * side, columns * side, C]."""
     batch, _, rows, columns = order.shape
@@ -128,17 +135,16 @@ def test_a_random_mask_orders_all_units_and_hides_exactly_its_count(seed, cells,
 def test_a_random_mask_takes_an_image_apart_and_puts_it_together(seed, cells, batch, side, channels):
     mask = draw_random(seed, batch, cells)
     x = random_map(seed, batch, cells, side, channels)
-    sampled, masked = mask.compact(x), mask.masked_units(x)
+    sampled, masked, whole, alone = apart_and_together(mask, x)
     maps = four_maps(x, np.asarray(mask.order), side)
     np.testing.assert_array_equal(sampled, maps[:, 0])
     np.testing.assert_array_equal(masked, maps[:, 1:])
-    np.testing.assert_array_equal(mask.assemble(sampled, masked), x)
+    np.testing.assert_array_equal(whole, x)
     # Alone, what was sampled goes back to its place.
     flags = np.zeros((batch, 4 * cells[0] * cells[1]), bool)
     np.put_along_axis(flags, np.asarray(mask.order[:, 0]).reshape(batch, -1), True, axis=1)
     flags = flags.reshape(batch, 2 * cells[0], 2 * cells[1]).repeat(side, 1).repeat(side, 2)[..., None]
-    scattered = mask.assemble(sampled, jnp.zeros((1, 1, 1, 1, 1)))
-    np.testing.assert_array_equal(scattered, np.where(flags, x, 0))
+    np.testing.assert_array_equal(alone, np.where(flags, x, 0))
 
 
 @pytest.mark.parametrize("sample", [draw, draw_random])

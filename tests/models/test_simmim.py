@@ -51,6 +51,9 @@ def test_a_unit_is_predicted_from_the_token_that_covers_it(name):
     raw, predicted = np.asarray(model.decoder_prediction(latent)), np.asarray(model.predict(latent))
     r = model.decoder_factor
     assert predicted.shape == (2, 2 * model.cells[0], 2 * model.cells[1], model.unit**2 * 3)
+    places = mask.masked_units(jnp.arange(predicted[0, ..., 0].size).reshape(1, *predicted.shape[1:3], 1))
+    masked = np.take_along_axis(predicted.reshape(2, -1, predicted.shape[-1]), np.asarray(places).reshape(2, -1, 1), 1)
+    np.testing.assert_allclose(run(model, images, mask)[1].reshape(masked.shape), masked, atol=1e-5)
     for row, column in np.ndindex(predicted.shape[1:3]):
         token = raw[:, row // r, column // r]
         np.testing.assert_allclose(predicted[:, row, column], token[:, (row % r) * r + column % r :: r * r], atol=1e-5)

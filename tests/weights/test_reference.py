@@ -72,7 +72,7 @@ def test_everything_that_does_not_fit_is_told_at_once():
     with pytest.raises(UserError) as told:
         from_reference(config, params, tensors, name="weights.pth")
     for part in (
-        "weights.pth does not fit the swin um_mae",
+        "weights.pth does not fit a swin for um_mae",
         "2 missing: blocks.3.mlp.fc1.bias, norm.weight",
         "1 unexpected: surprise",
         "decoder_pred.bias is [10], not [768]",

@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 import umae_jax
 
-OURS = "library_name: umae_jax"  # by which a card is known to have been written here
+OURS = "<!-- umae_jax wrote this card, and will write it anew; remove this line to keep your own. -->"
 METHODS = {
     "um_mae": "UM-MAE (uniform masking, arXiv 2205.10063)",
     "mae": "MAE (random sampling)",
@@ -75,7 +75,7 @@ def model_card(config: ConfigDict, *, file: str, layout: str, step: int, paramet
             names += " The token of secondary masking, which that model does not know, is left out."
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---
-{OURS}
+library_name: umae_jax
 pipeline_tag: {"image-classification" if model.method == "classifier" else "image-feature-extraction"}
 tags:
 - masked-image-modeling
@@ -93,4 +93,6 @@ tags:
 {loading}
 
 {names} The whole configuration is in the file's metadata, under `config`.
+
+{OURS}
 """

@@ -12,7 +12,7 @@ from umae_jax import export
 from umae_jax.config import CONFIG_FILE, to_json
 from umae_jax.errors import require
 from umae_jax.files import write_whole
-from umae_jax.training.checkpoint import Checkpoints
+from umae_jax.training.checkpoint import FOLDER, Checkpoints
 from umae_jax.training.mesh import make_mesh
 from umae_jax.training.runs import describe, read_run, start_from
 from umae_jax.weights.card import OURS, model_card
@@ -40,6 +40,7 @@ def take_in(file: Path, workdir: Path, config: ConfigDict | None = None) -> Conf
     Raises:
         UserError: if the file is not what it should be, or the directory holds a run.
     """
+    workdir = workdir.absolute()
     require(
         not workdir.exists() or (workdir.is_dir() and not any(workdir.iterdir())),
         f"--workdir: {workdir} is there and not empty; choose another, so that nothing is lost",
@@ -88,6 +89,10 @@ def take_out(workdir: Path, output: Path, layout: str = REFERENCE) -> list[Path]
     tensors, metadata = to_reference(config, jax.device_get(params)), {"format": "pt"}
     beside = {}
     if layout != REFERENCE:
+        require(
+            not (output.parent / FOLDER).exists(),
+            f"--output: {output.parent} is a run's, whose {CONFIG_FILE} would be lost; name another folder",
+        )
         require(
             config.model.encoder == "vit" and config.model.method != "classifier",
             f"--layout: transformers has no model that computes what this {config.model.encoder} "

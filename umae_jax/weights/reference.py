@@ -230,8 +230,8 @@ def from_reference(config: ConfigDict, params: nnx.State, tensors: Tensors, *, n
     problems = {"missing": missing, "unexpected": [] if only else sorted(left), "wrong": wrong}
     told = "; ".join(f"{len(names)} {what}: {', '.join(names)}" for what, names in problems.items() if names)
     if told:
-        model = f"{config.model.encoder} {config.model.method}"
-        raise UserError(f"{name} does not fit the {model} that the configuration names ({told}); name its own")
+        model = f"a {config.model.encoder} for {config.model.method} as the configuration has it"
+        raise UserError(f"{name} does not fit {model}: {told}; name the model that it is of with --config FILE")
     filled = nnx.to_flat_state(params)
     return nnx.from_flat_state(
         [
