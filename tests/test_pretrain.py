@@ -154,8 +154,8 @@ def test_worker_processes_see_the_same_losses(finished, tmp_path):
 BAD_INPUT = {
     "image size": (["--config.image_size=(40,32)"], "height 40 is not a multiple of 16.*choose 32 or 48"),
     "heads": (["--config.model.heads=(1,3)"], "3 heads do not divide the width 16"),
-    "window": (["--config.model.window=3"], "windows of 3 tokens do not tile.*choose 2 or 4"),
-    "stages": (["--config.model.depths=(1,2,1)"], "model.depths names 3 stages and model.heads 2"),
+    "window": (["--config.model.window=6"], "windows of 3 tokens .* do not tile.*choose 4 or 8"),
+    "stages": (["--config.model.depths=(1,2,1)"], r"model.depths counts 3 stage\(s\), model.widths 2"),
     "ratio": (["--config.model.secondary_ratio=1.0"], r"must lie in \[0, 1\)"),
     "key": (["--config.model.widht=8"], "unknown key.*widht"),
     "value": (["--config.batch_size=many"], "batch_size.*many"),
@@ -191,11 +191,11 @@ def test_an_empty_folder_is_one_clear_sentence(tmp_path):
 
 
 def test_the_checkpoint_of_another_model_is_refused(finished):
-    changes = ("--config.model.window=2", "--config.model.decoder_depth=2", "--config.seed=3")
+    changes = ("--config.model.window=4", "--config.model.decoder_depth=2", "--config.seed=3")
     before = (finished[0] / "config.json").read_bytes()
     _, errors = commands.pretrain(finished[0], *changes, status=2)
     assert "checkpoints of another model" in errors
-    assert "model.window is 4 there, 2 here" in errors
+    assert "model.window is 8 there, 4 here" in errors
     assert "model.decoder_depth is 1 there, 2 here" in errors
     assert "seed" not in errors
     assert (finished[0] / "config.json").read_bytes() == before
@@ -205,7 +205,7 @@ def test_checkpoints_without_their_configuration_are_not_touched(finished, tmp_p
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)
     (workdir / "config.json").unlink()
-    _, errors = commands.pretrain(workdir, "--config.model.width=16", status=2)
+    _, errors = commands.pretrain(workdir, "--config.model.widths=(16, 32)", status=2)
     assert "holds checkpoints but no config.json" in errors
     assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [5, 10, 12]
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_lines_about_features_run(tmp_path, monkeypatch, capsys):
     (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(lines.splitlines()) == 5
+    assert len([line for line in lines.splitlines() if line]) == 5
     spec = importlib.util.spec_from_file_location("quickstart", ROOT / "configs" / "quickstart.py")
     quickstart = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(quickstart)

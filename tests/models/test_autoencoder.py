@@ -191,11 +191,12 @@ def test_other_shapes_compute(name, changes):
     assert tuple(2 * cells * model.unit for cells in model.cells) == changes["image_size"]
 
 
-def test_swin_refuses_a_random_mask():
-    model = build("swin_um_window8")
+@pytest.mark.parametrize("name", ["swin_um_window8", "pvt_um"])
+def test_a_pyramid_refuses_a_random_mask(name):
+    model = build(name)
     images, _ = random_case(model)
     mask = sample_random_mask(jax.random.key(0), 2, model.cells, 0.25)
-    with pytest.raises(TypeError, match="need a uniform mask"):
+    with pytest.raises(TypeError, match="needs a uniform mask"):
         model.encode(images, mask)
 
 
@@ -213,11 +214,11 @@ def test_swin_refuses_a_random_mask():
         ("vit_random", {"image_size": (64, 40)}, "width 40 is not a multiple of 16.*choose 32 or 48$"),
         ("vit_um", {"image_size": (64, 37)}, r"width 37 is not a multiple of 8 \(the patch\); choose 32 or 40$"),
         ("swin_um_window8", {"heads": (1, 3, 4, 8)}, "3 heads do not divide the width 32 of stage 2.*divisor of 32$"),
-        ("pvt_um", {"heads": (1, 2, 4)}, "4 stages and model.heads 3"),
-        ("swin_um_window8", {"mlp_ratios": (4,)}, "4 stages and model.mlp_ratios 1"),
-        ("vit_um", {"widths": (32, 64)}, "1 stages and model.widths 2"),
+        ("pvt_um", {"heads": (1, 2, 4)}, r"4 stage\(s\), model.heads 3"),
+        ("swin_um_window8", {"mlp_ratios": (4,)}, r"4 stage\(s\), model.mlp_ratios 1"),
+        ("vit_um", {"widths": (32, 64)}, r"1 stage\(s\), model.widths 2"),
         ("pvt_um", {"depths": (1, 2, 0, 1)}, "every stage needs at least one block"),
-        ("pvt_um", {"reductions": (8, 4, 2)}, "4 stages and model.reductions 3"),
+        ("pvt_um", {"reductions": (8, 4, 2)}, r"4 stage\(s\), model.reductions 3"),
         (
             "pvt_um",
             {"reductions": (12, 4, 2, 1)},

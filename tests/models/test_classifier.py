@@ -56,7 +56,6 @@ def test_bfloat16_follows_float32(name):
     assert 0 < error < 5e-2
 
 
-@pytest.mark.xfail(strict=True, reason="jax's truncated normal has 0.88 of the std it is given")
 def test_the_head_starts_from_almost_nothing():
     kernel = np.asarray(build("pvt_classifier", classes=1000, **SMALL).head.kernel[...])
     assert kernel.std() == pytest.approx(2e-5, rel=0.02)

@@ -37,7 +37,7 @@ class Classifier(nnx.Module):
         encoder.check_grid((image_size[0] // encoder.patch, image_size[1] // encoder.patch), compact=False)
         self.encoder = encoder
         self.head_norm = layers.layer_norm(encoder.widths[-1], rngs=rngs)
-        kernel_init = nnx.initializers.truncated_normal(HEAD_STD)
+        kernel_init = nnx.initializers.normal(HEAD_STD)  # truncated at +-2, which it never reaches
         self.head = layers.linear(encoder.widths[-1], classes, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
 
     def __call__(self, images: jax.Array, drop_keys: jax.Array | None = None) -> jax.Array:

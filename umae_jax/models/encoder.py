@@ -9,7 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from umae_jax.errors import nearest_multiples, require
-from umae_jax.masking import Mask, expand
+from umae_jax.masking import Mask, UniformMask, expand
 from umae_jax.models import layers
 from umae_jax.patches import patchify
 
@@ -64,7 +64,7 @@ class Encoder(nnx.Module):
         for key, values in (("widths", widths), ("heads", heads), ("mlp_ratios", mlp_ratios)):
             require(
                 len(values) == stages > 0,
-                f"model.depths names {stages} stages and model.{key} {len(values)}; write one number a stage in each",
+                f"model.depths counts {stages} stage(s), model.{key} {len(values)}; write one number a stage in each",
             )
         for stage, (width, count) in enumerate(zip(widths, heads, strict=True)):
             require(
@@ -118,6 +118,17 @@ class Encoder(nnx.Module):
             drop_keys: one key an image, [B], to drop paths with in training; None keeps them all.
         """
         raise NotImplementedError
+
+
+def uniform(mask: Mask | None) -> UniformMask | None:
+    """A mask that leaves a grid, for encoders whose tokens have neighbours; or none, for a whole image.
+
+    Raises:
+        TypeError: for any other mask.
+    """
+    if mask is not None and not isinstance(mask, UniformMask):
+        raise TypeError(f"a pyramid needs a uniform mask, whose survivors form a grid, not {type(mask).__name__}")
+    return mask
 
 
 def check_image_size(image_size: tuple[int, int], multiple: int, reason: str) -> None:

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from umae_jax.errors import UserError, require
 from umae_jax.masking import Mask
 from umae_jax.models import layers
-from umae_jax.models.encoder import Encoder, Features
+from umae_jax.models.encoder import Encoder, Features, uniform
 from umae_jax.models.layers import DropPath
 from umae_jax.patches import patchify
 
@@ -131,7 +131,7 @@ class Pvt(Encoder):
         )
         require(
             len(reductions) == len(depths),
-            f"model.depths names {len(depths)} stages and model.reductions {len(reductions)}; write one number a stage",
+            f"model.depths counts {len(depths)} stage(s), model.reductions {len(reductions)}; write as many",
         )
         self.reductions = tuple(reductions)
         self.positions = layers.PositionTable(widths[0], grid, learned=learned_positions)
@@ -157,7 +157,12 @@ class Pvt(Encoder):
                 )
 
     def __call__(self, tokens: jax.Array, mask: Mask | None = None, drop_keys: jax.Array | None = None) -> Features:
-        """See `Encoder.__call__`."""
+        """See `Encoder.__call__`.
+
+        Raises:
+            TypeError: for a mask other than a uniform one.
+        """
+        mask = uniform(mask)
         self.check_grid((tokens.shape[1], tokens.shape[2]), compact=mask is not None)
         x = tokens + self.positions(tokens, mask)
         maps = []

@@ -8,9 +8,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from umae_jax.errors import UserError, require
-from umae_jax.masking import Mask, UniformMask
+from umae_jax.masking import Mask
 from umae_jax.models import layers
-from umae_jax.models.encoder import Encoder, Features
+from umae_jax.models.encoder import Encoder, Features, uniform
 from umae_jax.models.layers import DropPath
 from umae_jax.models.windows import Windows, make_windows
 from umae_jax.patches import patchify
@@ -195,10 +195,9 @@ class Swin(Encoder):
         """See `Encoder.__call__`.
 
         Raises:
-            TypeError: for a mask other than a uniform one, whose survivors are no neighbours.
+            TypeError: for a mask other than a uniform one.
         """
-        if not isinstance(mask, UniformMask | None):
-            raise TypeError("Swin's windows need a uniform mask")
+        mask = uniform(mask)
         self.check_grid((tokens.shape[1], tokens.shape[2]), compact=mask is not None)
         window, offset = (self.window, None) if mask is None else (self.window // 2, mask.offset)
         maps = []

@@ -27,7 +27,7 @@ class Run(NamedTuple):
         state: the train state's shapes, dtypes and shardings.
     """
 
-    graph: nnx.GraphDef[nnx.Module]
+    graph: nnx.GraphDef
     optimizer: optax.GradientTransformation
     state: TrainState
 
@@ -42,9 +42,9 @@ def describe(config: ConfigDict, mesh: Mesh) -> Run:
     Raises:
         UserError: if the model's numbers do not fit together.
     """
-    graph = nnx.graphdef(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))))
+    graph, params = nnx.split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))), nnx.Param)
     optimizer = make_optimizer(config.optimizer)
-    state = jax.eval_shape(lambda: init_state(_initial_params(config), optimizer))
+    state = jax.eval_shape(lambda params: init_state(params, optimizer), params)
     state = jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
         state,
@@ -70,7 +70,7 @@ class StoredRun(NamedTuple):
     """What a run's directory holds: its configuration, and the newest parameters with their step."""
 
     config: ConfigDict
-    graph: nnx.GraphDef[nnx.Module]
+    graph: nnx.GraphDef
     params: Params
     step: int
 
