@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -53,7 +52,7 @@ def test_a_run_leaves_metrics_pictures_checkpoints_and_its_configuration(finishe
         "0000012.png",
     ]
     assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [5, 10, 12]
-    assert json.loads((workdir / "config.json").read_text())["model"]["width"] == 8
+    assert json.loads((workdir / "config.json").read_text())["model"]["widths"] == [8, 16]
     assert list((workdir / "tensorboard").iterdir())
     assert Path(output.strip()) == workdir / "reconstructions" / "0000012.png"
     assert "step 12/12 | loss" in errors
@@ -259,23 +258,18 @@ def test_what_must_be_given_is_asked_for(arguments, message):
 )
 def test_a_full_disk_is_one_clear_sentence(tmp_path, options, message):
     """A limit on the size of files stands in for a disk that has no more room."""
-    command = [
-        sys.executable,
-        "-m",
-        "umae_jax.pretrain",
-        "--config",
-        "tests/tiny.py",
-        "--workdir",
-        str(tmp_path),
-        *options,
-    ]
+    arguments = ["-m", "umae_jax.pretrain", "--config", "tests/tiny.py", "--workdir", str(tmp_path), *options]
+    program = f"""
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+os.execv(sys.executable, [sys.executable, *{arguments}])
+"""
     environment = {**os.environ, "PYTHONPATH": str(commands.ROOT)}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     done = subprocess.run(
-        command,
+        [sys.executable, "-c", program],
         cwd=commands.ROOT,
         env=environment,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
         capture_output=True,
         text=True,
         timeout=200,
