@@ -1,5 +1,7 @@
 """From a configuration to a model. Nothing else knows which encoder stands behind which method."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -8,7 +10,7 @@ from ml_collections import ConfigDict
 from umae_jax.errors import require
 from umae_jax.models.autoencoder import MaskedAutoencoder
 from umae_jax.models.classifier import Classifier
-from umae_jax.models.encoder import Encoder, check_image_size
+from umae_jax.models.encoder import Encoder, Sizes, check_image_size
 from umae_jax.models.masked import MaskedImageModel
 from umae_jax.models.presets import METHODS
 from umae_jax.models.pvt import Pvt
@@ -30,11 +32,11 @@ def build_encoder(config: ConfigDict, dtype: DTypeLike, rngs: nnx.Rngs) -> Encod
     model = config.model
     require(model.encoder in ENCODERS, f"model.encoder: {model.encoder!r} is none of {', '.join(ENCODERS)}")
     classifies = model.method == "classifier"
-    shared = {key: model[key] for key in ("channels", "patch", "widths", "depths", "heads", "mlp_ratios")}
-    shared |= {"final_norm": not classifies, "drop_path": model.drop_path if classifies else 0.0}
-    shared |= {"dtype": dtype, "rngs": rngs}
+    numbers = {key: model[key] for key in ("channels", "patch", "widths", "depths", "heads", "mlp_ratios")}
+    sizes = Sizes(**numbers, drop_path=model.drop_path if classifies else 0.0)
+    shared: dict[str, Any] = {"final_norm": not classifies, "dtype": dtype, "rngs": rngs}
     if model.encoder == "swin":
-        return Swin(window=model.window, position_width=model.position_width, **shared)
+        return Swin(sizes, window=model.window, position_width=model.position_width, **shared)
     check_image_size(config.image_size, model.patch, "the patch")
     require(
         model.widths[0] % 4 == 0,
@@ -44,7 +46,7 @@ def build_encoder(config: ConfigDict, dtype: DTypeLike, rngs: nnx.Rngs) -> Encod
         "grid": (config.image_size[0] // model.patch, config.image_size[1] // model.patch),
         "learned_positions": classifies,
     }
-    return Vit(**shared) if model.encoder == "vit" else Pvt(reductions=model.reductions, **shared)
+    return Vit(sizes, **shared) if model.encoder == "vit" else Pvt(sizes, reductions=model.reductions, **shared)
 
 
 def build_model(config: ConfigDict, rngs: nnx.Rngs) -> MaskedImageModel | Classifier:

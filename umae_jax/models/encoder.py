@@ -1,6 +1,6 @@
 """What every encoder is to those who use it: patches in, a map for every stage out (SPEC 3 to 5)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,6 +12,52 @@ from umae_jax.errors import nearest_multiples, require
 from umae_jax.masking import Mask, UniformMask, expand
 from umae_jax.models import layers
 from umae_jax.patches import patchify
+
+
+class Sizes(NamedTuple):
+    """The numbers that every encoder has; sequences name one for each stage.
+
+    Attributes:
+        channels: of the image.
+        patch: side of a patch in pixels.
+        widths, depths, heads: of each stage, its width, blocks and attention heads.
+        mlp_ratios: hidden width of a block's MLP over its width.
+        drop_path: rate in the last block, rising linearly from 0 (SPEC 8).
+    """
+
+    channels: int
+    patch: int
+    widths: Sequence[int]
+    depths: Sequence[int]
+    heads: Sequence[int]
+    mlp_ratios: Sequence[int]
+    drop_path: float = 0.0
+
+    def check(self) -> None:
+        """Check that the numbers fit together.
+
+        Raises:
+            UserError: naming the one that does not.
+        """
+        stages = len(self.depths)
+        for key in ("widths", "heads", "mlp_ratios"):
+            count = len(getattr(self, key))
+            require(
+                count == stages > 0,
+                f"model.depths counts {stages} stage(s), model.{key} {count}; write one number a stage in each",
+            )
+        for stage, (width, count) in enumerate(zip(self.widths, self.heads, strict=True)):
+            require(
+                count > 0 and width % count == 0,
+                f"model.heads: {count} heads do not divide the width {width} of stage {stage + 1}; "
+                f"choose a divisor of {width}",
+            )
+        require(min(self.depths) > 0, f"model.depths: every stage needs at least one block, not {tuple(self.depths)}")
+
+    def stages(self) -> Iterator[tuple[int | None, int, int, int, list[layers.DropPath]]]:
+        """For each stage: the width before it (None at the first), its width, heads, MLP ratio and drop paths."""
+        drops = layers.drop_paths(self.drop_path, self.depths)
+        return zip((None, *self.widths[:-1]), self.widths, self.heads, self.mlp_ratios, drops, strict=True)
 
 
 class Features(NamedTuple):
@@ -34,10 +80,7 @@ class Encoder(nnx.Module):
     wide as the image, windows and reductions are half as wide too: they cover the same extent (SPEC 3, 4).
 
     Args:
-        channels: channels of the image.
-        patch: side of a patch in pixels.
-        widths, depths, heads, mlp_ratios: for each stage its width, blocks, attention heads, and the hidden width of a
-            block's MLP over its width.
+        sizes: its numbers.
         patch_norm: whether patches are normed after their embedding.
         final_norm: whether the last map is normed; classifiers norm its mean instead (SPEC 8).
         dtype: what the linear layers compute in.
@@ -48,38 +91,22 @@ class Encoder(nnx.Module):
 
     def __init__(
         self,
+        sizes: Sizes,
         *,
-        channels: int,
-        patch: int,
-        widths: Sequence[int],
-        depths: Sequence[int],
-        heads: Sequence[int],
-        mlp_ratios: Sequence[int],
         patch_norm: bool,
         final_norm: bool,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
-        stages = len(depths)
-        for key, values in (("widths", widths), ("heads", heads), ("mlp_ratios", mlp_ratios)):
-            require(
-                len(values) == stages > 0,
-                f"model.depths counts {stages} stage(s), model.{key} {len(values)}; write one number a stage in each",
-            )
-        for stage, (width, count) in enumerate(zip(widths, heads, strict=True)):
-            require(
-                count > 0 and width % count == 0,
-                f"model.heads: {count} heads do not divide the width {width} of stage {stage + 1}; "
-                f"choose a divisor of {width}",
-            )
-        require(min(depths) > 0, f"model.depths: every stage needs at least one block, not {tuple(depths)}")
-        self.channels = channels
-        self.patch = patch
-        self.widths = tuple(widths)
+        sizes.check()
+        width = sizes.widths[0]
+        self.channels = sizes.channels
+        self.patch = sizes.patch
+        self.widths = tuple(sizes.widths)
         self.dtype = dtype
-        self.patch_embed = layers.linear(patch * patch * channels, widths[0], dtype=dtype, rngs=rngs)
-        self.patch_norm = layers.layer_norm(widths[0], rngs=rngs) if patch_norm else None
-        self.norm = layers.layer_norm(widths[-1], rngs=rngs) if final_norm else None
+        self.patch_embed = layers.linear(sizes.patch**2 * sizes.channels, width, dtype=dtype, rngs=rngs)
+        self.patch_norm = layers.layer_norm(width, rngs=rngs) if patch_norm else None
+        self.norm = layers.layer_norm(self.widths[-1], rngs=rngs) if final_norm else None
 
     @property
     def stride(self) -> int:

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from umae_jax.errors import UserError, require
 from umae_jax.masking import Mask
 from umae_jax.models import layers
-from umae_jax.models.encoder import Encoder, Features, uniform
+from umae_jax.models.encoder import Encoder, Features, Sizes, uniform
 from umae_jax.models.layers import DropPath
 from umae_jax.patches import patchify
 
@@ -93,7 +93,6 @@ class Pvt(Encoder):
         reductions: for each stage, the side of what is pooled for keys and values, on a whole image; half that, but at
             least 1, on the compact grid.
         learned_positions: whether the table is a parameter (fine-tuning) or fixed.
-        drop_path: rate in the last block, rising linearly from 0.
         And those of `Encoder`.
 
     Raises:
@@ -102,45 +101,23 @@ class Pvt(Encoder):
 
     def __init__(
         self,
+        sizes: Sizes,
         *,
-        channels: int,
-        patch: int,
         grid: tuple[int, int],
-        widths: Sequence[int],
-        depths: Sequence[int],
-        heads: Sequence[int],
-        mlp_ratios: Sequence[int],
         reductions: Sequence[int],
         learned_positions: bool = False,
         final_norm: bool = True,
-        drop_path: float = 0.0,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        super().__init__(
-            channels=channels,
-            patch=patch,
-            widths=widths,
-            depths=depths,
-            heads=heads,
-            mlp_ratios=mlp_ratios,
-            patch_norm=False,
-            final_norm=final_norm,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        super().__init__(sizes, patch_norm=False, final_norm=final_norm, dtype=dtype, rngs=rngs)
         require(
-            len(reductions) == len(depths),
-            f"model.depths counts {len(depths)} stage(s), model.reductions {len(reductions)}; write as many",
+            len(reductions) == len(sizes.depths),
+            f"model.depths counts {len(sizes.depths)} stage(s), model.reductions {len(reductions)}; write as many",
         )
         self.reductions = tuple(reductions)
-        self.positions = layers.PositionTable(widths[0], grid, learned=learned_positions)
-        inputs = (None, *widths[:-1])
-        drops = layers.drop_paths(drop_path, depths)
-        self.stages = nnx.List(
-            PvtStage(*sizes, dtype=dtype, rngs=rngs)
-            for sizes in zip(inputs, widths, heads, mlp_ratios, drops, strict=True)
-        )
+        self.positions = layers.PositionTable(sizes.widths[0], grid, learned=learned_positions)
+        self.stages = nnx.List(PvtStage(*stage, dtype=dtype, rngs=rngs) for stage in sizes.stages())
 
     def _reductions(self, compact: bool) -> tuple[int, ...]:
         return tuple(max(1, reduction // 2) for reduction in self.reductions) if compact else self.reductions

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from umae_jax.errors import UserError, require
 from umae_jax.masking import Mask
 from umae_jax.models import layers
-from umae_jax.models.encoder import Encoder, Features, uniform
+from umae_jax.models.encoder import Encoder, Features, Sizes, uniform
 from umae_jax.models.layers import DropPath
 from umae_jax.models.windows import Windows, make_windows
 from umae_jax.patches import patchify
@@ -127,7 +127,6 @@ class Swin(Encoder):
         window: side of a window in tokens on a whole image; half that on the compact grid. A whole image that windows
             do not tile is padded.
         position_width: hidden width of the position MLP.
-        drop_path: rate in the last block, rising linearly from 0.
         And those of `Encoder`.
 
     Raises:
@@ -136,42 +135,22 @@ class Swin(Encoder):
 
     def __init__(
         self,
+        sizes: Sizes,
         *,
-        channels: int,
-        patch: int,
-        widths: Sequence[int],
-        depths: Sequence[int],
-        heads: Sequence[int],
-        mlp_ratios: Sequence[int],
         window: int,
         position_width: int,
         final_norm: bool = True,
-        drop_path: float = 0.0,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        super().__init__(
-            channels=channels,
-            patch=patch,
-            widths=widths,
-            depths=depths,
-            heads=heads,
-            mlp_ratios=mlp_ratios,
-            patch_norm=True,
-            final_norm=final_norm,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        super().__init__(sizes, patch_norm=True, final_norm=final_norm, dtype=dtype, rngs=rngs)
         require(
             window > 2 and window % 2 == 0,
             f"model.window must be an even number of tokens from 4 (half of it on the compact grid), not {window}",
         )
         self.window = window
-        inputs = (None, *widths[:-1])
-        drops = layers.drop_paths(drop_path, depths)
         self.stages = nnx.List(
-            SwinStage(*sizes, position_width=position_width, dtype=dtype, rngs=rngs)
-            for sizes in zip(inputs, widths, heads, mlp_ratios, drops, strict=True)
+            SwinStage(*stage, position_width=position_width, dtype=dtype, rngs=rngs) for stage in sizes.stages()
         )
 
     def check_grid(self, grid: tuple[int, int], *, compact: bool) -> None:

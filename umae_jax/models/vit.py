@@ -1,7 +1,5 @@
 """The plain ViT encoder (SPEC 5): one stage, a class token, attention among all tokens."""
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,7 +8,7 @@ from jax.typing import DTypeLike
 from umae_jax.errors import require
 from umae_jax.masking import Mask
 from umae_jax.models import layers
-from umae_jax.models.encoder import Encoder, Features
+from umae_jax.models.encoder import Encoder, Features, Sizes
 
 
 class Vit(Encoder):
@@ -19,7 +17,6 @@ class Vit(Encoder):
     Args:
         grid: rows and columns of patches of the images it is made for, which its position table has.
         learned_positions: whether the table is a parameter (fine-tuning) or fixed.
-        drop_path: rate in the last block, rising linearly from 0.
         And those of `Encoder`, whose sequences name the one stage.
 
     Raises:
@@ -28,39 +25,22 @@ class Vit(Encoder):
 
     def __init__(
         self,
+        sizes: Sizes,
         *,
-        channels: int,
-        patch: int,
         grid: tuple[int, int],
-        widths: Sequence[int],
-        depths: Sequence[int],
-        heads: Sequence[int],
-        mlp_ratios: Sequence[int],
         learned_positions: bool = False,
         final_norm: bool = True,
-        drop_path: float = 0.0,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        super().__init__(
-            channels=channels,
-            patch=patch,
-            widths=widths,
-            depths=depths,
-            heads=heads,
-            mlp_ratios=mlp_ratios,
-            patch_norm=False,
-            final_norm=final_norm,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        require(len(depths) == 1, f"model.depths: a ViT has one stage, such as (12,), not {tuple(depths)}")
-        self.class_token = layers.token(widths[0], rngs=rngs)
-        self.positions = layers.PositionTable(widths[0], grid, class_token=True, learned=learned_positions)
-        (drops,) = layers.drop_paths(drop_path, depths)
+        super().__init__(sizes, patch_norm=False, final_norm=final_norm, dtype=dtype, rngs=rngs)
+        depths = tuple(sizes.depths)
+        require(len(depths) == 1, f"model.depths: a ViT has one stage, such as (12,), not {depths}")
+        ((_, width, heads, mlp_ratio, drops),) = sizes.stages()
+        self.class_token = layers.token(width, rngs=rngs)
+        self.positions = layers.PositionTable(width, grid, class_token=True, learned=learned_positions)
         self.blocks = nnx.List(
-            layers.TransformerBlock(widths[0], heads[0], mlp_ratios[0], drop=drop, dtype=dtype, rngs=rngs)
-            for drop in drops
+            layers.TransformerBlock(width, heads, mlp_ratio, drop=drop, dtype=dtype, rngs=rngs) for drop in drops
         )
 
     def __call__(self, tokens: jax.Array, mask: Mask | None = None, drop_keys: jax.Array | None = None) -> Features:
