@@ -1,5 +1,8 @@
 import json
 import pickle
+import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -138,6 +141,72 @@ def test_what_the_commands_user_gets_wrong_is_told_in_one_sentence(swin, tmp_pat
     with pytest.raises(UserError, match="holds no run"):
         take_out(tmp_path, tmp_path / "model.safetensors", "reference")
     assert {path.name for path in tmp_path.iterdir()} == {"cut.safetensors", "resnet.npz"}
+
+
+def test_transformers_files_come_in_again(tmp_path):
+    config = golden.config_of("vit_um")
+    store(tmp_path / "run", config, small.random_model(config)[1])
+    hub = tmp_path / "hub"
+    take_out(tmp_path / "run", hub / "model.safetensors", "vit_mae")
+    config = take_in(hub / "model.safetensors", tmp_path / "again")
+    assert config.model.secondary_ratio == 0  # its token is not there
+    one, other = (jax.device_get(read_run(tmp_path / name).params) for name in ("run", "again"))
+    del one["mask_token"]
+    assert_same(one, other)
+    take_out(tmp_path / "run", hub / "model.safetensors", "vit")  # in the place of the one before
+    assert json.loads((hub / "config.json").read_text())["architectures"] == ["ViTModel"]
+    with pytest.raises(UserError, match=r"holds an encoder alone, which umae_jax.load_encoder"):
+        take_in(hub / "model.safetensors", tmp_path / "third")
+    (hub / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match=r"config.json is of another model; name another folder"):
+        take_out(tmp_path / "run", hub / "model.safetensors", "vit")
+
+
+def test_transformers_needs_square_images_for_its_decoder(tmp_path):
+    config = golden.config_of("vit_um")
+    config.image_size = (64, 96)
+    store(tmp_path / "run", config, small.random_model(config)[1])
+    with pytest.raises(UserError, match=r"wants square images, not \(64, 96\); choose vit"):
+        take_out(tmp_path / "run", tmp_path / "hub" / "model.safetensors", "vit_mae")
+    take_out(tmp_path / "run", tmp_path / "hub" / "model.safetensors", "vit")
+
+
+def test_two_files_in_one_folder_keep_a_card_each(swin, tmp_path):
+    for name in ("a", "b", "a"):
+        take_out(swin / "run", tmp_path / f"{name}.safetensors")
+    assert {path.name for path in tmp_path.glob("*.md")} == {"README.md", "b.md"}
+    assert '"a.safetensors"' in (tmp_path / "README.md").read_text()
+    assert '"b.safetensors"' in (tmp_path / "b.md").read_text()
+
+
+def limited(command, size=40_000):
+    """Run a command of this program that can write no file beyond so many bytes."""
+    code = (
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); "
+        f"sys.argv[1:] = {list(map(str, command))!r}; runpy.run_module('umae_jax.convert', run_name='__main__')"
+    )
+    return subprocess.run([sys.executable, "-c", code], cwd=commands.ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_full_disk_leaves_nothing_half_written(swin, tmp_path):
+    (tmp_path / "out").mkdir()
+    done = limited([swin / "run", "--output", tmp_path / "out" / "swin.safetensors"])
+    assert (done.returncode, done.stderr.count("error: ")) == (1, 1), done.stderr
+    assert not list((tmp_path / "out").iterdir())
+    done = limited([swin / "swin.safetensors", "--workdir", tmp_path / "run"], size=10_000)
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"error: --workdir: .*run could not be written; make room or choose another", done.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_directory_that_is_there_may_be_a_link_in_a_folder_that_is_not_ours(swin, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "empty" / ".incoming").mkdir()  # left by one that was killed
+    take_in(swin / "swin.safetensors", tmp_path / "link")
+    assert read_run(tmp_path / "empty").step == 0
+    assert {path.name for path in (tmp_path / "empty").iterdir()} == {"checkpoints", "config.json"}
 
 
 def test_transformers_wants_its_own_file_name_and_folder(tmp_path):

@@ -135,7 +135,28 @@ def _is_whole(value: Any, least: int) -> bool:  # noqa: ANN401 - whatever the us
 
 
 def check(config: ConfigDict) -> None:
-    """Check what no model or source checks for itself.
+    """Check what no model or source checks for itself, for the devices that are there.
+
+    Raises:
+        UserError: naming the key and what to write.
+    """
+    check_values(config)
+    devices = jax.device_count()
+    require(
+        devices % config.mesh.fsdp == 0,
+        f"mesh.fsdp: {config.mesh.fsdp} does not divide the {devices} devices; choose a divisor of {devices}",
+    )
+    parts = devices * config.accumulate
+    what = f"{devices} devices" + (f" x {config.accumulate} accumulated parts" if config.accumulate > 1 else "")
+    require(
+        config.batch_size % parts == 0,
+        f"batch_size: {config.batch_size} does not divide among {what}; choose a multiple of {parts}, "
+        f"such as {max(1, round(config.batch_size / parts)) * parts}",
+    )
+
+
+def check_values(config: ConfigDict) -> None:
+    """Check every value by itself, whatever devices there are.
 
     Raises:
         UserError: naming the key and what to write.
@@ -157,28 +178,21 @@ def check(config: ConfigDict) -> None:
         _is_whole(config.seed, 0) and config.seed <= MOST_SEED, f"seed must lie in 0..{MOST_SEED}, not {config.seed}"
     )
     require(len(config.image_size) == 2, f"image_size is height and width, such as (256, 256), not {config.image_size}")
+    for key, known in (("method", presets.METHODS), ("encoder", presets.ENCODERS)):
+        value = config.model[key]
+        require(value in known, f"model.{key}: {value!r} is none of {', '.join(known)}")
     require(config.dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16, not {config.dtype!r}")
     channels = config.model.channels
     require(channels in (1, 3), f"model.channels must be 3, or 1 for grayscale: image files hold no {channels}")
     for key in ("mean", "std"):
+        numbers = all(isinstance(value, int | float) for value in config.data[key])
+        require(numbers, f"data.{key} must be numbers, such as {IMAGENET_MEAN}, not {config.data[key]}")
         require(
             len(config.data[key]) == channels,
             f"data.{key} names {len(config.data[key])} channels, model.channels is {channels}; write one number each",
         )
     require(min(config.data.std) > 0, f"data.std must be above 0, not {config.data.std}")
     require(0 < config.data.area <= 1, f"data.area must lie in (0, 1], not {config.data.area}")
-    devices = jax.device_count()
-    require(
-        devices % config.mesh.fsdp == 0,
-        f"mesh.fsdp: {config.mesh.fsdp} does not divide the {devices} devices; choose a divisor of {devices}",
-    )
-    parts = devices * config.accumulate
-    what = f"{devices} devices" + (f" x {config.accumulate} accumulated parts" if config.accumulate > 1 else "")
-    require(
-        config.batch_size % parts == 0,
-        f"batch_size: {config.batch_size} does not divide among {what}; choose a multiple of {parts}, "
-        f"such as {max(1, round(config.batch_size / parts)) * parts}",
-    )
 
 
 def to_json(config: ConfigDict) -> str:
@@ -202,7 +216,7 @@ def from_json(text: bytes | str) -> ConfigDict:
     """The inverse of `to_json`.
 
     Raises:
-        ValueError: if it is no configuration, or lacks a key.
+        ValueError: if it is no configuration, lacks a key, or a value cannot be.
     """
 
     def fill(config: ConfigDict, values: dict[str, Any]) -> None:
@@ -218,8 +232,9 @@ def from_json(text: bytes | str) -> ConfigDict:
     config = default_config()
     try:
         fill(config, json.loads(text))
-    except (KeyError, AttributeError, TypeError) as error:
+    except (KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(str(error)) from None
+    check_values(config)
     return config
 
 

@@ -17,7 +17,7 @@ from umae_jax import cli
 from umae_jax.config import check
 from umae_jax.errors import require
 from umae_jax.weights.exchange import REFERENCE, take_in, take_out
-from umae_jax.weights.huggingface import LAYOUTS
+from umae_jax.weights.huggingface import LAYOUTS, weights_in
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "In: the directory to make of the file.")
@@ -33,7 +33,7 @@ _LAYOUT = flags.DEFINE_enum(
 def main(source: str = "") -> None:
     """Convert in the direction that the argument says: a file comes in, a directory goes out."""
     require(bool(source), "name what to convert: a FILE of weights with --workdir, or a run's DIR with --output")
-    path = Path(source).expanduser()
+    path = weights_in(Path(source).expanduser())
     require(path.exists(), f"there is no file or directory {path}")
     if path.is_dir():
         output = Path(cli.required(_OUTPUT, "the file to write, .safetensors or .pth")).expanduser()

@@ -14,6 +14,7 @@ from umae_jax.errors import require
 from umae_jax.models.build import build_encoder
 from umae_jax.models.encoder import Encoder, check_image_size
 from umae_jax.training.runs import read_run
+from umae_jax.weights.huggingface import weights_in
 from umae_jax.weights.recognize import read_model
 from umae_jax.weights.reference import from_reference
 
@@ -55,8 +56,8 @@ class PretrainedEncoder:
         """
         images = jnp.asarray(images)
         require(
-            images.ndim == 4 and images.shape[-1] == self.module.channels,
-            f"images must be [batch, height, width, {self.module.channels}], not {list(images.shape)}",
+            images.ndim == 4 and images.shape[0] > 0 and images.shape[-1] == self.module.channels,
+            f"images must be [batch, height, width, {self.module.channels}], one at least, not {list(images.shape)}",
         )
         require(
             images.dtype == jnp.uint8 or jnp.issubdtype(images.dtype, jnp.floating),
@@ -76,7 +77,8 @@ def load_encoder(
 
     Args:
         path: the directory of a run (pre-trained, fine-tuned or converted), or a `.safetensors`, `.pth` or `.npz`
-            file in this program's, the reference's or, for a ViT, Hugging Face's names.
+            file in this program's, the reference's or, for a ViT, Hugging Face's names; or the folder that
+            transformers saved one in.
         window: Swin: tokens on a window's side, if it shall be another than the model's. The position MLP is
             continuous, so that any even number will do.
         dtype: what the linear layers compute in, float32 or bfloat16.
@@ -84,19 +86,39 @@ def load_encoder(
     Raises:
         UserError: if there are no such weights.
     """
-    path = Path(path).expanduser()
-    require(path.exists(), f"there is no file or directory {path}")
     require(dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16, not {dtype!r}")
-    if path.is_dir():
-        config, params = (stored := read_run(path)).config, jax.device_get(stored.params)
-    else:
-        config, tensors = read_model(path)
+    require(window is None or isinstance(window, int), f"window must be a whole number of tokens, not {window!r}")
+    config, params = read_encoder(path)
     if window is not None:
         require(config.model.encoder == "swin", f"window: a {config.model.encoder} has no windows; leave it out")
         config.model.window = window
     config.dtype = dtype
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: build_encoder(config, jnp.dtype(dtype), nnx.Rngs(0))), nnx.Param)
-    if not path.is_dir():
-        params = from_reference(config, nnx.State({"encoder": shapes}), tensors, name=str(path), only="encoder.")
-    module = nnx.merge(graph, jax.tree.map(jnp.asarray, params["encoder"]))
-    return PretrainedEncoder(module, config)
+    graph, _ = _shapes(config, final_norm="norm" in params)
+    return PretrainedEncoder(nnx.merge(graph, jax.tree.map(jnp.asarray, params)), config)
+
+
+def read_encoder(path: str | os.PathLike[str]) -> tuple[ConfigDict, nnx.State]:
+    """The parameters of an encoder, on the host, and the configuration of the model that it was part of.
+
+    Args:
+        path: as for `load_encoder`.
+
+    Raises:
+        UserError: if there are no such weights.
+    """
+    path = weights_in(Path(path).expanduser())
+    require(path.exists(), f"there is no file or directory {path}")
+    if path.is_dir():
+        stored = read_run(path)
+        return stored.config, jax.device_get(stored.params["encoder"])
+    config, tensors = read_model(path, encoder_only=True)
+    _, shapes = _shapes(config, final_norm="norm.weight" in tensors)
+    params = from_reference(config, nnx.State({"encoder": shapes}), tensors, name=str(path), only="encoder.")
+    return config, params["encoder"]
+
+
+def _shapes(config: ConfigDict, *, final_norm: bool) -> tuple[nnx.GraphDef, nnx.State]:
+    def build() -> Encoder:
+        return build_encoder(config, jnp.dtype(config.dtype), nnx.Rngs(0), final_norm=final_norm)
+
+    return nnx.split(nnx.eval_shape(build), nnx.Param)

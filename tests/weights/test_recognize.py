@@ -71,6 +71,20 @@ def test_what_cannot_be_recognized_is_told_in_one_sentence(change, message):
     assert "\n" not in str(told.value)
 
 
+def test_a_decoder_of_unknown_heads_does_not_keep_from_its_encoder():
+    config = golden.config_of("vit_um")
+    config.model.widths, config.model.depths = (384,), (12,)
+    state = shapes_of(default_config("vit_small", "mae")) | {"mask_token": np.zeros((1, 1, 24))}
+    with pytest.raises(UserError, match="a decoder of width 24, whose heads no shape tells"):
+        recognize(state, "weights")
+    assert recognize(state, "weights", encoder_only=True).model.widths == (384,)
+    del state["blocks.0.norm1.weight"]
+    with pytest.raises(UserError, match=r"a vit that lacks 'blocks.0.norm1.weight'"):
+        recognize(state, "weights")
+    with pytest.raises(UserError, match=r"a vit that lacks 'blocks.0'"):
+        recognize({"cls_token": np.zeros(3), "patch_embed.proj.weight": np.zeros((8, 3, 4, 4))}, "weights")
+
+
 def test_an_encoder_alone_is_recognized():
     state = {
         k: v for k, v in shapes_of(default_config("vit_small", "mae")).items() if not k.startswith(("dec", "mask"))

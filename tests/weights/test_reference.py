@@ -7,7 +7,7 @@ from flax import nnx
 
 from tests import golden, small
 from umae_jax.errors import UserError
-from umae_jax.weights.files import Weights, read_weights, write_weights
+from umae_jax.weights.files import Weights, encode_weights, read_weights
 from umae_jax.weights.reference import from_reference, to_reference
 
 
@@ -25,7 +25,7 @@ def test_out_and_in_again_is_the_identity_bit_for_bit(kind, suffix, tmp_path):
     config = golden.config_of(kind)
     _, params = small.random_model(config)
     path = tmp_path / f"weights{suffix}"
-    write_weights(path, Weights(to_reference(config, params), {"a": "b"}))
+    path.write_bytes(encode_weights(path.suffix, Weights(to_reference(config, params), {"a": "b"})))
     tensors, metadata = read_weights(path)
     assert metadata == {"a": "b"}
     assert_same(from_reference(config, params, tensors, name="weights"), params)
@@ -89,7 +89,7 @@ def test_fixed_tables_may_be_missing_and_an_encoder_alone_may_be_taken():
     encoder = {name: array for name, array in tensors.items() if not re.match("decoder_|mask_token|pos_embed", name)}
     alone = from_reference(config, params, encoder, name="weights", only="encoder.")
     assert_same(alone["encoder"], params["encoder"])
-    with pytest.raises(UserError, match=r"missing: .*decoder_pred.weight"):
+    with pytest.raises(UserError, match=r"holds an encoder alone, which umae_jax.load_encoder reads"):
         from_reference(config, params, encoder, name="weights")
 
 

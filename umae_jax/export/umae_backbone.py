@@ -262,6 +262,8 @@ class SwinBackbone(_Backbone):
         final_norm: bool = True,
         drop_path: float = 0.0,
     ) -> None:
+        if window < 2:
+            raise ValueError(f"window must be at least 2 tokens, not {window}")
         attentions = [
             [_WindowAttention(width, head, window, position_width, shifted=block % 2 == 1) for block in range(depth)]
             for width, depth, head in zip(widths, depths, heads, strict=True)
@@ -328,7 +330,7 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensor = torch.frombuffer(bytearray(body[begin:end]), dtype=DTYPES[entry["dtype"]])
             tensors[name] = tensor.reshape(entry["shape"])
             seen += end - begin
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is no whole safetensors file: {error}") from error
     if seen != len(body):
         raise ValueError(f"{file} is no whole safetensors file: its tensors take {seen} of {len(body)} bytes")
@@ -375,12 +377,15 @@ def load_backbone(file: str | os.PathLike[str], **changes: Any) -> SwinBackbone 
         if encoder == "pvt":
             height, width = config["image_size"]
             arguments["grid"] = height // model["patch"], width // model["patch"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError, RecursionError) as error:
         raise ValueError(f"{file} holds no usable configuration in its metadata: {error!r}") from error
     if encoder not in classes:
         raise ValueError(f"{file} holds the encoder {encoder!r}, no pyramid; export a ViT for transformers instead")
     arguments["final_norm"] = any(name.startswith("norm.") for name in tensors)
-    backbone = classes[encoder](**arguments | changes)
+    try:
+        backbone = classes[encoder](**arguments | changes)
+    except (TypeError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(f"{file}: no encoder can be made of {arguments | changes}: {error}") from error
 
     found, wanted = ({name: tuple(x.shape) for name, x in part.items()} for part in (tensors, backbone.state_dict()))
     wrong = [f"{name} is missing" for name in wanted.keys() - found.keys()]

@@ -12,29 +12,27 @@ from umae_jax.models.autoencoder import MaskedAutoencoder
 from umae_jax.models.classifier import Classifier
 from umae_jax.models.encoder import Encoder, Sizes, check_image_size
 from umae_jax.models.masked import MaskedImageModel
-from umae_jax.models.presets import METHODS
 from umae_jax.models.pvt import Pvt
 from umae_jax.models.simmim import SimMIM
 from umae_jax.models.swin import Swin
 from umae_jax.models.vit import Vit
 
-ENCODERS = ("swin", "pvt", "vit")
 
-
-def build_encoder(config: ConfigDict, dtype: DTypeLike, rngs: nnx.Rngs) -> Encoder:
+def build_encoder(config: ConfigDict, dtype: DTypeLike, rngs: nnx.Rngs, *, final_norm: bool | None = None) -> Encoder:
     """The encoder that a configuration describes, freshly initialised.
 
-    A classifier's has learned positions, drops paths in training, and leaves the last norm to the classifier.
+    A classifier's has learned positions, drops paths in training, and leaves the last norm to the classifier, unless
+    `final_norm` says otherwise.
 
     Raises:
         UserError: if its numbers do not fit together.
     """
     model = config.model
-    require(model.encoder in ENCODERS, f"model.encoder: {model.encoder!r} is none of {', '.join(ENCODERS)}")
     classifies = model.method == "classifier"
     numbers = {key: model[key] for key in ("channels", "patch", "widths", "depths", "heads", "mlp_ratios")}
     sizes = Sizes(**numbers, drop_path=model.drop_path if classifies else 0.0)
-    shared: dict[str, Any] = {"final_norm": not classifies, "dtype": dtype, "rngs": rngs}
+    final_norm = not classifies if final_norm is None else final_norm
+    shared: dict[str, Any] = {"final_norm": final_norm, "dtype": dtype, "rngs": rngs}
     if model.encoder == "swin":
         return Swin(sizes, window=model.window, position_width=model.position_width, **shared)
     check_image_size(config.image_size, model.patch, "the patch")
@@ -56,7 +54,6 @@ def build_model(config: ConfigDict, rngs: nnx.Rngs) -> MaskedImageModel | Classi
         UserError: if its numbers do not fit together.
     """
     model, dtype = config.model, jnp.dtype(config.dtype)
-    require(model.method in METHODS, f"model.method: {model.method!r} is none of {', '.join(METHODS)}")
     require(
         model.method != "mae" or model.encoder == "vit",
         f"model.method: random sampling (mae) leaves no grid to {model.encoder}; choose um_mae, or a vit",

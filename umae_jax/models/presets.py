@@ -2,6 +2,7 @@
 
 from typing import Any
 
+ENCODERS = ("swin", "pvt", "vit")
 METHODS = {
     "um_mae": "uniform sampling, secondary masking, light decoder",
     "mae": "random sampling, light decoder (ViT)",

@@ -22,10 +22,12 @@ maps = encoder(images)  # uint8 [B, H, W, C]: the map of every stage, [B, H / st
 _LOAD_TORCH = """In PyTorch, with the one file `umae_backbone.py` beside this one, which needs torch alone:
 
 ```python
+import torch
 from umae_backbone import load_backbone
 
 backbone = load_backbone("{file}")
-maps = backbone((images - mean) / std)  # [B, C, H, W] of any size, in [0, 1]: the map of every stage
+mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (backbone.mean, backbone.std))
+maps = backbone((images - mean) / std)  # images [B, C, H, W] of any size, in [0, 1]: the map of every stage
 ```"""
 
 _LOAD_TRANSFORMERS = """In PyTorch, with transformers:

@@ -1,5 +1,6 @@
 """Whole runs from files of weights, and files of weights from whole runs."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -10,19 +11,19 @@ from ml_collections import ConfigDict
 import umae_jax
 from umae_jax import export
 from umae_jax.config import CONFIG_FILE, to_json
-from umae_jax.errors import require
-from umae_jax.files import write_whole
+from umae_jax.errors import UserError, require
+from umae_jax.files import write_together, write_whole
 from umae_jax.training.checkpoint import FOLDER, Checkpoints
 from umae_jax.training.mesh import make_mesh
 from umae_jax.training.runs import describe, read_run, start_from
 from umae_jax.weights.card import OURS, model_card
-from umae_jax.weights.files import Weights, check_output, write_weights
-from umae_jax.weights.huggingface import model_config, preprocessor_config, to_huggingface
+from umae_jax.weights.files import Weights, check_output, encode_weights
+from umae_jax.weights.huggingface import TRANSFORMERS_FILE, WRITER, model_config, preprocessor_config, to_huggingface
 from umae_jax.weights.recognize import read_model
 from umae_jax.weights.reference import from_reference, to_reference
 
 REFERENCE = "reference"
-TRANSFORMERS_FILE = "model.safetensors"
+INCOMING = ".incoming"  # where a run is made of a file, in its directory
 BACKBONE = Path(export.__file__).with_name("umae_backbone.py")
 
 
@@ -41,22 +42,33 @@ def take_in(file: Path, workdir: Path, config: ConfigDict | None = None) -> Conf
         UserError: if the file is not what it should be, or the directory holds a run.
     """
     workdir = workdir.absolute()
+    part = workdir / INCOMING
     require(
-        not workdir.exists() or (workdir.is_dir() and not any(workdir.iterdir())),
+        not workdir.exists() or (workdir.is_dir() and not set(workdir.iterdir()) - {part}),
         f"--workdir: {workdir} is there and not empty; choose another, so that nothing is lost",
     )
     config, tensors = read_model(file, config)
     run = describe(config, make_mesh())
     params = from_reference(config, run.state.params, tensors, name=str(file))
-    part = workdir.with_name(f".{workdir.name}.part")  # takes its name when it is whole
-    shutil.rmtree(part, ignore_errors=True)
+    was_there = workdir.exists()
+    shutil.rmtree(part, ignore_errors=True)  # of one that was killed
     part.mkdir(parents=True)
-    checkpoints = Checkpoints(part)
-    checkpoints.save(0, start_from(run, params), samples=0)
-    checkpoints.wait()
-    checkpoints.close()
-    write_whole(part / CONFIG_FILE, to_json(config).encode())
-    part.replace(workdir)
+    try:
+        checkpoints = Checkpoints(part)
+        checkpoints.save(0, start_from(run, params), samples=0)
+        checkpoints.wait()
+        checkpoints.close()
+        write_whole(part / CONFIG_FILE, to_json(config).encode())
+        for name in (FOLDER, CONFIG_FILE):  # with which the directory becomes a run's
+            (part / name).replace(workdir / name)
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if not was_there:
+            shutil.rmtree(workdir, ignore_errors=True)
+        if isinstance(error, UserError):
+            raise UserError(f"--workdir: {workdir} could not be written; make room or choose another") from error
+        raise
+    part.rmdir()
     return config
 
 
@@ -87,7 +99,8 @@ def take_out(workdir: Path, output: Path, layout: str = REFERENCE) -> list[Path]
     config, _, params, step = read_run(workdir)
     config = _shareable(config)
     tensors, metadata = to_reference(config, jax.device_get(params)), {"format": "pt"}
-    beside = {}
+    beside: dict[str, bytes] = {}
+    card_config = config
     if layout != REFERENCE:
         require(
             not (output.parent / FOLDER).exists(),
@@ -100,23 +113,41 @@ def take_out(workdir: Path, output: Path, layout: str = REFERENCE) -> list[Path]
         )
         require(layout == "vit" or config.model.method != "simmim", "--layout: SimMIM has no decoder; choose vit")
         require(
+            layout == "vit" or config.image_size[0] == config.image_size[1],
+            f"--layout: the decoder of transformers wants square images, not {config.image_size}; choose vit",
+        )
+        require(
             output.name == TRANSFORMERS_FILE,
             f"--output: transformers looks for {TRANSFORMERS_FILE}; end {output} in /{TRANSFORMERS_FILE}",
         )
+        _check_not_anothers(output.parent)
         tensors = to_huggingface(layout, tensors)
+        config = config.copy_and_resolve_references()
+        config.model.secondary_ratio = 0.0  # its token has no place in the file
         beside["config.json"] = json.dumps(model_config(layout, config), indent=2).encode()
         beside["preprocessor_config.json"] = json.dumps(preprocessor_config(config), indent=2).encode()
     elif config.model.encoder != "vit":
         beside[BACKBONE.name] = BACKBONE.read_bytes()
     metadata |= {"config": to_json(config), "step": str(step), "umae_jax": umae_jax.__version__}
     count = sum(array.size for array in tensors.values())
-    card = model_card(config, file=output.name, layout=layout, step=step, parameters=count)
+    card = model_card(card_config, file=output.name, layout=layout, step=step, parameters=count)
     output.parent.mkdir(parents=True, exist_ok=True)
     readme = output.with_name("README.md")
-    if readme.exists() and OURS not in readme.read_text(errors="replace"):
-        readme = output.with_suffix(".md")  # that one is somebody's own
+    if readme.exists():
+        text = readme.read_text(errors="replace")
+        if OURS not in text or f'"{output.name}"' not in text:
+            readme = output.with_suffix(".md")  # that one is somebody's own, or of another file
     beside[readme.name] = card.encode()
-    for name, data in beside.items():
-        write_whole(output.with_name(name), data)
-    write_weights(output, Weights(tensors, metadata))
+    weights = encode_weights(output.suffix, Weights(tensors, metadata))
+    write_together({output: weights} | {output.with_name(name): data for name, data in beside.items()})
     return [output, *(output.with_name(name) for name in sorted(beside))]
+
+
+def _check_not_anothers(folder: Path) -> None:
+    """Check that a folder holds no model for transformers that is not ours to write anew."""
+    there = folder / "config.json"
+    ours = False
+    if there.is_file():
+        with contextlib.suppress(ValueError):
+            ours = WRITER in json.loads(there.read_bytes())
+    require(ours or not there.exists(), f"--output: {there} is of another model; name another folder")

@@ -4,7 +4,7 @@ import argparse
 import io
 import pathlib
 import re
-import zipfile
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,6 @@ import safetensors
 import safetensors.numpy
 
 from umae_jax.errors import UserError, require
-from umae_jax.files import write_whole
 
 INSTALL_TORCH = 'install torch: pip install "umae_jax[torch]"'
 
@@ -36,20 +35,25 @@ def read_weights(path: Path) -> Weights:
         path.suffix in _READERS,
         f"{path}: a file of weights ends in {', '.join(_READERS)}; rename it if it is one of them",
     )
+    with path.open("rb"):
+        pass  # what the system refuses is told as such
     tensors, metadata = _READERS[path.suffix](path)
     require(bool(tensors), f"{path} holds no weights")
-    try:
-        return Weights({name: array.astype(np.float32) for name, array in tensors.items()}, metadata)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} holds more than numbers ({error})") from None
+    return Weights({name: _single(array, f"{path}: {name}") for name, array in tensors.items()}, metadata)
+
+
+def _single(array: np.ndarray, name: str) -> np.ndarray:
+    """An array of real numbers as float32."""
+    require(isinstance(array, np.ndarray) and array.dtype.kind in "fiub", f"{name} is no array of real numbers")
+    return array.astype(np.float32)
 
 
 def _read_safetensors(path: Path) -> Weights:
     try:
         with safetensors.safe_open(path, "numpy") as file:
             return Weights({name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {}))  # noqa: SIM118
-    except (safetensors.SafetensorError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no whole safetensors file ({error})") from None
+    except Exception as error:  # whatever a damaged file, or a kind of number that NumPy has not, makes it raise
+        raise UserError(f"{path} is no whole safetensors file of plain numbers ({_first_line(error)})") from None
 
 
 def _read_npz(path: Path) -> Weights:
@@ -58,8 +62,12 @@ def _read_npz(path: Path) -> Weights:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             names = [name for name in archive.files if name.startswith("param/")] or archive.files
             return Weights({name.removeprefix("param/"): archive[name] for name in names}, {})
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no whole .npz archive of plain arrays ({error})") from None
+    except Exception as error:  # whatever a damaged archive makes NumPy and zipfile raise
+        raise UserError(f"{path} is no whole .npz archive of plain arrays ({_first_line(error)})") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def _inert_classes() -> list[Any]:
@@ -71,7 +79,13 @@ def _inert_classes() -> list[Any]:
         for module in ("numpy.core", "numpy._core")
     ]
     dtypes = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
-    return [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, np.ndarray, np.dtype, *dtypes, *aliases]
+    # Python 3.13 calls their module another than those before it; a path of another system is none here.
+    paths = [
+        (pathlib.PureWindowsPath if "Windows" in name else pathlib.PurePosixPath, f"{module}.{name}")
+        for module in ("pathlib", "pathlib._local")
+        for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
+    ]
+    return [argparse.Namespace, np.ndarray, np.dtype, *dtypes, *paths, *aliases]
 
 
 def _read_pth(path: Path) -> Weights:
@@ -85,15 +99,15 @@ def _read_pth(path: Path) -> Weights:
     except ImportError:
         raise UserError(f"{path} can be read with torch only; {INSTALL_TORCH}, or convert it to .safetensors") from None
     try:
-        with torch.serialization.safe_globals(_inert_classes()):
+        with torch.serialization.safe_globals(_inert_classes()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the same as the error
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes torch raise
+    except Exception as error:  # whatever a damaged file makes torch raise, with advice to read it without this guard
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(f"{path} would run {refused[1]}, which weights have no need of; nothing was run") from None
-        reason = str(error).strip().splitlines() or ["no message"]
         raise UserError(
-            f"{path} is no whole file of weights that torch wrote; nothing in it was run "
-            f"({type(error).__name__}: {reason[0][:200]})"
+            f"{path} is no whole file of weights that torch wrote, or asks for more than tensors and plain arguments; "
+            "nothing in it was run"
         ) from None
     state, metadata = content, {}
     if isinstance(content, dict):
@@ -103,7 +117,12 @@ def _read_pth(path: Path) -> Weights:
         isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values()),
         f"{path} holds no dictionary of tensors, alone or under 'model' or 'state_dict'",
     )
-    tensors = {str(name): value.detach().to(torch.float32).numpy() for name, value in state.items()}
+    plain = [name for name, value in state.items() if value.layout == torch.strided and value.device.type == "cpu"]
+    require(len(plain) == len(state), f"{path} holds tensors without plain values, such as {set(state) - set(plain)}")
+    tensors = {
+        str(name): (value if value.is_complex() else value.detach().to(torch.float32)).numpy()
+        for name, value in state.items()
+    }
     strings = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     return Weights(tensors, metadata if strings else {})
 
@@ -126,15 +145,13 @@ def check_output(path: Path) -> None:
             raise UserError(f"--output: to write {path}, {INSTALL_TORCH}, or end it in .safetensors") from None
 
 
-def write_weights(path: Path, weights: Weights) -> None:
-    """Write a file of weights, whole or not at all; a `.pth` as a dict with "model" and "metadata"."""
-    if path.suffix == ".safetensors":
-        data = safetensors.numpy.save(weights.tensors, weights.metadata)
-    else:
-        import torch
+def encode_weights(suffix: str, weights: Weights) -> bytes:
+    """A file of weights, `.safetensors`, or `.pth` as a dict with "model" and "metadata"."""
+    if suffix == ".safetensors":
+        return safetensors.numpy.save(weights.tensors, weights.metadata)
+    import torch
 
-        state = {name: torch.from_numpy(array.copy()) for name, array in weights.tensors.items()}
-        buffer = io.BytesIO()
-        torch.save({"model": state, "metadata": weights.metadata}, buffer)
-        data = buffer.getvalue()
-    write_whole(path, data)
+    state = {name: torch.from_numpy(array.copy()) for name, array in weights.tensors.items()}
+    buffer = io.BytesIO()
+    torch.save({"model": state, "metadata": weights.metadata}, buffer)
+    return buffer.getvalue()

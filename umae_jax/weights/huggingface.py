@@ -1,12 +1,15 @@
 """Hugging Face's names for a ViT, as one table over the reference's, and the files that transformers wants beside."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
+import umae_jax
 from umae_jax.models.autoencoder import DECODER_MLP_RATIO
+from umae_jax.training.checkpoint import FOLDER
 
 # The reference's name, and theirs; of the fused qkv three names, along the first axis. {n} counts blocks.
 _BLOCK = (
@@ -35,10 +38,13 @@ _DECODER = (
     ("decoder_norm", ("decoder.decoder_norm",)),
     ("decoder_pred", ("decoder.decoder_pred",)),
 )
+WRITER = "umae_jax"  # the key of a config.json that is ours to write anew
+TRANSFORMERS_FILE = "model.safetensors"
 LAYOUTS = {
     "vit_mae": (*((ours, tuple(f"vit.{name}" for name in theirs)) for ours, theirs in _ENCODER), *_DECODER),
     "vit": _ENCODER,
 }
+_SPELLINGS = {"decoder.decoder_encoder.layer.": "decoder.decoder_layers."}  # of transformers 5, and the one above
 _PARAMETERS = ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed")  # the others have a weight and a bias
 
 
@@ -65,11 +71,21 @@ def from_huggingface(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
     layout = next((layout for layout in LAYOUTS if LAYOUTS[layout][0][1][0] in tensors), None)
     if layout is None:
         return dict(tensors)
-    left, found = dict(tensors), {}
+    left, found = {}, {}
+    for name, array in tensors.items():
+        for spelling, usual in _SPELLINGS.items():
+            name = name.replace(spelling, usual)
+        left[name] = array
     for ours, theirs in _names(layout, len(tensors)):
         if all(name in left for name in theirs):
             found[ours] = np.concatenate([left.pop(name) for name in theirs])
     return found | left
+
+
+def weights_in(path: Path) -> Path:
+    """The file of weights in a folder that transformers saved; any other path comes back as it is."""
+    inside = path / TRANSFORMERS_FILE
+    return inside if inside.is_file() and not (path / FOLDER).exists() else path
 
 
 def model_config(layout: str, config: ConfigDict) -> dict[str, Any]:
@@ -90,6 +106,7 @@ def model_config(layout: str, config: ConfigDict) -> dict[str, Any]:
         "image_size": height if height == width_in_pixels else [height, width_in_pixels],
         "patch_size": model.patch,
         "num_channels": model.channels,
+        WRITER: umae_jax.__version__,
     }
     if layout == "vit_mae":
         described |= {

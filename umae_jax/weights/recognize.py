@@ -19,11 +19,16 @@ PAPER_SIDE = {"swin": 256, "pvt": 256, "vit": 224}
 NAME_IT = "name the model with --config FILE"
 
 
-def recognize(tensors: Mapping[str, np.ndarray], name: str) -> ConfigDict:
+def recognize(tensors: Mapping[str, np.ndarray], name: str, *, encoder_only: bool = False) -> ConfigDict:
     """The configuration of the model whose state dict, by the reference's names, this is.
 
     What no shape tells is the paper's: windows, reductions, the ratio of secondary masking, normalised targets (not
     for SimMIM) and, for a pyramid's decoder, the reference's order of positions, with which it was trained.
+
+    Args:
+        tensors: the state dict.
+        name: of the file, for the error message.
+        encoder_only: whether the decoder does not matter.
 
     Raises:
         UserError: if it is another architecture, or shapes leave open what there is no default for.
@@ -37,15 +42,17 @@ def recognize(tensors: Mapping[str, np.ndarray], name: str) -> ConfigDict:
             f"{min(shapes)}, none belongs to the position MLP, the pooled attention or the class token of one of these"
         )
     try:
-        config = _recognize(encoder, shapes, name)
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-        if isinstance(error, UserError):
-            raise
+        config = _recognize(encoder, shapes, name, encoder_only)
+    except UserError:
+        raise
+    except KeyError as error:
         raise UserError(f"{name} holds a {encoder} that lacks {error}; {NAME_IT} to be told all it lacks") from None
+    except (IndexError, ValueError, ZeroDivisionError):
+        raise UserError(f"{name} holds a {encoder} whose shapes do not fit together; {NAME_IT} to be told") from None
     return config
 
 
-def _recognize(encoder: str, shapes: Mapping[str, tuple[int, ...]], name: str) -> ConfigDict:
+def _recognize(encoder: str, shapes: Mapping[str, tuple[int, ...]], name: str, encoder_only: bool) -> ConfigDict:
     blocks = _count("blocks", shapes)
     block_widths = [shapes[f"blocks.{block}.norm1.weight"][0] for block in range(blocks)]
     firsts = [block for block in range(blocks) if not block or f"blocks.{block}.downsample.proj.weight" in shapes]
@@ -92,14 +99,17 @@ def _recognize(encoder: str, shapes: Mapping[str, tuple[int, ...]], name: str) -
         model.position_width = shapes["blocks.0.attn.posmlp.0.weight"][0]
     if method == "classifier":
         model.classes = shapes["head.weight"][0]
-    if method in ("um_mae", "mae"):
+    if method in ("um_mae", "mae") and not encoder_only:
         _recognize_decoder(config, shapes, name)
     config.image_size = _image_size(config, shapes, name)
     return config
 
 
 def _count(blocks: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return 1 + max(int(match[1]) for key in shapes if (match := re.match(rf"{blocks}\.(\d+)\.", key)))
+    numbers = [int(match[1]) for key in shapes if (match := re.match(rf"{blocks}\.(\d+)\.", key))]
+    if not numbers:
+        raise KeyError(f"{blocks}.0")
+    return 1 + max(numbers)
 
 
 def _method(encoder: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -118,9 +128,7 @@ def _recognize_decoder(config: ConfigDict, shapes: Mapping[str, tuple[int, ...]]
     if "mask_token" not in shapes:
         return
     model.decoder_width = shapes["mask_token"][-1]
-    model.decoder_depth = 1 + max(
-        int(match[1]) for key in shapes if (match := re.match(r"decoder_blocks\.(\d+)\.", key))
-    )
+    model.decoder_depth = _count("decoder_blocks", shapes)
     model.decoder_factor = math.isqrt(shapes["decoder_embed.weight"][0] // model.decoder_width)
     require(
         model.decoder_width == 512,
@@ -155,12 +163,13 @@ class Identified(NamedTuple):
     tensors: Mapping[str, np.ndarray]
 
 
-def read_model(path: Path, config: ConfigDict | None = None) -> Identified:
+def read_model(path: Path, config: ConfigDict | None = None, *, encoder_only: bool = False) -> Identified:
     """Read a file of weights, in the reference's names or Hugging Face's, and find out of which model it is.
 
     Args:
         path: the file.
         config: the model, if the user names it; else what the file's metadata say, else what its shapes tell.
+        encoder_only: whether nothing but the encoder matters.
 
     Raises:
         UserError: if the file is damaged, would run code, or is of none of this program's architectures.
@@ -172,4 +181,4 @@ def read_model(path: Path, config: ConfigDict | None = None) -> Identified:
             config = from_json(metadata["config"])
         except ValueError as error:
             raise UserError(f"{path} names a model that this program does not know ({error}); {NAME_IT}") from None
-    return Identified(config or recognize(tensors, str(path)), tensors)
+    return Identified(config or recognize(tensors, str(path), encoder_only=encoder_only), tensors)

@@ -119,6 +119,10 @@ METHODS = {
 }
 
 
+# What names begin with that are no encoder's: decoders, mask tokens and heads, those of other programs included.
+BESIDE_ENCODERS = ("decoder", "mask_token", "vis_mask_token", "head", "fc_norm", "pooler.", "classifier.")
+
+
 class Entry(NamedTuple):
     """One parameter: its path here, its name there, and its layouts."""
 
@@ -195,7 +199,7 @@ def from_reference(config: ConfigDict, params: nnx.State, tensors: Tensors, *, n
         params: the model's parameters, or their shapes.
         tensors: the state dict; fixed tables may be missing.
         name: of the file, for the error message.
-        only: where our paths must begin; the rest of the model, and of the file, is left out.
+        only: where our paths must begin; the rest of the model is left out, and what a file holds beside an encoder.
 
     Raises:
         UserError: naming all that is missing, unexpected, of another shape or not what it should be.
@@ -227,7 +231,13 @@ def from_reference(config: ConfigDict, params: nnx.State, tensors: Tensors, *, n
             elif not np.allclose(tensors[fixed], table, atol=1e-3):
                 wrong.append(f"{fixed} is not the fixed sin-cos table")
     wrong += [f"{key} is not finite" for key in tensors if key not in left and not np.isfinite(tensors[key]).all()]
-    problems = {"missing": missing, "unexpected": [] if only else sorted(left), "wrong": wrong}
+    if only:
+        left -= {name for name in left if name.startswith(BESIDE_ENCODERS)}
+    elif missing and not left and not wrong and all(name.startswith(BESIDE_ENCODERS) for name in missing):
+        raise UserError(
+            f"{name} holds an encoder alone, which umae_jax.load_encoder reads as it is; a run needs a whole model"
+        )
+    problems = {"missing": missing, "unexpected": sorted(left), "wrong": wrong}
     told = "; ".join(f"{len(names)} {what}: {', '.join(names)}" for what, names in problems.items() if names)
     if told:
         model = f"a {config.model.encoder} for {config.model.method} as the configuration has it"
