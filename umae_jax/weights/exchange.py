@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -55,21 +56,31 @@ def take_in(file: Path, workdir: Path, config: ConfigDict | None = None) -> Conf
     part.mkdir(parents=True)
     try:
         checkpoints = Checkpoints(part)
-        checkpoints.save(0, start_from(run, params), samples=0)
-        checkpoints.wait()
-        checkpoints.close()
+        try:
+            checkpoints.save(0, start_from(run, params), samples=0)
+            checkpoints.wait()
+        finally:
+            with contextlib.suppress(
+                Exception
+            ):  # has been told; what still writes must have ended before all is removed
+                checkpoints.close()
         write_whole(part / CONFIG_FILE, to_json(config).encode())
         for name in (FOLDER, CONFIG_FILE):  # with which the directory becomes a run's
             (part / name).replace(workdir / name)
     except BaseException as error:
-        shutil.rmtree(part, ignore_errors=True)
-        if not was_there:
-            shutil.rmtree(workdir, ignore_errors=True)
+        _remove(part if was_there else workdir)
         if isinstance(error, UserError):
             raise UserError(f"--workdir: {workdir} could not be written; make room or choose another") from error
         raise
     part.rmdir()
     return config
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder into which Orbax, after a failure, writes on for some moments the arrays that did not fail."""
+    for _ in range(10):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)
 
 
 def _shareable(config: ConfigDict) -> ConfigDict:
