@@ -60,9 +60,7 @@ def take_in(file: Path, workdir: Path, config: ConfigDict | None = None) -> Conf
             checkpoints.save(0, start_from(run, params), samples=0)
             checkpoints.wait()
         finally:
-            with contextlib.suppress(
-                Exception
-            ):  # has been told; what still writes must have ended before all is removed
+            with contextlib.suppress(Exception):  # has been told
                 checkpoints.close()
         write_whole(part / CONFIG_FILE, to_json(config).encode())
         for name in (FOLDER, CONFIG_FILE):  # with which the directory becomes a run's
