@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from tests.images import write_folder
-from umae_jax.data.loader import Loader
-from umae_jax.data.sources import open_source
+from umae_jax.data.loader import Loader, OnePass
+from umae_jax.data.sources import NO_LABEL, open_source
+from umae_jax.data.transforms import load_whole
 from umae_jax.errors import UserError
 from umae_jax.training.mesh import batch_sharding, make_mesh
 
@@ -39,6 +40,32 @@ def test_a_stream_continues_where_it_was_left_in_mid_epoch(folder):
     rest = take(open_loader(folder, first_sample=24), 3)
     for ours, theirs in zip(rest, whole[3:], strict=True):
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_batch_is_in_order_for_any_number_of_processes(folder, monkeypatch, processes):
+    """Neighbours, which may be mixed with each other, stay neighbours."""
+    whole = [batch.sample_index for batch in take(open_loader(folder, first_sample=8), 3)]
+    parts = []
+    for process in range(processes):
+        monkeypatch.setattr(jax, "process_count", lambda: processes)
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        local = batch_sharding(make_mesh())
+        monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda _, array: array)
+        loader = Loader(
+            open_source(f"folder:{folder}"),
+            batch_size=8,
+            seed=1,
+            size=(16, 24),
+            area=0.2,
+            threads=2,
+            first_sample=8,
+            sharding=local,
+        )
+        parts.append([np.asarray(batch.sample_index) for batch in take(loader, 3)])
+        monkeypatch.undo()
+    for number, batch in enumerate(whole):
+        np.testing.assert_array_equal(np.concatenate([part[number] for part in parts]), batch)
 
 
 def test_samples_do_not_depend_on_threads_workers_or_batch_size(folder):
@@ -109,3 +136,83 @@ def test_mostly_unreadable_data_stops_the_run(folder):
         path.write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"of \d+ reads failed; repair or remove the files, among them .*\.jpg"):
         take(open_loader(folder), 6)
+
+
+CLASSES = ("ant", "bee")
+
+
+def one_pass(source, batch_size=8, **changes):
+    options = {"key": "data.source", "classes": 2, "size": (16, 24), "threads": 2, **changes}
+    return OnePass(source, batch_size=batch_size, sharding=batch_sharding(make_mesh()), **options)
+
+
+def gather(batches):
+    return [np.concatenate(arrays) for arrays in zip(*map(jax.device_get, batches), strict=True)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_one_pass_gives_every_image_once_whole_and_in_order(tmp_path, workers):
+    source = open_source(f"folder:{write_folder(tmp_path, 13, CLASSES)}")
+    images, _, labels, unreadable = gather(one_pass(source, workers=workers))
+    assert images.shape == (16, 16, 24, 3)
+    assert labels.tolist() == [source[place].label for place in range(13)] + [NO_LABEL] * 3
+    assert not unreadable.any()
+    assert not images[13:].any()
+    for place in range(13):
+        np.testing.assert_array_equal(images[place], load_whole(source[place].data, (16, 24), 3))
+
+
+def test_one_pass_leaves_out_what_cannot_be_read_and_names_it(tmp_path):
+    source = open_source(f"folder:{write_folder(tmp_path, 8, CLASSES)}")
+    (tmp_path / "bee" / "001.jpg").write_bytes(b"")
+    batches = one_pass(source)
+    _, _, labels, unreadable = gather(batches)
+    assert (labels == NO_LABEL).sum() == unreadable.sum() == 1
+    assert batches.named == {str(tmp_path / "bee" / "001.jpg")}
+
+
+def test_one_pass_takes_some_images_of_all_classes(tmp_path):
+    source = open_source(f"folder:{write_folder(tmp_path, 40, CLASSES)}")
+    _, _, labels, _ = gather(one_pass(source, images=24))
+    assert len(labels) == 24
+    assert 4 <= (labels == 0).sum() <= 20
+    _, _, again, _ = gather(one_pass(source, images=24, batch_size=24))
+    np.testing.assert_array_equal(labels, again)
+    assert len(gather(one_pass(source, images=100))[2]) == 40
+
+
+class Labelled:
+    """A source with labels of one's choice."""
+
+    classes = CLASSES
+
+    def __init__(self, folder, labels):
+        self.source, self.labels = open_source(f"folder:{folder}"), labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return self.source[index]._replace(label=self.labels[index])
+
+
+@pytest.mark.parametrize(
+    ("label", "message"), [(NO_LABEL, "an image has no label, labels must lie in 0..1"), (2, "has the label 2, labels")]
+)
+def test_labels_that_are_missing_or_out_of_range_are_told(folder, label, message):
+    source = Labelled(folder, [0, 1, label, 0, 1, 0, 1, 0])
+    with pytest.raises(UserError, match=f"data.source: .*{message}"):
+        gather(one_pass(source))
+    loader = Loader(
+        source,
+        batch_size=8,
+        seed=1,
+        size=(16, 24),
+        area=0.2,
+        threads=2,
+        classes=2,
+        sharding=batch_sharding(make_mesh()),
+    )
+    with pytest.raises(UserError, match=f"data.source: .*{message}"):
+        next(loader)
+    loader.close()

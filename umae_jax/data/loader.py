@@ -1,4 +1,7 @@
-"""Grain reads, shuffles and prefetches; each process takes its share; what comes out are global sharded arrays."""
+"""Grain reads, shuffles and prefetches; each process takes its share; what comes out are global sharded arrays.
+
+`Loader` is the endless stream of training, `OnePass` gives every image once.
+"""
 
 import itertools
 import math
@@ -12,8 +15,9 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from umae_jax.data.sources import Source
-from umae_jax.data.transforms import READ_TRIES, LoadCrop, Sample, Unreadable
+from umae_jax.data.augment import RandAugment
+from umae_jax.data.sources import NO_LABEL, Source
+from umae_jax.data.transforms import READ_TRIES, LoadCrop, LoadWhole, Sample, Unreadable
 from umae_jax.errors import UserError, listing, require
 
 # A run stops where more than this share of the reads fails, judged from this many samples on.
@@ -36,6 +40,16 @@ class Batch(NamedTuple):
     sample_index: Any
     label: Any
     unreadable: Any
+
+
+def abstract_batch(config: ConfigDict, batch_size: int, sharding: jax.sharding.Sharding) -> Batch:
+    """Shapes, dtypes and sharding of a batch."""
+
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:  # noqa: ANN401 - a NumPy scalar type
+        return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
+
+    image = array(np.uint8, *config.image_size, config.model.channels)
+    return Batch(image, sample_index=array(np.uint32), label=array(np.int32), unreadable=array(np.int32))
 
 
 class _Chunk(NamedTuple):
@@ -62,6 +76,67 @@ def _join(chunks: Sequence[_Chunk]) -> _Chunk:
     return _Chunk(Batch(*map(np.concatenate, zip(*arrays, strict=True))), tuple(itertools.chain(*unreadable)))
 
 
+def _local(batch_size: int) -> int:
+    """How many images of a batch each process reads.
+
+    Raises:
+        UserError: if it does not divide.
+    """
+    processes = jax.process_count()
+    require(
+        batch_size % processes == 0,
+        f"batch_size: {batch_size} does not divide among {processes} processes; choose a multiple of {processes}",
+    )
+    return batch_size // processes
+
+
+class _Blocks:
+    """Of every `count` blocks of so many samples, one."""
+
+    def __init__(self, samples: grain.MapDataset, size: int, block: int, count: int) -> None:
+        self.samples, self.size, self.block, self.count = samples, size, block, count
+
+    def __len__(self) -> int:
+        return len(self.samples) // (self.size * self.count) * self.size
+
+    def __getitem__(self, index: int) -> Sample:
+        block, place = divmod(index, self.size)
+        return self.samples[(block * self.count + self.block) * self.size + place]
+
+
+def _of_process(samples: grain.MapDataset, local: int) -> grain.MapDataset:
+    """Of every batch, the `local` samples in a row that this process reads: a batch is in order for any processes."""
+    if jax.process_count() == 1:
+        return samples
+    return grain.MapDataset.source(_Blocks(samples, local, jax.process_index(), jax.process_count()))
+
+
+def _read(samples: grain.MapDataset, local: int, threads: int, workers: int) -> grain.DatasetIterator:
+    """Samples of this process, in order, as batches of `local`, read ahead by threads or by workers."""
+    # Threads and workers take chunks, large enough to be worth handing over, small enough that two batches read ahead
+    # are all that memory holds. They come back in order, so that batches do not depend on who read them.
+    chunk = math.gcd(local, CHUNK)
+    reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2 * local // chunk)
+    chunks = samples.batch(chunk, batch_fn=_stack).to_iter_dataset(reading)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # a notebook or a test; the workers read Grain's flags
+            flags.FLAGS.mark_as_parsed()
+        chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_init_worker)
+    return iter(chunks.batch(local // chunk, batch_fn=_join, drop_remainder=True))
+
+
+def _name(unreadable: Sequence[Unreadable], named: set[str]) -> None:
+    """Warn of each record that cannot be read, once."""
+    for record in unreadable:
+        if record.name not in named:
+            named.add(record.name)
+            logging.warning("skipped an image that cannot be read: %s (%s)", record.name, record.reason)
+
+
+def _to_devices(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:
+    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), batch)
+
+
 class Loader:
     """An endless stream of training batches.
 
@@ -78,6 +153,8 @@ class Loader:
         size: height and width in pixels.
         channels: 3, or 1 for grayscale.
         area: the smallest share of an image that a crop keeps.
+        augment: what is done to the crop.
+        classes: labels lie below; None where labels do not matter.
         threads: that read and decode, in this process or in each worker.
         workers: processes that read and decode; 0 for threads alone.
 
@@ -97,29 +174,17 @@ class Loader:
         size: tuple[int, int],
         channels: int = 3,
         area: float,
+        augment: RandAugment | None = None,
+        classes: int | None = None,
         threads: int,
         workers: int = 0,
     ) -> None:
-        processes = jax.process_count()
-        require(
-            batch_size % processes == 0,
-            f"batch_size: {batch_size} does not divide among {processes} processes; choose a multiple of {processes}",
-        )
-        local = batch_size // processes
-        load = LoadCrop(source, seed, size, channels, area)
+        local = _local(batch_size)
+        load = LoadCrop(source, seed, size, channels, area, augment)
         samples = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat().map_with_index(load)
-        samples = samples[first_sample + jax.process_index() : last_sample : processes]
-        # Threads and workers take chunks, large enough to be worth handing over, small enough that two batches read
-        # ahead are all that memory holds. They come back in order, so that batches do not depend on who read them.
-        chunk = math.gcd(local, CHUNK)
-        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2 * local // chunk)
-        chunks = samples.batch(chunk, batch_fn=_stack).to_iter_dataset(reading)
-        if workers:
-            if not flags.FLAGS.is_parsed():  # a notebook or a test; the workers read Grain's flags
-                flags.FLAGS.mark_as_parsed()
-            chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_init_worker)
-        self._batches = iter(chunks.batch(local // chunk, batch_fn=_join, drop_remainder=True))
+        self._batches = _read(_of_process(samples[first_sample:last_sample], local), local, threads, workers)
         self._sharding = sharding
+        self._classes = classes
         self._named: set[str] = set()
         self._samples = self._failures = 0
 
@@ -134,6 +199,12 @@ class Loader:
         last_sample: int | None = None,
     ) -> "Loader":
         """The loader that a configuration describes."""
+        augment = RandAugment(
+            config.augment.operations,
+            config.augment.magnitude,
+            config.augment.magnitude_std,
+            tuple(round(255 * mean) for mean in config.data.mean),
+        )
         return cls(
             source,
             batch_size=config.batch_size,
@@ -144,6 +215,8 @@ class Loader:
             size=config.image_size,
             channels=config.model.channels,
             area=config.data.area,
+            augment=augment if augment.operations else None,
+            classes=config.model.classes if config.model.method == "classifier" else None,
             threads=config.data.threads,
             workers=config.data.workers,
         )
@@ -160,10 +233,7 @@ class Loader:
         batch, unreadable = next(self._batches)
         self._samples += len(batch.sample_index)
         self._failures += len(unreadable)
-        for record in unreadable:
-            if record.name not in self._named:
-                self._named.add(record.name)
-                logging.warning("skipped an image that cannot be read: %s (%s)", record.name, record.reason)
+        _name(unreadable, self._named)
         gave_up = bool((batch.unreadable >= READ_TRIES).any())
         mostly = self._samples >= JUDGE_AFTER and self._failures > MOST_UNREADABLE * (self._samples + self._failures)
         if gave_up or mostly:
@@ -171,4 +241,110 @@ class Loader:
                 f"data.source: {self._failures} of {self._samples + self._failures} reads failed; "
                 f"repair or remove the files, among them {listing(sorted(self._named), 3)}"
             )
-        return jax.tree.map(lambda array: jax.make_array_from_process_local_data(self._sharding, array), batch)
+        if self._classes is not None:
+            check_labels(batch.label, self._classes, "data.source")
+        return _to_devices(batch, self._sharding)
+
+
+def check_labels(labels: np.ndarray, classes: int, key: str) -> None:
+    """Check that labels [B] lie in 0 .. classes - 1.
+
+    Raises:
+        UserError: naming one that does not.
+    """
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if wrong.size:
+        what = "no label" if wrong[0] == NO_LABEL else f"the label {wrong[0]}"
+        raise UserError(
+            f"{key}: an image has {what}, labels must lie in 0..{classes - 1}; "
+            "name a split or folder whose images are all labelled so"
+        )
+
+
+class OnePass:
+    """Every image of a source once, whole, in batches of one size.
+
+    The last batch is filled up with blanks. These, and images that cannot be read, have the label NO_LABEL.
+
+    Args:
+        source: the images, all of them labelled.
+        key: of the configuration, that the source was named with.
+        classes: labels lie below.
+        images: take so many, drawn by the seed, where there are more; None for all.
+        named: names of images that cannot be read, which are not named again; this pass adds its own.
+        share: of the shorter side that the central crop keeps.
+        batch_size, sharding, seed, size, channels, threads, workers: as in `Loader`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        key: str,
+        classes: int,
+        batch_size: int,
+        sharding: jax.sharding.Sharding,
+        size: tuple[int, int],
+        channels: int = 3,
+        share: float = 1.0,
+        images: int | None = None,
+        named: set[str] | None = None,
+        seed: int = 0,
+        threads: int,
+        workers: int = 0,
+    ) -> None:
+        self.named = set() if named is None else named
+        self._key, self._classes, self._sharding = key, classes, sharding
+        local = _local(batch_size)
+        records = np.arange(len(source))
+        if images is not None and images < len(source):
+            records = np.sort(np.random.default_rng(seed).permutation(records)[:images])
+        records = np.pad(records, (0, -len(records) % batch_size), constant_values=-1)
+        self._records = records[jax.process_index() :: jax.process_count()]
+        samples = grain.MapDataset.source(self._records).map_with_index(LoadWhole(source, size, channels, share))
+        self._batches = _read(samples, local, threads, workers)
+        self._local = local
+
+    @classmethod
+    def of(
+        cls,
+        config: ConfigDict,
+        source: Source,
+        key: str,
+        sharding: jax.sharding.Sharding,
+        *,
+        batch_size: int,
+        images: int | None = None,
+        named: set[str] | None = None,
+    ) -> "OnePass":
+        """The pass that a configuration describes; see the class."""
+        return cls(
+            source,
+            key=key,
+            classes=len(source.classes),
+            batch_size=batch_size,
+            sharding=sharding,
+            size=config.image_size,
+            channels=config.model.channels,
+            share=config.validation.crop,
+            images=images,
+            named=named,
+            seed=config.seed,
+            threads=config.data.threads,
+            workers=config.data.workers,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches; the transfer of each to the devices goes on after it is given.
+
+        Raises:
+            UserError: if an image has no label, or one out of range.
+        """
+        try:
+            for number, (batch, unreadable) in enumerate(self._batches):
+                _name(unreadable, self.named)
+                there = self._records[number * self._local : (number + 1) * self._local] >= 0
+                check_labels(batch.label[there & (batch.unreadable == 0)], self._classes, self._key)
+                yield _to_devices(batch, self._sharding)
+        finally:
+            self._batches.close()

@@ -111,13 +111,14 @@ class TfdsImages:
         return Record(f"record {index} {name}".strip(), record[self.image], label)
 
 
-def open_source(name: str, *, split: str = "train", data_dir: str | None = None) -> Source:
+def open_source(name: str, *, split: str = "train", data_dir: str | None = None, key: str = "data") -> Source:
     """Open `photos`, `folder:PATH` or `tfds:NAME`.
 
     Args:
-        name: the configuration's `data.source`.
+        name: the configuration's `data.source`, or that of `validation`.
         split: the split of a TFDS data set.
         data_dir: where TFDS data sets lie; TFDS's own default if None.
+        key: the part of the configuration that names it, for error messages.
 
     Raises:
         UserError: if there is no such source, or nothing in it.
@@ -128,8 +129,8 @@ def open_source(name: str, *, split: str = "train", data_dir: str | None = None)
     if kind == "folder" and rest:
         return open_folder(rest)
     if kind == "tfds" and rest:
-        return _open_tfds(rest, split, data_dir)
-    raise UserError(f"data.source: unknown source {name!r}; write photos, folder:PATH or tfds:NAME")
+        return _open_tfds(rest, split, data_dir, key)
+    raise UserError(f"{key}.source: unknown source {name!r}; write photos, folder:PATH or tfds:NAME")
 
 
 def _photographs() -> Files:
@@ -179,13 +180,13 @@ def open_folder(path: str) -> Files:
     return Files(paths, [number[part[0]] for part in parts], classes)
 
 
-def _open_tfds(name: str, split: str, data_dir: str | None) -> TfdsImages:
+def _open_tfds(name: str, split: str, data_dir: str | None, key: str) -> TfdsImages:
     """A TFDS data set that has been prepared as ArrayRecord, by name or by the folder of one version."""
     import tensorflow_datasets as tfds  # slow to import, and needed by this source alone
 
     where = data_dir or "TFDS's default folder"
     unprepared = UserError(
-        f"data.source: there is no prepared data set {name} in {where}; set data.data_dir to where it lies, "
+        f"{key}.source: there is no prepared data set {name} in {where}; set data.data_dir to where it lies, "
         f"or prepare it with tfds build {name} --file_format=array_record"
     )
     try:
@@ -197,15 +198,15 @@ def _open_tfds(name: str, split: str, data_dir: str | None) -> TfdsImages:
     features = builder.info.features
     images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
     if not images:
-        raise UserError(f"data.source: {name} has no image feature, only {listing(list(features))}")
+        raise UserError(f"{key}.source: {name} has no image feature, only {listing(list(features))}")
     labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
     if split not in builder.info.splits:
-        raise UserError(f"data.split: {name} has no split {split}; choose {listing(list(builder.info.splits))}")
+        raise UserError(f"{key}.split: {name} has no split {split}; choose {listing(list(builder.info.splits))}")
     try:
         data = builder.as_data_source(split, decoders={images[0]: tfds.decode.SkipDecoding()})
     except NotImplementedError:
         raise UserError(
-            f"data.source: {name} in {where} is not stored as ArrayRecord, which random access needs; "
+            f"{key}.source: {name} in {where} is not stored as ArrayRecord, which random access needs; "
             f"run tfds build {name} --file_format=array_record --overwrite"
         ) from None
     label = labels[0] if labels else None

@@ -9,6 +9,7 @@ import numpy as np
 from absl import logging
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from umae_jax.data.augment import RandAugment
 from umae_jax.data.sources import NO_LABEL, Source
 from umae_jax.errors import require
 
@@ -42,9 +43,15 @@ def random_crop(rng: np.random.Generator, width: int, height: int, size: tuple[i
     return central_crop(width, height, size)
 
 
-def central_crop(width: int, height: int, size: tuple[int, int]) -> Box:
-    """The largest central box of the output's aspect ratio: resizing it is to resize the shorter side and crop."""
-    scale = min(width / size[1], height / size[0])
+def central_crop(width: int, height: int, size: tuple[int, int], share: float = 1.0) -> Box:
+    """The largest central box of the output's aspect ratio: resizing it is to resize the shorter side and crop.
+
+    Args:
+        width, height: of the image.
+        size: height and width of the output.
+        share: of the largest box's side that is kept, such as 224 / 256 (SPEC 10).
+    """
+    scale = share * min(width / size[1], height / size[0])
     box_width, box_height = size[1] * scale, size[0] * scale
     left, upper = max(0.0, (width - box_width) / 2), max(0.0, (height - box_height) / 2)  # rounding may fall below 0
     return (left, upper, left + box_width, upper + box_height)
@@ -102,14 +109,14 @@ class EncodedImage:
         return pixels if channels == 3 else pixels[..., None]
 
 
-def load_whole(data: bytes, size: tuple[int, int], channels: int) -> np.ndarray:
-    """The largest central part of an image, resized to `size`: uint8 [height, width, channels].
+def load_whole(data: bytes, size: tuple[int, int], channels: int, share: float = 1.0) -> np.ndarray:
+    """The central part of an image, see `central_crop`, resized to `size`: uint8 [height, width, channels].
 
     Raises:
         OSError and others of Pillow's: if the bytes cannot be decoded.
     """
     image = EncodedImage(data)
-    return image.crop(central_crop(*image.size, size), size, channels)
+    return image.crop(central_crop(*image.size, size, share), size, channels)
 
 
 def first_readable(source: Source, count: int, size: tuple[int, int], channels: int) -> np.ndarray:
@@ -165,7 +172,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadCrop:
-    """Read a record and take its random resized crop; a function of (sample index, record) and the seed alone.
+    """Read a record, crop and augment it at random; a function of (sample index, record) and the seed alone.
 
     A record that cannot be read or decoded is skipped: the sample draws another from its own generator instead. So the
     other samples stay what they are, and the same run sees the same images on any number of processes.
@@ -176,6 +183,7 @@ class LoadCrop:
     size: tuple[int, int]
     channels: int
     area: float
+    augment: RandAugment | None = None
 
     def __call__(self, index: int, record: int) -> Sample:
         """The sample of a global index, from the record that the shuffle gave it."""
@@ -189,10 +197,38 @@ class LoadCrop:
                 image = EncodedImage(data)
                 box = random_crop(rng, *image.size, self.size, self.area)
                 pixels = image.crop(box, self.size, self.channels)
+                if self.augment is not None:
+                    pixels = self.augment(pixels, rng)
             except Exception as error:  # decoders raise anything, and no file may stop a run
                 unreadable.append(Unreadable(name, reason(error)))
                 place = int(rng.integers(len(self.source)))
             else:
                 return Sample(pixels, np.uint32(index), np.int32(label), tuple(unreadable))
-        blank = np.zeros((*self.size, self.channels), np.uint8)
-        return Sample(blank, np.uint32(index), np.int32(NO_LABEL), tuple(unreadable))
+        return _blank(index, self.size, self.channels, *unreadable)
+
+
+def _blank(index: int, size: tuple[int, int], channels: int, *unreadable: Unreadable) -> Sample:
+    """What stands for an image that is not there: black, and without a label."""
+    return Sample(np.zeros((*size, channels), np.uint8), np.uint32(index), np.int32(NO_LABEL), unreadable)
+
+
+@dataclass(frozen=True)
+class LoadWhole:
+    """Read a record and take its central crop; blank where it cannot be read, and where there is none."""
+
+    source: Source
+    size: tuple[int, int]
+    channels: int
+    share: float
+
+    def __call__(self, index: int, record: int) -> Sample:
+        """The sample of an index; record -1 is none."""
+        if record < 0:
+            return _blank(index, self.size, self.channels)
+        name = f"record {record}"
+        try:
+            name, data, label = self.source[int(record)]
+            pixels = load_whole(data, self.size, self.channels, self.share)
+        except Exception as error:  # decoders raise anything
+            return _blank(index, self.size, self.channels, Unreadable(name, reason(error)))
+        return Sample(pixels, np.uint32(index), np.int32(label), ())

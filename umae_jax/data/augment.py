@@ -1,0 +1,122 @@
+"""RandAugment on the host, with Pillow: timm's `rand-m9-mstd0.5-inc1` (SPEC 10). Imports nothing of JAX."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+MOST = 10.0  # the magnitude at which an operation is strongest
+APPLY = 0.5  # the probability with which a chosen operation is applied
+
+Fill = int | tuple[int, ...]
+Argument = Callable[[float, float], float]  # from strength in [0, 1] and sign, -1 or 1, to what the operation takes
+
+
+def _affine(image: Image.Image, matrix: tuple[float, ...], fill: Fill) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=fill)
+
+
+def _posterize(image: Image.Image, bits: float, _fill: Fill) -> Image.Image:
+    """Keep the highest bits of every value; none of them leaves black, which Pillow's own function refuses."""
+    keep = 256 - 2 ** (8 - int(bits))
+    return image.point([value & keep for value in range(256)] * len(image.getbands()))
+
+
+def _solarize_add(image: Image.Image, amount: float, _fill: Fill) -> Image.Image:
+    """Add to what is darker than the middle."""
+    table = [min(255, value + int(amount)) if value < 128 else value for value in range(256)]
+    return image.point(table * len(image.getbands()))
+
+
+def _enhance(kind: Any) -> Callable[[Image.Image, float, Fill], Image.Image]:  # noqa: ANN401 - a class of ImageEnhance
+    return lambda image, factor, _fill: kind(image).enhance(factor)
+
+
+def _around_one(strength: float, sign: float) -> float:
+    return max(0.1, 1 + sign * 0.9 * strength)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation.
+
+    Attributes:
+        apply: from image, argument and fill colour to the changed image.
+        argument: from strength and sign to the argument.
+    """
+
+    apply: Callable[[Image.Image, float, Fill], Image.Image]
+    argument: Argument = lambda _strength, _sign: 0.0
+
+
+# Each becomes stronger with the magnitude ("inc1"). What takes part of a pixel's range is cut to whole numbers.
+OPERATIONS: Mapping[str, Operation] = {
+    "AutoContrast": Operation(lambda image, _, _fill: ImageOps.autocontrast(image)),
+    "Equalize": Operation(lambda image, _, _fill: ImageOps.equalize(image)),
+    "Invert": Operation(lambda image, _, _fill: ImageOps.invert(image)),
+    "Rotate": Operation(
+        lambda image, degrees, fill: image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=fill),
+        lambda strength, sign: sign * 30 * strength,
+    ),
+    "Posterize": Operation(
+        _posterize,
+        lambda strength, _: 4 - int(4 * strength),
+    ),
+    "Solarize": Operation(
+        lambda image, threshold, _fill: ImageOps.solarize(image, int(threshold)),
+        lambda strength, _: 256 - int(256 * strength),
+    ),
+    "SolarizeAdd": Operation(_solarize_add, lambda strength, _: int(110 * strength)),
+    "Color": Operation(_enhance(ImageEnhance.Color), _around_one),
+    "Contrast": Operation(_enhance(ImageEnhance.Contrast), _around_one),
+    "Brightness": Operation(_enhance(ImageEnhance.Brightness), _around_one),
+    "Sharpness": Operation(_enhance(ImageEnhance.Sharpness), _around_one),
+    "ShearX": Operation(
+        lambda image, factor, fill: _affine(image, (1, factor, 0, 0, 1, 0), fill),
+        lambda strength, sign: sign * 0.3 * strength,
+    ),
+    "ShearY": Operation(
+        lambda image, factor, fill: _affine(image, (1, 0, 0, factor, 1, 0), fill),
+        lambda strength, sign: sign * 0.3 * strength,
+    ),
+    "TranslateX": Operation(
+        lambda image, share, fill: _affine(image, (1, 0, share * image.width, 0, 1, 0), fill),
+        lambda strength, sign: sign * 0.45 * strength,
+    ),
+    "TranslateY": Operation(
+        lambda image, share, fill: _affine(image, (1, 0, 0, 0, 1, share * image.height), fill),
+        lambda strength, sign: sign * 0.45 * strength,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """Some operations drawn for an image, each applied with probability one half at a magnitude around one.
+
+    Attributes:
+        operations: drawn for an image, with replacement.
+        magnitude: from 0 to 10.
+        magnitude_std: the deviation of each operation's own magnitude.
+        fill: the colour, 0..255 a channel, of what a geometric operation uncovers.
+    """
+
+    operations: int
+    magnitude: float
+    magnitude_std: float
+    fill: tuple[int, ...]
+
+    def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """uint8 [H, W, 3 or 1] -> the same, changed by draws from `rng`."""
+        channels = pixels.shape[-1]
+        image = Image.fromarray(pixels if channels == 3 else pixels[..., 0])
+        for name in rng.choice(list(OPERATIONS), self.operations):
+            apply, magnitude, sign = rng.random(), rng.normal(self.magnitude, self.magnitude_std), rng.choice((-1, 1))
+            if apply < APPLY:
+                operation = OPERATIONS[name]
+                argument = operation.argument(float(np.clip(magnitude, 0, MOST)) / MOST, float(sign))
+                image = operation.apply(image, argument, self.fill if channels == 3 else self.fill[0])
+        changed = np.asarray(image)
+        return changed if channels == 3 else changed[..., None]
