@@ -40,7 +40,20 @@ def pretrain(workdir, *overrides, config="tests/tiny.py", **options):
     return run("pretrain", "--config", config, "--workdir", workdir, *overrides, **options)
 
 
+def finetune(workdir, *overrides, config="tests/tiny_classifier.py", **options):
+    """Run a small fine-tuning."""
+    return run("finetune", "--config", config, "--workdir", workdir, *overrides, **options)
+
+
+def lines(workdir):
+    """A run's metrics without those that time tells."""
+    read = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in line.items() if key not in ("images_per_second", "data_wait")} for line in read
+    ]
+
+
 def losses(workdir):
     """The steps and losses of a run's metrics."""
     lines = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]

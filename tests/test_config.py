@@ -11,7 +11,8 @@ from umae_jax.errors import UserError
 from umae_jax.models import presets
 from umae_jax.models.build import build_model
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(path for path in ROOT.glob("configs/**/*.py") if "def get_config" in path.read_text())
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -21,11 +22,13 @@ def test_every_configuration_builds_and_survives_json(path, tmp_path):
     spec.loader.exec_module(module)
     config = module.get_config()
     check(config)
+    if config.model.method == "classifier":
+        config.model.classes = config.model.classes or 2
     nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)))
     written = tmp_path / "config.json"
     written.write_text(to_json(config))
     assert read_config(written).to_dict() == config.to_dict()
-    assert f"--config configs/{path.name}" in module.__doc__
+    assert f"--config {path.relative_to(ROOT)}" in module.__doc__
 
 
 def test_steps_win_over_examples_and_examples_over_epochs():
@@ -53,9 +56,9 @@ def test_a_file_that_is_no_configuration_is_told(tmp_path, data):
         read_config(path)
 
 
-@pytest.mark.parametrize("key", ["accumulate", "model.method", "model.widths", "optimizer"])
-def test_a_file_that_lacks_a_key_is_told(tmp_path, key):
-    """Such as one that an earlier version wrote: what it lacks is never filled in with a default."""
+@pytest.mark.parametrize("key", ["image_size", "model.method", "model.widths"])
+def test_a_file_that_lacks_a_part_of_the_model_is_told(tmp_path, key):
+    """It is never filled in with a default."""
     config = default_config().unlock()
     *parents, last = key.split(".")
     del functools.reduce(getitem, parents, config)[last]
@@ -63,6 +66,16 @@ def test_a_file_that_lacks_a_key_is_told(tmp_path, key):
     path.write_text(to_json(config))
     with pytest.raises(UserError, match=rf"not a configuration that this program wrote \({last} missing\)"):
         read_config(path)
+
+
+@pytest.mark.parametrize("key", ["accumulate", "augment", "probe.stage"])
+def test_what_an_earlier_version_did_not_write_takes_its_default(tmp_path, key):
+    config = default_config().unlock()
+    *parents, last = key.split(".")
+    del functools.reduce(getitem, parents, config)[last]
+    path = tmp_path / "config.json"
+    path.write_text(to_json(config))
+    assert read_config(path).to_dict() == default_config().to_dict()
 
 
 @pytest.mark.parametrize(
@@ -103,7 +116,15 @@ def test_a_configuration_that_misses_keys_is_told():
         ("model.widths", (96, 0), "model.widths must be whole numbers from 1"),
         ("model.mlp_ratios", (4.0, 4.0), "model.mlp_ratios must be whole numbers from 1"),
         ("model.reductions", (0, 1), "model.reductions must be whole numbers from 1"),
-        ("model.classes", 0, "model.classes must be a whole number from 1"),
+        ("model.classes", 1, "model.classes must be a whole number from 2"),
+        ("probe.stage", 4, "there are 4 stages, from 0 to 3, or -1 for the last; not 4"),
+        ("augment.erase", 1.5, r"augment.erase must lie in"),
+        ("augment.magnitude", 11.0, "augment.magnitude goes from 0 to 10"),
+        ("augment.mixup", -1.0, "augment.mixup must be 0 or above"),
+        ("augment.label_smoothing", 1.0, r"augment.label_smoothing must lie in"),
+        ("optimizer.layer_decay", 0.0, r"optimizer.layer_decay must lie in"),
+        ("optimizer.average", 1.0, r"optimizer.average must lie in"),
+        ("validation.crop", 0.0, r"validation.crop must lie in"),
         ("model.drop_path", 1.0, r"model.drop_path must lie in \[0, 1\)"),
         ("image_size", (32.0, 32.0), "image_size must be whole numbers from 1"),
         ("seed", -1, "seed must lie in 0"),

@@ -18,7 +18,7 @@ from PIL import Image
 from tests import commands
 from tests.images import write_folder
 
-LONGER = ("--config.total_steps=60", "--config.checkpoint_every=4")
+LONGER = ("--config.total_steps=40", "--config.checkpoint_every=4")
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +77,8 @@ def test_other_numbers_of_devices_see_the_same_losses(finished, tmp_path, device
 def test_killed_again_and_again_it_ends_with_the_same_losses(tmp_path, never_stopped):
     chance = random.Random(0)
     continued, step = 0, 0
-    for _ in range(4):
-        last = step + chance.randint(6, 14)
+    for _ in range(3):
+        last = step + chance.randint(5, 11)
         with commands.start("pretrain", "--config", "tests/tiny.py", "--workdir", tmp_path, *LONGER) as process:
             for line in process.stderr:
                 continued += line.startswith("continuing at step")
@@ -94,7 +94,7 @@ def test_killed_again_and_again_it_ends_with_the_same_losses(tmp_path, never_sto
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves(tmp_path, never_stopped, number):
     # Checkpoints are so rare that only the signal can have written one.
-    rare = ("--config.total_steps=60", "--config.checkpoint_every=1000")
+    rare = ("--config.total_steps=40", "--config.checkpoint_every=1000")
     with commands.start("pretrain", "--config", "tests/tiny.py", "--workdir", tmp_path, *rare) as process:
         for line in process.stderr:
             if line.startswith("step 3/"):

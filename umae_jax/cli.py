@@ -84,6 +84,8 @@ def read_config(flag: flags.FlagHolder[ConfigDict]) -> ConfigDict:
     holder = flags.FLAGS[flag.name]
     require(bool(holder.present), "--config is missing; write --config with a file such as configs/quickstart.py")
     path = config_flags.get_config_filename(holder)
+    if not Path(path).is_file():
+        path = path.rpartition(":")[0] or path  # behind the colon stands what its get_config() is called with
     require(Path(path).is_file(), f"--config: there is no file {path}; write one such as configs/quickstart.py")
     config = flag.value
     if not isinstance(config, ConfigDict):

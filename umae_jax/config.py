@@ -15,7 +15,9 @@ CONFIG_FILE = "config.json"  # in a run's directory
 
 
 def default_config(size: str = "swin_tiny", method: str = "um_mae") -> ConfigDict:
-    """Pre-training after SPEC 10 of a model of SPEC 11; every key of a configuration.
+    """Training after SPEC 10 of a model of SPEC 11; every key of a configuration.
+
+    The method "classifier" takes the recipe of fine-tuning, the others that of pre-training.
 
     Args:
         size, method: of `umae_jax.models.presets`; the first words of `python -m umae_jax.models`.
@@ -28,6 +30,7 @@ def default_config(size: str = "swin_tiny", method: str = "um_mae") -> ConfigDic
     require(method in methods, f"there is no method {method!r} for {size}; choose {', '.join(methods)}")
     config = ConfigDict()
     config.seed = 0
+    config.init = config_dict.placeholder(str)  # fine-tuning: a run's directory or a file of weights; None: none
     config.image_size = (presets.image_side(size),) * 2  # height, width in pixels
     config.batch_size = 4096  # images a step, over all devices
     config.accumulate = 1  # parts that a batch is computed in, to save memory
@@ -57,7 +60,7 @@ def default_config(size: str = "swin_tiny", method: str = "um_mae") -> ConfigDic
     model.decoder_heads = 16
     model.normalize_target = True  # predict pixels normalised by their unit's mean and variance
     model.reference_order = False  # um_mae of pyramids; True: the reference's decoder positions (SPEC 6)
-    model.classes = 1000  # classifier
+    model.classes = config_dict.placeholder(int)  # classifier; None: as many as the training data has
     model.drop_path = 0.1  # classifier: rate in the last block, in training
     model.update(presets.settings(size, method))
 
@@ -68,14 +71,42 @@ def default_config(size: str = "swin_tiny", method: str = "um_mae") -> ConfigDic
     data.area = 0.2  # the smallest share of an image that a random crop keeps
     data.mean = IMAGENET_MEAN
     data.std = IMAGENET_STD
+    data.class_names = ()  # classifier: written by fine-tuning, from the training data
     data.threads = 16  # that read and decode, in each process or worker
     data.workers = 0  # processes that read and decode; 0: the threads of this one suffice
+
+    # What accuracy is measured on, each image once, resized and cropped in the middle. Pre-training runs a kNN probe.
+    validation = config.validation = ConfigDict()
+    validation.source = config_dict.placeholder(str)  # like data.source, and in data.data_dir; None: no validation
+    validation.split = "validation"  # of a TFDS data set
+    validation.every_epochs = 1.0  # 0: never
+    validation.crop = 1.0  # the share of the shorter side that the central crop keeps
+
+    # Fine-tuning's augmentation beside crop and flip; 0 turns each off.
+    augment = config.augment = ConfigDict()
+    augment.operations = 0  # of RandAugment, on an image
+    augment.magnitude = 9.0  # of RandAugment, 0 to 10
+    augment.magnitude_std = 0.5
+    augment.erase = 0.0  # probability that a rectangle is replaced by noise
+    augment.mixup = 0.0  # of the beta distribution of the share of each of two images
+    augment.cutmix = 0.0  # likewise of the area; where both are on, an image draws one of them
+    augment.label_smoothing = 0.0
+
+    # kNN and linear probes of frozen features.
+    probe = config.probe = ConfigDict()
+    probe.stage = -1  # whose map is averaged: 0 is the first, -1 the last
+    probe.images = 50_000  # of the training data, at most
+    probe.neighbors = 20
+    probe.temperature = 0.07
 
     optimizer = config.optimizer = ConfigDict()
     optimizer.base_learning_rate = 1.5e-4  # for a batch of 256; scaled by batch_size / 256
     optimizer.beta1 = 0.9
     optimizer.beta2 = 0.95
-    optimizer.weight_decay = 0.05  # not on 1-D parameters
+    optimizer.weight_decay = 0.05  # not on 1-D parameters and position embeddings
+    optimizer.final_learning_rate = 0.0  # at the end of the cosine, not scaled
+    optimizer.layer_decay = 1.0  # classifier: the rate of a layer over that of the one after it
+    optimizer.average = config_dict.placeholder(float)  # decay of the moving average of the parameters; None: none
     optimizer.clip_norm = config_dict.placeholder(float)  # of the global gradient; None for no clipping
     optimizer.warmup_steps = config_dict.placeholder(int)  # the warm-up, in the same units as the total
     optimizer.warmup_examples = config_dict.placeholder(int)
@@ -91,7 +122,26 @@ def default_config(size: str = "swin_tiny", method: str = "um_mae") -> ConfigDic
     config.checkpoint_keep = 3  # the newest so many are kept,
     config.checkpoint_keep_every = 50_000  # and one each so many steps for good; 0 for none
     config.stop_after_bad_steps = 10  # in a row, whose loss or gradient was not finite
+    if method == "classifier":
+        _fine_tune(config, size)
     return config.lock()
+
+
+def _fine_tune(config: ConfigDict, size: str) -> None:
+    """Change the recipe of pre-training into that of fine-tuning (SPEC 10)."""
+    config.batch_size = 1024
+    config.total_epochs = 100.0
+    config.picture_every = 0
+    config.data.area = 0.08
+    config.validation.crop = 0.875 if config.image_size == (224, 224) else 1.0
+    config.augment.update(operations=2, erase=0.25, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
+    config.optimizer.update(
+        base_learning_rate=5e-4,
+        beta2=0.999,
+        final_learning_rate=1e-6,
+        layer_decay=presets.LAYER_DECAY.get(size, 0.85),
+        warmup_epochs=5.0,
+    )
 
 
 def resolve_steps(config: ConfigDict, key: str, examples_per_epoch: int, batch_size: int) -> int:
@@ -111,20 +161,32 @@ def resolve_steps(config: ConfigDict, key: str, examples_per_epoch: int, batch_s
     return steps
 
 
+def steps_of_epochs(epochs: float, images: int, batch_size: int) -> int:
+    """An interval in steps; 0 for never, else at least 1."""
+    return max(1, round(epochs * images / batch_size)) if epochs else 0
+
+
 MOST_SEED = 2**32 - 1
 
 _WHOLE_FROM_1 = (
     *("batch_size", "accumulate", "log_every", "pictures", "checkpoint_every", "checkpoint_keep"),
-    *("stop_after_bad_steps", "data.threads", "mesh.fsdp"),
-    *("model.channels", "model.patch", "model.window", "model.position_width", "model.classes"),
+    *("stop_after_bad_steps", "data.threads", "mesh.fsdp", "probe.images", "probe.neighbors"),
+    *("model.channels", "model.patch", "model.window", "model.position_width"),
     *("model.decoder_factor", "model.decoder_width", "model.decoder_depth", "model.decoder_heads"),
 )
-_WHOLE_FROM_0 = ("picture_every", "checkpoint_keep_every", "data.workers")
+_WHOLE_FROM_0 = ("picture_every", "checkpoint_keep_every", "data.workers", "augment.operations")
 _SEQUENCES_FROM_1 = (
     *("image_size", "model.widths", "model.depths", "model.heads", "model.mlp_ratios", "model.reductions"),
 )
-_ABOVE_0 = ("optimizer.base_learning_rate", "optimizer.clip_norm")
-_FROM_0_BELOW_1 = ("optimizer.beta1", "optimizer.beta2", "model.drop_path")
+_ABOVE_0 = ("optimizer.base_learning_rate", "optimizer.clip_norm", "probe.temperature")
+_FROM_0 = (
+    *("optimizer.weight_decay", "optimizer.final_learning_rate", "validation.every_epochs"),
+    *("augment.magnitude_std", "augment.mixup", "augment.cutmix"),
+)
+_FROM_0_BELOW_1 = (
+    *("optimizer.beta1", "optimizer.beta2", "optimizer.average", "model.drop_path", "augment.label_smoothing"),
+)
+_ABOVE_0_TO_1 = ("data.area", "validation.crop", "optimizer.layer_decay")
 
 
 _ABSENT = object()  # in `differences`, for a key that only one of the two has
@@ -172,8 +234,26 @@ def check_values(config: ConfigDict) -> None:
         require(right, f"{key} must be whole numbers from 1, such as (2, 2), not {values[key]}")
     for key in _ABOVE_0:
         require(values[key] is None or values[key] > 0, f"{key} must be above 0, not {values[key]}")
+    for key in _FROM_0:
+        require(values[key] >= 0, f"{key} must be 0 or above, not {values[key]}")
     for key in _FROM_0_BELOW_1:
-        require(0 <= values[key] < 1, f"{key} must lie in [0, 1), not {values[key]}")
+        require(values[key] is None or 0 <= values[key] < 1, f"{key} must lie in [0, 1), not {values[key]}")
+    for key in _ABOVE_0_TO_1:
+        require(0 < values[key] <= 1, f"{key} must lie in (0, 1], not {values[key]}")
+    require(
+        config.optimizer.layer_decay == 1 or config.model.method == "classifier",
+        "optimizer.layer_decay is fine-tuning's; leave it at 1 in pre-training",
+    )
+    require(0 <= config.augment.erase <= 1, f"augment.erase must lie in [0, 1], not {config.augment.erase}")
+    require(0 <= config.augment.magnitude <= 10, f"augment.magnitude goes from 0 to 10, not {config.augment.magnitude}")
+    classes, stages = config.model.classes, len(config.model.depths)
+    require(
+        classes is None or _is_whole(classes, 2), f"model.classes must be a whole number from 2, or None, not {classes}"
+    )
+    require(
+        -stages <= config.probe.stage < stages,
+        f"probe.stage: there are {stages} stages, from 0 to {stages - 1}, or -1 for the last; not {config.probe.stage}",
+    )
     require(
         _is_whole(config.seed, 0) and config.seed <= MOST_SEED, f"seed must lie in 0..{MOST_SEED}, not {config.seed}"
     )
@@ -192,7 +272,6 @@ def check_values(config: ConfigDict) -> None:
             f"data.{key} names {len(config.data[key])} channels, model.channels is {channels}; write one number each",
         )
     require(min(config.data.std) > 0, f"data.std must be above 0, not {config.data.std}")
-    require(0 < config.data.area <= 1, f"data.area must lie in (0, 1], not {config.data.area}")
 
 
 def to_json(config: ConfigDict) -> str:
@@ -213,16 +292,13 @@ def read_config(path: Path) -> ConfigDict:
 
 
 def from_json(text: bytes | str) -> ConfigDict:
-    """The inverse of `to_json`.
+    """The inverse of `to_json`. What an earlier version did not write takes its default, unless it is of the model.
 
     Raises:
-        ValueError: if it is no configuration, lacks a key, or a value cannot be.
+        ValueError: if it is no configuration, does not say all of the model and its images, or a value cannot be.
     """
 
     def fill(config: ConfigDict, values: dict[str, Any]) -> None:
-        missing = [key for key in config if key not in values]
-        if missing:
-            raise ValueError(f"{listing(missing)} missing")
         for key, value in values.items():
             if isinstance(value, dict):
                 fill(config[key], value)
@@ -231,7 +307,13 @@ def from_json(text: bytes | str) -> ConfigDict:
 
     config = default_config()
     try:
-        fill(config, json.loads(text))
+        values = json.loads(text)
+        missing = [key for key in config.model if key not in values["model"]] + [
+            key for key in ("image_size", "dtype") if key not in values
+        ]
+        if missing:
+            raise ValueError(f"{listing(missing)} missing")
+        fill(config, values)
     except (KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(str(error)) from None
     check_values(config)

@@ -1,7 +1,7 @@
 """Bring weights in from other programs, and take them out to others.
 
     python -m umae_jax.convert FILE --workdir DIR [--config FILE]
-    python -m umae_jax.convert DIR --output FILE [--layout reference|vit_mae|vit]
+    python -m umae_jax.convert DIR --output FILE [--layout reference|vit_mae|vit] [--best]
 
 In: a `.pth` of the reference, `.safetensors` or `.npz` becomes a run's directory, from which every command goes on. The
 model is told from the file's metadata or shapes, unless --config names it. Out: the newest checkpoint becomes a
@@ -28,6 +28,7 @@ _LAYOUT = flags.DEFINE_enum(
     [REFERENCE, *LAYOUTS],
     "Out: whose names; vit_mae and vit are ViTMAEForPreTraining and ViTModel of transformers.",
 )
+_BEST = flags.DEFINE_boolean("best", False, "Out: the checkpoint that validation found best, not the newest.")
 
 
 def main(source: str = "") -> None:
@@ -37,7 +38,7 @@ def main(source: str = "") -> None:
     require(path.exists(), f"there is no file or directory {path}")
     if path.is_dir():
         output = Path(cli.required(_OUTPUT, "the file to write, .safetensors or .pth")).expanduser()
-        written = take_out(path, output, _LAYOUT.value)
+        written = take_out(path, output, _LAYOUT.value, best=_BEST.value)
         cli.say(f"beside it: {', '.join(beside.name for beside in written[1:])}")
         print(output)  # noqa: T201 - the result
     else:

@@ -8,6 +8,10 @@ from typing import Any
 ASKING = (signal.SIGTERM, signal.SIGINT)
 
 
+class StopAsked(Exception):  # noqa: N818 - not an error
+    """Something that takes long between two steps broke off, as a signal asked to leave."""
+
+
 class StopSignals:
     """Within its `with`, remembers the first SIGTERM or SIGINT; a second one acts as it always does.
 
@@ -30,6 +34,11 @@ class StopSignals:
         # Not print: a signal may come in the middle of one.
         name = signal.Signals(number).name
         os.write(2, f"{name}: saving and leaving after this step; once more to leave at once\n".encode())
+
+    def check(self) -> None:
+        """Raise StopAsked if a signal has come; for use in what takes long between two steps."""
+        if self.received is not None:
+            raise StopAsked
 
     def _restore(self) -> None:
         for number, handler in self._inherited.items():

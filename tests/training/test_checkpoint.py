@@ -45,12 +45,36 @@ def test_a_state_comes_back_onto_another_mesh(tmp_path, abstract):
         target = shapes_on(make_mesh(fsdp), make_state(0.0))
         checkpoints = Checkpoints(tmp_path)
         state, samples = checkpoints.restore(target)
-        params, step = checkpoints.restore_params(target.params)
+        params, step = checkpoints.restore_part("params", target.params)
         checkpoints.close()
         assert (samples, step) == (80, 5)
         jax.tree.map(np.testing.assert_array_equal, state, make_state(1.5))
         jax.tree.map(np.testing.assert_array_equal, params, make_state(1.5).params)
         assert jax.tree.map(lambda a: a.sharding, state) == jax.tree.map(lambda a: a.sharding, target)
+
+
+def test_the_best_are_forgotten_but_for_those_that_may_be_gone_on_from(tmp_path):
+    checkpoints = Checkpoints(tmp_path, folder="checkpoints_best", keep=None)
+    for step in (2, 4, 6, 9, 12):
+        checkpoints.save(step, make_state(1.0), samples=0, top1=step / 100)
+    checkpoints.wait()
+    checkpoints.forget(after=10, before=7)
+    assert checkpoints.note("top1") == 0.09
+    assert checkpoints.note("no such") is None
+    checkpoints.close()
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints_best").iterdir()) == [6, 9]
+
+
+def test_an_average_is_saved_where_there_is_one(tmp_path):
+    with_average = init_state({"bias": jnp.full((7,), 2.0)}, optax.identity(), average=True)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, with_average._replace(params={"bias": jnp.zeros(7)}), samples=0)
+    checkpoints.wait()
+    abstract = shapes_on(make_mesh(), with_average)
+    state, _ = checkpoints.restore(abstract)
+    np.testing.assert_array_equal(state.result["bias"], np.full(7, 2.0))
+    assert checkpoints.restore_part("average", abstract.params)[0]["bias"][0] == 2
+    checkpoints.close()
 
 
 def test_a_state_donated_while_it_is_written_is_written_as_it_was(tmp_path, abstract):

@@ -38,7 +38,7 @@ class Recorder:
         self.calls.append(f"act {step}")
         return {"accuracy": 0.5}
 
-    def train(self, total, first=0, every=2, **options):
+    def train(self, total, first=0, every=2, metric="", **options):
         checkpoints = Checkpoints(self.workdir)
         original = checkpoints.save
 
@@ -61,7 +61,7 @@ class Recorder:
                 checkpoints=checkpoints,
                 signals=self.signals,
                 workdir=self.workdir,
-                actions=[Action(every, self.act)],
+                actions=[Action(every, self.act, metric)],
                 **options,
             )
         finally:
@@ -69,6 +69,33 @@ class Recorder:
 
     def lines(self):
         return [json.loads(line) for line in (self.workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_signal_in_an_action_breaks_it_off_to_be_done_again(tmp_path):
+    recorder = Recorder(tmp_path)
+    act = recorder.act
+
+    def interrupted(step, state):
+        if step == 2:
+            recorder.signals.received = signal.SIGTERM
+        recorder.signals.check()
+        return act(step, state)
+
+    recorder.act = interrupted
+    with pytest.raises(Interrupted):
+        recorder.train(5, checkpoint_every=100)
+    assert recorder.calls == ["act 0", "step 1", "step 2", "save 2 at 8"]
+    again = Recorder(tmp_path)
+    again.train(3, first=2)
+    assert again.calls == ["act 2", "step 3", "act 3", "save 3 at 12"]
+
+
+def test_an_action_whose_metric_is_there_is_not_done_again(tmp_path):
+    Recorder(tmp_path).train(4, checkpoint_every=2, metric="accuracy")
+    again = Recorder(tmp_path)
+    again.train(5, first=4, metric="accuracy")
+    assert again.calls == ["step 5", "act 5", "save 5 at 20"]
+    assert [line["step"] for line in again.lines() if "accuracy" in line] == [0, 2, 4, 5]
 
 
 def test_the_order_is_act_save_step(tmp_path):

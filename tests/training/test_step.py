@@ -7,10 +7,10 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tests import tiny
-from umae_jax.data.loader import Batch
+from umae_jax.data.loader import Batch, abstract_batch
 from umae_jax.training.mesh import batch_sharding, state_shardings
 from umae_jax.training.optimizer import learning_rate_schedule
-from umae_jax.training.pretraining import abstract_batch, make_loss
+from umae_jax.training.pretraining import make_loss
 from umae_jax.training.runs import describe, initialize
 from umae_jax.training.step import compile_step, make_train_step
 
@@ -37,7 +37,7 @@ def prepare(config, mesh, loss=None, accumulate=1):
     loss = loss or make_loss(config, what.graph)
     schedule = learning_rate_schedule(config.optimizer, batch_size=256, warmup_steps=1, total_steps=10)
     step = make_train_step(loss, what.optimizer, schedule, accumulate=accumulate)
-    compiled = compile_step(step, what.state, abstract_batch(config, mesh), mesh)
+    compiled = compile_step(step, what.state, abstract_batch(config, config.batch_size, batch_sharding(mesh)), mesh)
     return initialize(config, what), compiled
 
 

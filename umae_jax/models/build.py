@@ -60,6 +60,7 @@ def build_model(config: ConfigDict, rngs: nnx.Rngs) -> MaskedImageModel | Classi
     )
     encoder = build_encoder(config, dtype, rngs)
     if model.method == "classifier":
+        require(model.classes is not None, "model.classes: say how many classes there are")
         return Classifier(encoder, image_size=config.image_size, classes=model.classes, dtype=dtype, rngs=rngs)
     shared = {"image_size": config.image_size, "decoder_factor": model.decoder_factor, "dtype": dtype, "rngs": rngs}
     shared |= {"normalize_target": model.normalize_target}

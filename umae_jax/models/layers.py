@@ -95,6 +95,24 @@ def drop_paths(rate: float, depths: Sequence[int]) -> list[list[DropPath]]:
     return [drops[sum(depths[:stage]) : sum(depths[: stage + 1])] for stage in range(len(depths))]
 
 
+def resize_positions(table: jax.Array, old: tuple[int, int], new: tuple[int, int], *, leading: int = 0) -> jax.Array:
+    """The position embeddings of a grid from those of another, bicubic and antialiased.
+
+    Args:
+        table: [1, leading + old rows * columns, C].
+        old, new: rows and columns.
+        leading: rows of the table that belong to no place, and stay.
+
+    Returns:
+        [1, leading + new rows * columns, C].
+    """
+    if old == new:
+        return table
+    width = table.shape[-1]
+    resized = jax.image.resize(table[:, leading:].reshape(1, *old, width), (1, *new, width), "cubic")
+    return jnp.concatenate([table[:, :leading], resized.reshape(1, -1, width)], axis=1)
+
+
 class PositionTable(nnx.Module):
     """The absolute position embedding of a grid of patches (SPEC 4, 5): the sin-cos table, fixed or learned from there.
 
@@ -130,10 +148,9 @@ class PositionTable(nnx.Module):
 
         In compaction each token takes the embedding of its original place.
         """
-        grid = tuple(size * (1 if mask is None else 2) for size in tokens.shape[1:3])
-        table = self._values()[:, self.leading :].reshape(1, *self.grid, self.width)
-        if grid != self.grid:
-            table = jax.image.resize(table, (1, *grid, self.width), "cubic")
+        rows, columns = (size * (1 if mask is None else 2) for size in tokens.shape[1:3])
+        table = resize_positions(self._values()[:, self.leading :], self.grid, (rows, columns))
+        table = table.reshape(1, rows, columns, self.width)
         return (table if mask is None else mask.compact(table)).astype(tokens.dtype)
 
 

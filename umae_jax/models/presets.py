@@ -71,6 +71,10 @@ SIZES = {
 }
 
 
+# Of fine-tuning (SPEC 10); 0.85 for the others.
+LAYER_DECAY = {"swin_large": 0.7, "vit_small": 0.8, "vit_base": 0.8, "vit_large": 0.8, "vit_huge": 0.8}
+
+
 def methods_of(size: str) -> tuple[str, ...]:
     """The methods that a size can be trained with: random sampling leaves no grid for a pyramid."""
     return tuple(method for method in METHODS if method != "mae" or SIZES[size]["encoder"] == "vit")
@@ -91,4 +95,5 @@ def settings(size: str, method: str) -> dict[str, Any]:
         "method": method,
         "secondary_ratio": 0.25 if method == "um_mae" else 0.0,
         "normalize_target": method in ("um_mae", "mae"),
+        "classes": 1000 if method == "classifier" else None,
     }

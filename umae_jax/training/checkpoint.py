@@ -20,7 +20,8 @@ from umae_jax.training.step import TrainState
 Found = TypeVar("Found")
 
 FOLDER = "checkpoints"
-UNREADABLE = "checkpoints_unreadable"
+BEST = "checkpoints_best"
+UNREADABLE = "unreadable"  # goes behind the folder's name
 
 
 @functools.cache
@@ -53,6 +54,19 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:200]
 
 
+def newest_step(workdir: Path) -> int:
+    """The step of a run's newest checkpoint, 0 if there is none."""
+    folder = workdir / FOLDER
+    return (
+        max((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), default=0) if folder.exists() else 0
+    )
+
+
+def _fields(state: TrainState) -> dict[str, Any]:
+    """What there is of a state, by name: a field that it has not is not in the checkpoint either."""
+    return {name: value for name, value in state._asdict().items() if value is not None}
+
+
 class Checkpoints:
     """The checkpoints of one working directory, DIR/checkpoints/STEP.
 
@@ -61,7 +75,8 @@ class Checkpoints:
 
     Args:
         workdir: the directory.
-        keep: the newest so many are kept.
+        folder: of its checkpoints.
+        keep: the newest so many are kept; None keeps all.
         keep_every: and each that this number of steps divides; 0 for none.
         read_only: for looking at another's run: nothing is created, cleaned up or moved.
 
@@ -69,10 +84,11 @@ class Checkpoints:
         OSError: if the directory cannot be made.
     """
 
-    def __init__(self, workdir: Path, *, keep: int = 1, keep_every: int = 0, read_only: bool = False) -> None:
+    def __init__(
+        self, workdir: Path, *, folder: str = FOLDER, keep: int | None = 1, keep_every: int = 0, read_only: bool = False
+    ) -> None:
         _say_failures_once()
-        self._workdir = workdir
-        self._folder = (workdir / FOLDER).absolute()
+        self._folder = (workdir / folder).absolute()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_every or None,
@@ -88,13 +104,20 @@ class Checkpoints:
         """Whether there is a checkpoint."""
         return bool(self._manager.all_steps())
 
-    def save(self, step: int, state: TrainState, samples: int) -> None:
+    def save(self, step: int, state: TrainState, samples: int, **notes: float) -> None:
         """Copy the state to the host and write it in the background; waits for the one before to be written.
+
+        Args:
+            step: of the state.
+            state: what to save.
+            samples: seen so far.
+            notes: more to write beside the state, for `note`.
 
         Raises:
             UserError: if this or the one before could not be written.
         """
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"samples": samples}))
+        data = ocp.args.JsonSave({"samples": samples, **notes})
+        items = ocp.args.Composite(state=ocp.args.StandardSave(_fields(state)), data=data)
         self._guard(lambda: self._manager.save(step, args=items, force=True))
 
     def wait(self) -> None:
@@ -124,9 +147,10 @@ class Checkpoints:
         """
 
         def read(step: int) -> tuple[TrainState, int]:
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
+            wanted = ocp.args.StandardRestore(_fields(abstract))
+            items = ocp.args.Composite(state=wanted, data=ocp.args.JsonRestore())
             restored = self._manager.restore(step, args=items)
-            return restored["state"], int(restored["data"]["samples"])
+            return TrainState(**restored["state"]), int(restored["data"]["samples"])
 
         found, broken = self._newest_whole(read)
         if found is None and broken:
@@ -137,17 +161,32 @@ class Checkpoints:
         self._set_aside(broken)
         return found
 
-    def restore_params(self, abstract: Any) -> tuple[Any, int] | None:  # noqa: ANN401 - any pytree
-        """The parameters alone of the newest whole checkpoint, and its step. Leaves the directory as it is."""
+    def forget(self, *, after: int, before: int) -> None:
+        """Delete the checkpoints of later steps than `after`, and of those up to `before` all but the newest."""
+        steps = sorted(self._manager.all_steps())
+        for step in steps:
+            if step > after or (step <= before and step != max(other for other in steps if other <= before)):
+                self._manager.delete(step)
+
+    def note(self, name: str) -> float | None:
+        """What was noted under this name beside the newest whole checkpoint."""
+
+        def read(step: int) -> float | None:
+            return self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"].get(name)
+
+        return self._newest_whole(read)[0]
+
+    def restore_part(self, name: str, abstract: Any) -> tuple[Any, int] | None:  # noqa: ANN401 - any pytree
+        """One field of the newest whole checkpoint's state, and its step. Leaves the directory as it is."""
 
         def read(step: int) -> tuple[Any, int]:
             part = ocp.args.PyTreeRestore(
-                {"params": abstract},
-                restore_args=ocp.checkpoint_utils.construct_restore_args({"params": abstract}),
+                {name: abstract},
+                restore_args=ocp.checkpoint_utils.construct_restore_args({name: abstract}),
                 partial_restore=True,
             )
             with ocp.PyTreeCheckpointer() as checkpointer:
-                return checkpointer.restore(self._folder / str(step) / "state", args=part)["params"], step
+                return checkpointer.restore(self._folder / str(step) / "state", args=part)[name], step
 
         found, broken = self._newest_whole(read)
         for step, reason in broken.items():
@@ -166,7 +205,7 @@ class Checkpoints:
 
     def _set_aside(self, broken: dict[int, str]) -> None:
         """Move checkpoints out of the way of those to come."""
-        aside = self._workdir / UNREADABLE
+        aside = self._folder.with_name(f"{self._folder.name}_{UNREADABLE}")
         for step, reason in broken.items():
             logging.warning("checkpoint %d cannot be read (%s); moved it to %s", step, reason, aside)
             if jax.process_index() == 0:

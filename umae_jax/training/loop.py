@@ -9,7 +9,7 @@ import jax
 
 from umae_jax.data.loader import Batch
 from umae_jax.errors import Interrupted, UserError
-from umae_jax.signals import StopSignals
+from umae_jax.signals import StopAsked, StopSignals
 from umae_jax.training.checkpoint import Checkpoints
 from umae_jax.training.metrics import MetricsWriter, Progress
 from umae_jax.training.step import Metrics, TrainState
@@ -20,11 +20,13 @@ class Action(NamedTuple):
 
     Attributes:
         every: steps; done also before the first step and after the last. 0: never.
-        run: from (step, state) to metrics to write, if any.
+        run: from (step, state) to metrics to write, if any; may raise StopAsked, see `StopSignals.check`.
+        metric: one of these. Where a run continues at a step that has it already, the action is not done again.
     """
 
     every: int
     run: Callable[[int, TrainState], dict[str, float]]
+    metric: str = ""
 
 
 class _Clock:
@@ -113,14 +115,23 @@ def train(
         while True:
             stop = signals.received  # asked once: a signal that comes later waits for the next step
             last = number == total_steps
-            due = [action.run for action in actions if action.every and (number % action.every == 0 or last)]
+            due = [
+                action.run
+                for action in actions
+                if action.every and (number % action.every == 0 or last) and not writer.has(number, action.metric)
+            ]
             save = number != saved and (stop is not None or (number > 0 and (number % checkpoint_every == 0 or last)))
             if pending and (due or save):
                 read(*pending)  # a state that is looked at or saved is one whose step was found good
                 pending = None
-            for act in due if stop is None else ():
-                if metrics := act(number, state):
-                    writer.write(number, metrics)
+            try:
+                for act in due if stop is None else ():
+                    if metrics := act(number, state):
+                        writer.write(number, metrics)
+                        progress.tell(number, metrics)
+            except StopAsked:  # it is done from its beginning when the run goes on from here
+                stop = signals.received
+                save = number not in (0, saved)
             if save:
                 checkpoints.save(number, state, samples)
                 saved = number

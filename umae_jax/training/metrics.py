@@ -43,6 +43,17 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def metrics_of(workdir: Path, step: int) -> set[str]:
+    """The metrics that a run has written of a step."""
+    path = workdir / METRICS_FILE
+    there: set[str] = set()
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # one that a kill cut short
+            values = json.loads(line)
+            there |= set(values) if values["step"] == step else set()
+    return there
+
+
 class MetricsWriter:
     """Writes one JSON object a line, each at once, and the same to TensorBoard.
 
@@ -56,6 +67,7 @@ class MetricsWriter:
     def __init__(self, workdir: Path, step: int) -> None:
         self._path = workdir / METRICS_FILE
         _keep_up_to(self._path, step)
+        self._first, self._there = step, metrics_of(workdir, step)
         self._file = self._path.open("ab", buffering=0)  # unbuffered: nothing is left to fail when it is closed
         self._board_path = workdir / "tensorboard"
         self._board_path.mkdir(exist_ok=True)
@@ -63,6 +75,10 @@ class MetricsWriter:
         self._flushed = time.monotonic()
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # has TensorBoard drop what comes after `step`
         self._board.write_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start))
+
+    def has(self, step: int, metric: str) -> bool:
+        """Whether this metric of the step that the run goes on from was written before."""
+        return step == self._first and metric in self._there
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
         """One line. A number that is not finite is written as a string, which JSON can hold.
@@ -136,6 +152,15 @@ class Progress:
             print(line, file=self._stream, flush=True)
         else:
             self._bar.set_postfix_str(", ".join(parts))
+
+    def tell(self, step: int, values: dict[str, float]) -> None:
+        """Say what was measured between steps."""
+        parts = (
+            f"{key} {value:,}" if isinstance(value, int) else f"{key} {value:.4g}" for key, value in values.items()
+        )
+        self._bar.clear()
+        print(f"step {step}/{self._total} | {' | '.join(parts)}", file=self._stream, flush=True)
+        self._bar.refresh()
 
     def close(self) -> None:
         """Leave the terminal tidy."""

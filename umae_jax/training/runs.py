@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from umae_jax.config import CONFIG_FILE, read_config
 from umae_jax.errors import UserError, require
 from umae_jax.models.build import build_model
-from umae_jax.training.checkpoint import Checkpoints
+from umae_jax.training.checkpoint import BEST, FOLDER, Checkpoints
 from umae_jax.training.mesh import make_mesh, state_shardings
 from umae_jax.training.optimizer import make_optimizer
 from umae_jax.training.step import Params, TrainState, init_state
@@ -43,8 +43,9 @@ def describe(config: ConfigDict, mesh: Mesh) -> Run:
         UserError: if the model's numbers do not fit together.
     """
     graph, params = nnx.split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))), nnx.Param)
-    optimizer = make_optimizer(config.optimizer)
-    state = jax.eval_shape(lambda params: init_state(params, optimizer), params)
+    optimizer = make_optimizer(config)
+    average = config.optimizer.average is not None
+    state = jax.eval_shape(lambda params: init_state(params, optimizer, average=average), params)
     state = jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
         state,
@@ -55,19 +56,26 @@ def describe(config: ConfigDict, mesh: Mesh) -> Run:
 
 def initialize(config: ConfigDict, run: Run) -> TrainState:
     """The first state, each array born on the devices that keep it."""
-    shardings = jax.tree.map(lambda array: array.sharding, run.state)
-    return jax.jit(lambda: init_state(_initial_params(config), run.optimizer), out_shardings=shardings)()
+    return jax.jit(lambda: _begin(run, _initial_params(config)), out_shardings=_shardings(run))()
 
 
 def start_from(run: Run, params: Params) -> TrainState:
     """The first state of a run whose parameters are given, as arrays of the host or of any device."""
-    shardings = jax.tree.map(lambda array: array.sharding, run.state)
+    shardings = _shardings(run)
     params = jax.device_put(params, shardings.params)
-    return jax.jit(lambda params: init_state(params, run.optimizer), out_shardings=shardings)(params)
+    return jax.jit(lambda params: _begin(run, params), out_shardings=shardings)(params)
+
+
+def _begin(run: Run, params: Params) -> TrainState:
+    return init_state(params, run.optimizer, average=run.state.average is not None)
+
+
+def _shardings(run: Run) -> TrainState:
+    return jax.tree.map(lambda array: array.sharding, run.state)
 
 
 class StoredRun(NamedTuple):
-    """What a run's directory holds: its configuration, and the newest parameters with their step."""
+    """What a run's directory holds: its configuration, and the newest parameters (or their average) with their step."""
 
     config: ConfigDict
     graph: nnx.GraphDef
@@ -75,8 +83,12 @@ class StoredRun(NamedTuple):
     step: int
 
 
-def read_run(workdir: Path) -> StoredRun:
+def read_run(workdir: Path, *, best: bool = False) -> StoredRun:
     """Read the newest whole checkpoint of a run, onto every device.
+
+    Args:
+        workdir: the run's directory.
+        best: read the one that validation found best instead.
 
     Raises:
         UserError: if the directory holds none.
@@ -85,9 +97,14 @@ def read_run(workdir: Path) -> StoredRun:
     require(config_file.is_file(), f"{workdir} holds no run: there is no {CONFIG_FILE} in it")
     config = read_config(config_file)
     what = describe(config, make_mesh())
-    checkpoints = Checkpoints(workdir, read_only=True)
-    restored = checkpoints.restore_params(what.state.params)
+    folder = BEST if best else FOLDER
+    require(
+        not best or (workdir / BEST).is_dir(),
+        f"{workdir} holds no best checkpoint, which fine-tuning with validation keeps; leave out --best",
+    )
+    checkpoints = Checkpoints(workdir, folder=folder, read_only=True)
+    restored = checkpoints.restore_part("params" if what.state.average is None else "average", what.state.params)
     checkpoints.close()
     if restored is None:
-        raise UserError(f"{workdir} holds no checkpoint that can be read; let the run reach its first one")
+        raise UserError(f"{workdir / folder} holds no checkpoint that can be read; let the run reach its first one")
     return StoredRun(config, what.graph, *restored)

@@ -25,6 +25,7 @@ class TrainState(NamedTuple):
         bad_steps: int32, tries in a row, up to now, whose loss or gradient was not finite.
         skipped_updates: int32, such tries in all.
         skipped_images: int32, images in all that could not be read.
+        average: the moving average of the parameters, where one is kept.
     """
 
     step: jax.Array
@@ -33,6 +34,12 @@ class TrainState(NamedTuple):
     bad_steps: jax.Array
     skipped_updates: jax.Array
     skipped_images: jax.Array
+    average: Params | None = None
+
+    @property
+    def result(self) -> Params:
+        """The parameters that count: their average where one is kept."""
+        return self.params if self.average is None else self.average
 
 
 class Metrics(NamedTuple):
@@ -53,19 +60,32 @@ class Metrics(NamedTuple):
     skipped_images: jax.Array
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
+def init_state(params: Params, optimizer: optax.GradientTransformation, *, average: bool = False) -> TrainState:
+    """The state before the first step.
+
+    Args:
+        average: whether to keep a moving average of the parameters.
+    """
     # Four arrays, not one four times: the step donates each.
     step, bad_steps, skipped_updates, skipped_images = (jnp.zeros((), jnp.int32) for _ in range(4))
-    return TrainState(step, params, optimizer.init(params), bad_steps, skipped_updates, skipped_images)
+    copy = jax.tree.map(jnp.copy, params) if average else None
+    return TrainState(step, params, optimizer.init(params), bad_steps, skipped_updates, skipped_images, copy)
 
 
 def _gradient(loss_function: LossFunction, params: Params, batch: Batch, parts: int) -> tuple[jax.Array, Params]:
     """Loss and gradient of a batch, computed in `parts` equal parts one after the other."""
     if parts == 1:
         return jax.value_and_grad(loss_function)(params, batch)
-    # Every part takes each `parts`-th sample, so that it stays spread over all devices.
-    split = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    # Every part takes each `parts`-th pair of neighbours, which may be mixed with each other, or each `parts`-th sample
+    # where pairs do not divide: so it stays spread over all devices.
+    size = batch.sample_index.shape[0] // parts
+    group = 2 if size % 2 == 0 else 1
+
+    def deal(x: jax.Array) -> jax.Array:
+        dealt = x.reshape(size // group, parts, group, *x.shape[1:]).swapaxes(0, 1)
+        return dealt.reshape(parts, size, *x.shape[1:])
+
+    split = jax.tree.map(deal, batch)
 
     def add(total: tuple[jax.Array, Params], part: Batch) -> tuple[tuple[jax.Array, Params], None]:
         return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_function)(params, part)), None
@@ -81,8 +101,16 @@ def make_train_step(
     schedule: optax.Schedule,
     *,
     accumulate: int = 1,
+    average: float | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Build the step: state, batch -> state, metrics.
+
+    Args:
+        loss_function: mean over a batch.
+        optimizer: the direction of an update.
+        schedule: from step to learning rate.
+        accumulate: parts that a batch is computed in.
+        average: decay of the moving average in a state that keeps one.
 
     The learning rate follows the state's step rather than a counter of the optimiser's, so that an update skipped
     for a loss or gradient that is not finite leaves the schedule in its place and everything else untouched.
@@ -102,6 +130,10 @@ def make_train_step(
                 (params, optimizer_state),
                 (state.params, state.optimizer),
             )
+            averaged = state.average
+            if average is not None:
+                # Where an update was skipped the parameters stay finite, and the average moves on towards them.
+                averaged = jax.tree.map(lambda old, new: old + (1 - average) * (new - old), averaged, params)
         skipped = 1 - finite.astype(jnp.int32)
         new = TrainState(
             step=state.step + 1,
@@ -110,6 +142,7 @@ def make_train_step(
             bad_steps=(state.bad_steps + 1) * skipped,
             skipped_updates=state.skipped_updates + skipped,
             skipped_images=state.skipped_images + batch.unreadable.sum(dtype=jnp.int32),
+            average=averaged,
         )
         metrics = Metrics(loss, norm, learning_rate, new.bad_steps, new.skipped_updates, new.skipped_images)
         return new, metrics

@@ -86,17 +86,18 @@ def _shareable(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     kind, _, place = config.data.source.partition(":")
     config.data.source = f"{kind}:{Path(place).name}" if place else kind
-    config.data.data_dir = None
+    config.data.data_dir = config.init = config.validation.source = None
     return config
 
 
-def take_out(workdir: Path, output: Path, layout: str = REFERENCE) -> list[Path]:
+def take_out(workdir: Path, output: Path, layout: str = REFERENCE, *, best: bool = False) -> list[Path]:
     """Write a file of weights, and what belongs beside it, of a run's newest checkpoint.
 
     Args:
         workdir: of the run.
         output: the file, .safetensors or .pth.
         layout: whose names, "reference" or one of `huggingface.LAYOUTS`.
+        best: take the checkpoint that validation found best instead.
 
     Returns:
         The paths written, `output` first.
@@ -105,7 +106,7 @@ def take_out(workdir: Path, output: Path, layout: str = REFERENCE) -> list[Path]
         UserError: if there is no run, or it cannot be told in this layout.
     """
     check_output(output)
-    config, _, params, step = read_run(workdir)
+    config, _, params, step = read_run(workdir, best=best)
     config = _shareable(config)
     tensors, metadata = to_reference(config, jax.device_get(params)), {"format": "pt"}
     beside: dict[str, bytes] = {}

@@ -235,7 +235,8 @@ def from_reference(config: ConfigDict, params: nnx.State, tensors: Tensors, *, n
         left -= {name for name in left if name.startswith(BESIDE_ENCODERS)}
     elif missing and not left and not wrong and all(name.startswith(BESIDE_ENCODERS) for name in missing):
         raise UserError(
-            f"{name} holds an encoder alone, which umae_jax.load_encoder reads as it is; a run needs a whole model"
+            f"{name} holds an encoder alone, which umae_jax.load_encoder and fine-tuning's init read as it is; a run "
+            "needs a whole model"
         )
     problems = {"missing": missing, "unexpected": sorted(left), "wrong": wrong}
     told = "; ".join(f"{len(names)} {what}: {', '.join(names)}" for what, names in problems.items() if names)

@@ -1,0 +1,26 @@
+"""Swin-T as a classifier of your own images, on one GPU or in Colab, after configs/pretrain_folder.py.
+
+    python -m umae_jax.finetune --config configs/finetune_folder.py --workdir DIR --config.init=DIR_OR_FILE \
+        --config.data.source=folder:TRAIN --config.validation.source=folder:VALIDATION
+
+Both folders hold one subfolder a class. Nothing is published for it.
+"""
+
+from ml_collections import ConfigDict
+
+from umae_jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config("swin_tiny", "classifier")
+    config.image_size = (128, 128)
+    config.batch_size = 128
+    config.model.classes = None  # as many as there are subfolders
+    config.data.source = "folder:images/train"
+    config.data.threads = 4
+    config.validation.source = "folder:images/validation"
+    config.optimizer.clip_norm = 1.0
+    config.log_every = 10
+    config.checkpoint_every = 500
+    config.checkpoint_keep_every = 0
+    return config

@@ -1,0 +1,205 @@
+"""Fine-tuning and evaluation as a user starts, stops and continues them."""
+
+import json
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import commands, tiny_classifier
+from tests.images import write_folder
+from umae_jax.data.sources import open_source
+from umae_jax.errors import UserError
+from umae_jax.training.finetuning import name_classes
+
+CLASSES = ("cat", "dog", "owl")
+BOTH = ("--config.validation.every_epochs=2",)  # of 36 images in batches of 16: every 4 steps
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """36 labelled images to train on, 21 to validate on of which one cannot be read, as options of a command."""
+    root = tmp_path_factory.mktemp("images")
+    write_folder(root / "training", 36, CLASSES)
+    write_folder(root / "validation", 21, CLASSES)
+    (root / "validation" / "dog" / "010.jpg").write_bytes(b"no image")
+    return (
+        f"--config.data.source=folder:{root / 'training'}",
+        f"--config.validation.source=folder:{root / 'validation'}",
+    )
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory, folders):
+    workdir = tmp_path_factory.mktemp("pretrained")
+    commands.pretrain(workdir, *folders, *BOTH)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, folders, pretrained):
+    """A run that was never stopped: its directory and what it printed."""
+    workdir = tmp_path_factory.mktemp("finished")
+    return workdir, *commands.finetune(workdir, *folders, *BOTH, f"--config.init={pretrained}")
+
+
+def test_pretraining_measures_what_neighbours_tell(pretrained):
+    measured = {line["step"]: line["knn_top1"] for line in commands.lines(pretrained) if "knn_top1" in line}
+    assert list(measured) == [0, 4, 8, 12]
+    assert measured[12] > 0.6  # these pictures are told apart by their colours
+
+
+def test_a_run_leaves_accuracy_and_its_best_and_last_checkpoints(finished):
+    workdir, output, errors = finished
+    lines = commands.lines(workdir)
+    validated = {line["step"]: line for line in lines if "validation_top1" in line}
+    assert list(validated) == [0, 4, 8, 12]
+    for line in validated.values():
+        assert (line["validation_images"], line["validation_unreadable"]) == (20, 1)
+        assert round(20 * line["validation_top1"], 6).is_integer()
+        assert line["validation_top5"] == 1  # of three classes
+    best = max(line["validation_top1"] for step, line in validated.items() if step)
+    first = min(step for step, line in validated.items() if step and line["validation_top1"] == best)
+    assert [int(path.name) for path in (workdir / "checkpoints_best").iterdir()] == [first]
+    assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [5, 10, 12]
+    assert output.strip() == f"best top-1 {best:.2%}, in {workdir / 'checkpoints_best'}"
+    assert f"step 12/12 | validation_top1 {validated[12]['validation_top1']:.4g}" in errors
+    config = json.loads((workdir / "config.json").read_text())
+    assert (config["model"]["classes"], config["data"]["class_names"]) == (3, list(CLASSES))
+    rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
+    peak = 5e-2 * 16 / 256
+    cosine = [1e-6 + (peak - 1e-6) * (1 + np.cos(np.pi * (step - 2) / 10)) / 2 for step in range(2, 12)]
+    np.testing.assert_allclose(rates, [0, peak / 2, *cosine], rtol=1e-4, atol=1e-12)
+
+
+def test_killed_again_and_again_it_ends_the_same(finished, folders, pretrained, tmp_path):
+    chance = random.Random(1)
+    overrides = (*folders, *BOTH, f"--config.init={pretrained}", "--config.checkpoint_every=3")
+    for last in (3, 8):
+        arguments = ("--config", "tests/tiny_classifier.py", "--workdir", tmp_path, *overrides)
+        with commands.start("finetune", *arguments) as process:
+            for line in process.stderr:
+                if line.startswith("step ") and int(re.match(r"step (\d+)", line)[1]) >= last:
+                    break
+            time.sleep(chance.uniform(0, 0.05))
+            process.send_signal(signal.SIGKILL)
+    commands.finetune(tmp_path, *overrides)
+    assert commands.lines(tmp_path) == commands.lines(finished[0])
+    best = [[path.name for path in (workdir / "checkpoints_best").iterdir()] for workdir in (tmp_path, finished[0])]
+    assert best[0] == best[1]
+
+
+def test_a_signal_in_the_last_validation_is_obeyed_and_the_validation_made_up_for(folders, tmp_path):
+    """Also in the average of the parameters, which is what is validated."""
+    more = [f"{folders[1]}_more", "--config.optimizer.average=0.5", "--config.total_steps=4", *BOTH]
+    validation = folders[1].partition(":")[2]
+    for path in Path(validation).rglob("*.jpg"):
+        for copy in range(30):
+            place = Path(f"{validation}_more", path.parent.name, f"{path.stem}_{copy}.jpg")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(path.read_bytes())
+    arguments = ("--config", "tests/tiny_classifier.py", "--workdir", tmp_path, folders[0], *more)
+    with commands.start("finetune", *arguments) as process:
+        for line in process.stderr:
+            if line.startswith("step 4/4 | loss"):
+                break
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM at step 4" in errors
+    validated = [line["step"] for line in commands.lines(tmp_path) if "validation_top1" in line]
+    assert validated == [0]
+    commands.finetune(tmp_path, folders[0], *more)
+    line = commands.lines(tmp_path)[-1]
+    assert (line["step"], line["validation_images"]) == (4, 600)
+    output, _ = commands.run("evaluate", "--workdir", tmp_path, "--json")
+    assert json.loads(output)["top1"] == line["validation_top1"]
+
+
+def test_other_numbers_of_devices_see_the_same_losses(finished, folders, pretrained, tmp_path):
+    commands.finetune(tmp_path, *folders, *BOTH, f"--config.init={pretrained}", devices=2)
+    np.testing.assert_allclose(commands.losses(tmp_path), commands.losses(finished[0]), rtol=1e-5)
+
+
+def test_evaluation_agrees_with_the_run_on_any_devices_and_for_any_batch_size(finished):
+    workdir = finished[0]
+    last = next(line for line in reversed(commands.lines(workdir)) if "validation_top1" in line)
+    for devices, batch_size in ((1, 3), (8, 64)):
+        output, _ = commands.run(
+            "evaluate", "--workdir", workdir, "--json", f"--batch_size={batch_size}", devices=devices
+        )
+        assert json.loads(output) == {
+            "step": 12,
+            "images": 20,
+            "unreadable": 1,
+            "top1": last["validation_top1"],
+            "top5": last["validation_top5"],
+        }
+
+
+def test_pictures_are_classified_by_name(finished, folders, tmp_path):
+    write_folder(tmp_path, 2)
+    (tmp_path / "broken.png").write_bytes(b"")
+    output, errors = commands.run("evaluate", "--workdir", finished[0], "--images", tmp_path, "--best")
+    lines = output.splitlines()
+    assert len(lines) == 2
+    for line, name in zip(lines, ("000.jpg", "001.jpg"), strict=True):
+        path, told = line.split(": ")
+        assert Path(path).name == name
+        shares = dict(part.rsplit(" ", 1) for part in told.split(", "))
+        assert shares.keys() == set(CLASSES)
+        assert sum(float(share.removesuffix("%")) for share in shares.values()) == pytest.approx(100, abs=0.3)
+    assert "broken.png cannot be read" in errors
+
+
+def test_probes_judge_any_run_at_any_stage(pretrained):
+    output, _ = commands.run("evaluate", "--workdir", pretrained, "--probe", "knn", "--json")
+    told = json.loads(output)
+    assert (told["training_images"], told["images"], told["unreadable"], told["neighbors"]) == (36, 20, 1, 20)
+    measured = [line["knn_top1"] for line in commands.lines(pretrained) if "knn_top1" in line]
+    assert told["top1"] == pytest.approx(measured[-1])
+    output, _ = commands.run("evaluate", "--workdir", pretrained, "--probe", "linear", "--stage", "0")
+    assert re.fullmatch(
+        r"linear top-1 \d+\.\d\d% of 20 images, from 36 \(penalty [\de.-]+\); 1 could not be read .*\n", output
+    )
+
+
+def error_of(module, *arguments):
+    _, errors = commands.run(module, *arguments, status=2)
+    assert "Traceback" not in errors
+    return errors.splitlines()[-1]
+
+
+def test_what_the_user_gets_wrong_is_told_in_one_sentence(finished, folders, pretrained, tmp_path):
+    config = ("--config", "tests/tiny_classifier.py", "--workdir", tmp_path / "run")
+    others = (*folders, f"--config.init={pretrained}", "--config.model.heads=(2,2)")
+    assert "other sizes (model.heads is (1, 2) there, (2, 2) here)" in error_of("finetune", *config, *others)
+    assert "there is no file or directory nowhere" in error_of("finetune", *config, *folders, "--config.init=nowhere")
+    assert "fine-tuning starts from default_config" in error_of(
+        "finetune", "--config", "tests/tiny.py", "--workdir", tmp_path / "run"
+    )
+    assert "holds no classifier; add --probe knn" in error_of("evaluate", "--workdir", pretrained)
+    other = write_folder(tmp_path / "others", 4, ("cat", "dog", "emu"))
+    assert "holds no best checkpoint" in error_of("evaluate", "--workdir", pretrained, "--probe", "knn", "--best")
+    assert "--source and --stage are those of a probe" in error_of("evaluate", "--workdir", finished[0], "--stage", "0")
+    before = sorted(path.name for path in pretrained.iterdir())
+    message = error_of("finetune", "--config", "tests/tiny_classifier.py", "--workdir", pretrained, *folders)
+    assert "another model (model.method is um_mae there, classifier here)" in message
+    assert sorted(path.name for path in pretrained.iterdir()) == before
+    assert "was not trained on these classes" in error_of(
+        "evaluate", "--workdir", finished[0], "--validation", f"folder:{other}"
+    )
+
+
+def test_the_classes_are_those_of_the_training_data(tmp_path):
+    source = open_source(f"folder:{write_folder(tmp_path, 6, CLASSES)}")
+    config = tiny_classifier.get_config()
+    name_classes(config, source)
+    assert (config.model.classes, config.data.class_names) == (3, CLASSES)
+    config.model.classes = 1000
+    with pytest.raises(UserError, match=r"model.classes is 1000, but .* has 3 classes; write --config.model.classes=3"):
+        name_classes(config, source)

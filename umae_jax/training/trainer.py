@@ -1,0 +1,179 @@
+"""A run from its directory to its end, whatever it trains: open the directory, continue or begin, compile, train."""
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from umae_jax import cli
+from umae_jax.config import CONFIG_FILE, differences, read_config, resolve_steps, to_json
+from umae_jax.data.loader import Loader, abstract_batch
+from umae_jax.data.sources import Source
+from umae_jax.errors import UserError, listing, require
+from umae_jax.files import write_whole
+from umae_jax.signals import StopSignals
+from umae_jax.training.checkpoint import Checkpoints
+from umae_jax.training.loop import Action, train
+from umae_jax.training.mesh import batch_sharding
+from umae_jax.training.metrics import duration, metrics_of
+from umae_jax.training.optimizer import learning_rate_schedule
+from umae_jax.training.runs import Run
+from umae_jax.training.step import LossFunction, TrainState, compile_step, make_train_step
+
+MOST_SAMPLES = 2**32  # sample indices are 32-bit
+
+
+class Task(NamedTuple):
+    """What a run trains.
+
+    Attributes:
+        run: the model and its state, in shapes.
+        source: the images.
+        loss: of parameters on a batch.
+        begin: makes the first state, when there is no checkpoint.
+        actions: makes what is done between steps, from the step that the run goes on from.
+        measured: metrics that these write, also of the last step.
+    """
+
+    run: Run
+    source: Source
+    loss: LossFunction
+    begin: Callable[[], TrainState]
+    actions: Callable[[int], Sequence[Action]]
+    measured: tuple[str, ...] = ()
+
+
+def durations(config: ConfigDict, images: int) -> tuple[int, int]:
+    """The run's length and its warm-up, in steps.
+
+    Raises:
+        UserError: if there is nothing to do, or more than can be counted.
+    """
+    total = resolve_steps(config, "total", images, config.batch_size)
+    require(total > 0, "total_steps: the run has no steps; set total_steps, total_examples or total_epochs")
+    require(
+        total * config.batch_size < MOST_SAMPLES,
+        f"total_steps: {total} steps of {config.batch_size} images are more than a run can count, {MOST_SAMPLES}",
+    )
+    warmup = resolve_steps(config, "optimizer.warmup", images, config.batch_size)
+    if warmup > total:
+        cli.say(f"the warm-up of {warmup} steps is cut to the {total} of the run")
+    return total, min(warmup, total)
+
+
+def check_same_model(old: ConfigDict, new: ConfigDict, workdir: Path) -> None:
+    """Check that a run may continue in a directory; say what else has changed.
+
+    Raises:
+        UserError: if the directory's checkpoints belong to another model or batch size.
+    """
+    changed = differences(old, new)
+    if "batch_size" in changed:
+        before, after = changed["batch_size"]
+        raise UserError(
+            f"batch_size is {before} in {workdir}, {after} here, and a run keeps the one its steps are counted in; "
+            "set it back (accumulate computes it in parts, to save memory) or choose another --workdir"
+        )
+    names, wanted = changed.pop("data.class_names", ((), ()))
+    if names:  # () comes from a file that did not tell them
+        both = zip_longest(names, wanted, fillvalue="none")
+        others = [f"{ours} is {theirs} here" for ours, theirs in both if ours != theirs]
+        raise UserError(f"{workdir} holds a classifier of other classes ({listing(others)}); choose another --workdir")
+    if new.model.method != "classifier":
+        changed.pop("model.classes", None)
+    of_model = ("image_size", "optimizer.average")
+    model = {key: values for key, values in changed.items() if key.startswith("model.") or key in of_model}
+    model = {key: values for key, values in model.items() if key == "model.method"} or model  # which says it all
+    if model:
+        fields = "; ".join(f"{key} is {before} there, {after} here" for key, (before, after) in model.items())
+        raise UserError(f"{workdir} holds checkpoints of another model ({fields}); choose another --workdir")
+    if changed.pop("init", None):
+        cli.say("init has changed, and is not read again: the run continues from its own checkpoint")
+    for key, (before, after) in changed.items():
+        cli.say(f"continuing with {key} = {after} (was {before})")
+
+
+def open_workdir(config: ConfigDict, workdir: Path) -> Checkpoints:
+    """Make the directory this run's, and open its checkpoints.
+
+    Raises:
+        UserError: if it holds those of another model.
+        OSError: if it cannot be written.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep, keep_every=config.checkpoint_keep_every)
+    config_file = workdir / CONFIG_FILE
+    if checkpoints.any():
+        require(
+            config_file.is_file(),
+            f"{workdir} holds checkpoints but no {CONFIG_FILE} to say of which model; choose another --workdir",
+        )
+        check_same_model(read_config(config_file), config, workdir)
+    write_whole(config_file, to_json(config).encode())
+    return checkpoints
+
+
+def run_training(config: ConfigDict, workdir: Path, mesh: Mesh, task: Task, signals: StopSignals) -> None:
+    """Train to the end, from the newest whole checkpoint in the directory if there is one.
+
+    Raises:
+        Interrupted: when asked to leave, after saving.
+        UserError: if the directory belongs to another run, or training cannot go on; see `loop.train`.
+    """
+    with contextlib.ExitStack() as resources:
+        total_steps, warmup_steps = durations(config, len(task.source))
+        checkpoints = open_workdir(config, workdir)
+        resources.callback(checkpoints.close)
+        state, samples = checkpoints.restore(task.run.state) or (task.begin(), 0)
+        first_step = int(state.step)
+        parameters = sum(array.size for array in jax.tree.leaves(state.params))
+        devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
+        cli.say(f"{parameters:,} parameters, {len(task.source):,} images, {devices}")
+        # A signal may have come when the last step was done, and what is to be measured then was not.
+        if first_step > total_steps or (
+            first_step == total_steps and set(task.measured) <= metrics_of(workdir, first_step)
+        ):
+            cli.say(f"{workdir} has reached step {first_step} already; set total_steps above that to go on")
+            return
+        if first_step:
+            cli.say(f"continuing at step {first_step} of {total_steps}")
+        # The loader reads ahead while the step compiles.
+        loader = Loader.of(config, task.source, batch_sharding(mesh), first_sample=samples)
+        resources.callback(loader.close)
+        schedule = learning_rate_schedule(
+            config.optimizer, batch_size=config.batch_size, warmup_steps=warmup_steps, total_steps=total_steps
+        )
+        step = make_train_step(
+            task.loss,
+            task.run.optimizer,
+            schedule,
+            accumulate=config.accumulate,
+            average=config.optimizer.average,
+        )
+        start = time.monotonic()
+        batch = abstract_batch(config, config.batch_size, batch_sharding(mesh))
+        compiled = compile_step(step, task.run.state, batch, mesh)
+        cli.say(f"compiled the step in {duration(time.monotonic() - start)}")
+        train(
+            state,
+            step=compiled,
+            batches=loader,
+            first_step=first_step,
+            samples=samples,
+            total_steps=total_steps,
+            batch_size=config.batch_size,
+            checkpoints=checkpoints,
+            checkpoint_every=config.checkpoint_every,
+            log_every=config.log_every,
+            stop_after_bad_steps=config.stop_after_bad_steps,
+            signals=signals,
+            workdir=workdir,
+            actions=task.actions(first_step),
+        )
+        cli.say(f"finished {total_steps} steps; everything is in {workdir}")
