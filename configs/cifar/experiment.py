@@ -1,0 +1,318 @@
+"""UM-MAE, SimMIM and no pre-training, side by side on CIFAR-10: the paper's comparison, in hours on two cores.
+
+    python configs/cifar/experiment.py --zip cifar10.zip --workdir DIR [--seeds 3]
+
+Every method pre-trains on all 50,000 training images without their labels, for as many epochs, and is fine-tuned on the
+same few labelled ones. Accuracy is that of the last checkpoint on the 10,000 test images, which nothing is chosen by.
+
+Learning rates are chosen first, with equal effort for every method: pre-training tries RATES for a part of its epochs
+(kNN accuracy on training images held out), fine-tuning tries RATES on each method's own result (top-1 on the same).
+UM-MAE's variants take UM-MAE's. Every run is a command of this program with its own directory below DIR, so that the
+same command continues where it was stopped; DIR/table.json and DIR/table.png are the result.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.figure
+from absl import app, flags
+
+HERE = Path(__file__).parent
+RATES = (0.3, 1.0, 3.0)  # times the rate of the configuration
+UM_MAE = "um_mae"
+SCRATCH = "from scratch"
+
+_ZIP = flags.DEFINE_string(
+    "zip", None, "CIFAR-10 as JPEG files, train/CLASS/*.jpg and test/CLASS/*.jpg.", required=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.", required=True)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each method.", lower_bound=1)
+_LABELLED = flags.DEFINE_integer("labelled", 200, "Labelled images of each class to fine-tune on.", lower_bound=1)
+_HELD_OUT = flags.DEFINE_integer("held_out", 200, "Images of each class to choose learning rates by.", lower_bound=1)
+_PRETRAIN_EPOCHS = flags.DEFINE_float("pretrain_epochs", 5.0, "Epochs of pre-training, of all training images.")
+_FINETUNE_EPOCHS = flags.DEFINE_float("finetune_epochs", 40.0, "Epochs of fine-tuning, of the labelled images.")
+_TUNING = flags.DEFINE_float("tuning", 0.3, "The share of these epochs that a learning rate is tried for.")
+_PRETRAIN = flags.DEFINE_multi_string("pretrain", [], "Overrides of pre-training, such as --config.dtype=bfloat16.")
+_FINETUNE = flags.DEFINE_multi_string("finetune", [], "Overrides of fine-tuning.")
+_BOTH = flags.DEFINE_multi_string("both", [], "Overrides of both, such as --config.model.widths=(64,128,256).")
+SETTINGS = (_LABELLED, _HELD_OUT, _PRETRAIN_EPOCHS, _FINETUNE_EPOCHS, _TUNING, _PRETRAIN, _FINETUNE, _BOTH)
+
+
+class Method(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        name: of the method whose learning rates it takes, and of configs/cifar/pretrain.py; "" for none.
+        overrides: of pre-training.
+    """
+
+    name: str
+    overrides: tuple[str, ...] = ()
+
+
+METHODS = {
+    SCRATCH: Method(""),
+    "SimMIM": Method("simmim"),
+    "UM-MAE": Method(UM_MAE),
+    "UM-MAE, no secondary masking": Method(UM_MAE, ("--config.model.secondary_ratio=0.0",)),
+    "UM-MAE, the reference's position fault": Method(UM_MAE, ("--config.model.reference_order=True",)),
+    "UM-MAE, 15% hidden": Method(UM_MAE, ("--config.model.secondary_ratio=0.15",)),
+    "UM-MAE, 35% hidden": Method(UM_MAE, ("--config.model.secondary_ratio=0.35",)),
+}
+
+
+class Result(NamedTuple):
+    """What a finished command measured.
+
+    Attributes:
+        metrics: the last value of everything in metrics.jsonl.
+        seconds: of training alone, by the images a second that were logged.
+        processor_seconds: of the command on all cores, where it was not stopped and continued.
+        memory: the most that the process held in memory, in MiB.
+    """
+
+    metrics: dict[str, float]
+    seconds: float
+    processor_seconds: float
+    memory: float
+
+
+def unpack(archive: Path, folder: Path, labelled: int, held_out: int) -> None:
+    """Unpack train/ and test/, and link the first training images of each class as labelled/, the last as held_out/."""
+    if folder.exists():
+        return
+    part = folder.with_name(f".{folder.name}.part")  # takes its name when it is whole
+    shutil.rmtree(part, ignore_errors=True)
+    with zipfile.ZipFile(archive) as file:
+        file.extractall(part)
+    for place in sorted((part / "train").iterdir()):
+        files = sorted(place.iterdir())
+        if labelled + held_out > len(files):
+            sys.exit(f"--labelled and --held_out: {place.name} has {len(files)} images; ask for no more than these")
+        for name, chosen in (("labelled", files[:labelled]), ("held_out", files[len(files) - held_out :])):
+            (part / name / place.name).mkdir(parents=True)
+            for path in chosen:
+                (part / name / place.name / path.name).hardlink_to(path)
+    part.replace(folder)
+
+
+def keep_settings(workdir: Path) -> dict[str, Any]:
+    """What the flags ask for, but for the number of seeds; a directory keeps what it was begun with."""
+    settings = {flag.name: flag.value for flag in SETTINGS}
+    path = workdir / "settings.json"
+    if not path.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=2) + "\n")
+    before = json.loads(path.read_text())
+    if changed := [name for name, value in settings.items() if before.get(name) != value]:
+        sys.exit(f"{workdir} was begun with another --{', --'.join(changed)}; see {path}, or choose another --workdir")
+    return settings
+
+
+def run(command: str, config: str, workdir: Path, overrides: tuple[str, ...]) -> Result:
+    """Run a training command to its end, unless it has been already, and read what it measured."""
+    done = workdir / "result.json"
+    if not done.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        arguments = ["--config", f"{HERE / config}", "--workdir", str(workdir), *overrides, *_BOTH.value]
+        with (workdir / "log.txt").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", f"umae_jax.{command}", *arguments], stdout=log, stderr=log
+            )
+            _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            sys.exit(f"{command} in {workdir} failed; see {workdir / 'log.txt'}")
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        batch_size = json.loads((workdir / "config.json").read_text())["batch_size"]
+        steps = [line for line in lines if "images_per_second" in line]
+        before = [0, *(line["step"] for line in steps)]
+        seconds = sum(
+            (line["step"] - last) * batch_size / line["images_per_second"]
+            for last, line in zip(before, steps, strict=False)
+        )
+        metrics = {key: value for line in lines for key, value in line.items()}
+        result = Result(metrics, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+        done.write_text(json.dumps(result._asdict(), indent=2))
+    return Result(**json.loads(done.read_text()))
+
+
+class Experiment:
+    """The runs below one directory."""
+
+    def __init__(self, workdir: Path) -> None:
+        self.workdir = workdir
+        self.data = workdir / "data"
+
+    def pretrain(self, workdir: Path, method: Method, rate: float, epochs: float, seed: int, judge: str) -> Result:
+        """Pre-train; kNN accuracy of the end on the images of `judge`, by the labelled ones."""
+        overrides = (
+            f"--config.data.source=folder:{self.data / 'train'}",
+            *schedule(epochs, rate * base_rate("pretrain.py")),
+            f"--config.seed={seed}",
+            *method.overrides,
+            *_PRETRAIN.value,
+        )
+        result = run("pretrain", f"pretrain.py:{method.name}", workdir, overrides)
+        if "knn" not in result.metrics:
+            sources = ("--source", f"folder:{self.data / 'labelled'}", "--validation", f"folder:{self.data / judge}")
+            command = [sys.executable, "-m", "umae_jax.evaluate", "--workdir", str(workdir), "--probe", "knn", "--json"]
+            told = subprocess.run([*command, *sources], stdout=subprocess.PIPE, check=True).stdout
+            result.metrics["knn"] = json.loads(told)["top1"]
+            (workdir / "result.json").write_text(json.dumps(result._asdict(), indent=2))
+        return result
+
+    def finetune(self, workdir: Path, init: Path | None, rate: float, epochs: float, seed: int, judge: str) -> Result:
+        """Fine-tune on the labelled images; accuracy on those of `judge`, measured at the end alone."""
+        overrides = (
+            f"--config.data.source=folder:{self.data / 'labelled'}",
+            f"--config.validation.source=folder:{self.data / judge}",
+            f"--config.validation.every_epochs={epochs}",
+            *schedule(epochs, rate * base_rate("finetune.py")),
+            f"--config.seed={seed}",
+            *(() if init is None else (f"--config.init={init}",)),
+            *_FINETUNE.value,
+        )
+        return run("finetune", "finetune.py", workdir, overrides)
+
+    def tune(self, name: str) -> dict[str, float]:
+        """The learning rates of both parts that do best on images held out, after a part of the epochs."""
+        folder = self.workdir / "tuning" / (name or "scratch")
+        tried: dict[str, dict[float, float]] = {"pretrain": {}, "finetune": {}}
+        init = None
+        if name:
+            for rate in RATES:
+                epochs = _TUNING.value * _PRETRAIN_EPOCHS.value
+                result = self.pretrain(folder / f"pretrain_{rate}", Method(name), rate, epochs, 0, "held_out")
+                tried["pretrain"][rate] = result.metrics["knn"]
+            init = folder / f"pretrain_{_best(tried['pretrain'])}"
+        for rate in RATES:
+            epochs = _TUNING.value * _FINETUNE_EPOCHS.value
+            result = self.finetune(folder / f"finetune_{rate}", init, rate, epochs, 0, "held_out")
+            tried["finetune"][rate] = result.metrics["validation_top1"]
+        say(f"{name or SCRATCH}: accuracy by learning rate {tried}")
+        return {part: _best(rates) for part, rates in tried.items() if rates}
+
+    def row(self, title: str, method: Method, rates: dict[str, float], seed: int) -> dict[str, float]:
+        """Pre-train and fine-tune once."""
+        folder = self.workdir / f"seed{seed}" / "".join(c if c.isalnum() else "_" for c in title)
+        measured: dict[str, float] = {}
+        init = None
+        if method.name:
+            init = folder / "pretrain"
+            result = self.pretrain(init, method, rates["pretrain"], _PRETRAIN_EPOCHS.value, seed, "test")
+            measured |= {
+                "pretrain_seconds": result.seconds,
+                "pretrain_processor_seconds": result.processor_seconds,
+                "pretrain_memory": result.memory,
+            }
+            measured["knn_top1"] = result.metrics["knn"]
+        result = self.finetune(folder / "finetune", init, rates["finetune"], _FINETUNE_EPOCHS.value, seed, "test")
+        return measured | {"top1": result.metrics["validation_top1"], "finetune_seconds": result.seconds}
+
+
+def schedule(epochs: float, rate: float) -> tuple[str, ...]:
+    """Overrides of length and learning rate; the warm-up is a tenth of any length."""
+    return (
+        f"--config.total_epochs={epochs}",
+        f"--config.optimizer.warmup_epochs={epochs / 10}",
+        f"--config.optimizer.base_learning_rate={rate}",
+    )
+
+
+def base_rate(config: str) -> float:
+    """The learning rate that a configuration of this folder sets, for a batch of 256."""
+    names: dict[str, Any] = {}
+    exec((HERE / config).read_text(), names)
+    return names["get_config"]().optimizer.base_learning_rate
+
+
+def _best(accuracies: dict[float, float]) -> float:
+    return max(accuracies, key=lambda rate: accuracies[rate])
+
+
+def say(line: str) -> None:
+    """Tell the user."""
+    print(line, flush=True)  # noqa: T201
+
+
+def summarize(rows: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, Any]]:
+    """Mean and spread (the sample's standard deviation) of every number over the seeds."""
+
+    def spread(values: list[float]) -> dict[str, Any]:
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        return {"mean": statistics.mean(values), "std": deviation, "values": values}
+
+    return {title: {key: spread([run[key] for run in runs]) for key in runs[0]} for title, runs in rows.items()}
+
+
+def draw(table: dict[str, dict[str, Any]], path: Path) -> None:
+    """Accuracy after fine-tuning against the time of pre-training, with bars of one standard deviation."""
+    figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for title, row in table.items():
+        minutes = row.get("pretrain_seconds", {"mean": 0, "std": None})
+        axes.errorbar(
+            minutes["mean"] / 60,
+            100 * row["top1"]["mean"],
+            xerr=(minutes["std"] or 0) / 60,
+            yerr=100 * (row["top1"]["std"] or 0),
+            fmt="o",
+            capsize=3,
+            label=title,
+        )
+    axes.set_xlabel("pre-training, minutes")
+    axes.set_ylabel("top-1 on the test images, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def main(_: list[str]) -> None:
+    """Tune, run all rows for every seed, and write the table after each."""
+    start = time.monotonic()
+    experiment = Experiment(Path(_WORKDIR.value).expanduser().absolute())
+    settings = keep_settings(experiment.workdir)
+    archive = Path(_ZIP.value).expanduser()
+    if not archive.is_file():
+        sys.exit(f"--zip: there is no file {archive}")
+    unpack(archive, experiment.data, _LABELLED.value, _HELD_OUT.value)
+    rates = {name: experiment.tune(name) for name in dict.fromkeys(method.name for method in METHODS.values())}
+    rows: dict[str, list[dict[str, float]]] = {}
+    for seed in range(_SEEDS.value):
+        for title, method in METHODS.items():
+            measured = experiment.row(title, method, rates[method.name], seed)
+            rows.setdefault(title, []).append(measured)
+            told = ", ".join(f"{key} {value:.4g}" for key, value in measured.items())
+            say(f"seed {seed}, {title}: {told} ({(time.monotonic() - start) / 60:.0f} min)")
+            table = summarize(rows)
+            content = {"rows": table, "learning_rates": rates, "settings": settings}
+            (experiment.workdir / "table.json").write_text(json.dumps(content, indent=2) + "\n")
+            draw(table, experiment.workdir / "table.png")
+    width = max(map(len, table))
+    say(f"\n{'':{width}}  {'kNN':>14}  {'fine-tuned':>14}  {'pre-training':>14}")
+    for title, row in table.items():
+        cells = [_cell(row.get(key), scale, unit) for key, scale, unit in COLUMNS]
+        say(f"{title:{width}}  " + "  ".join(f"{cell:>14}" for cell in cells))
+
+
+COLUMNS = (("knn_top1", 100.0, "%"), ("top1", 100.0, "%"), ("pretrain_seconds", 1 / 60, " min"))
+
+
+def _cell(value: dict[str, Any] | None, scale: float, unit: str) -> str:
+    if value is None:
+        return ""
+    spread = "" if value["std"] is None else f" ± {scale * value['std']:.1f}"
+    return f"{scale * value['mean']:.1f}{spread}{unit}"
+
+
+if __name__ == "__main__":
+    app.run(main)

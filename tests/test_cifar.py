@@ -1,0 +1,103 @@
+"""The experiment of configs/cifar, at its smallest."""
+
+import importlib.util
+import sys
+import zipfile
+
+import pytest
+from absl import flags
+from PIL import Image
+
+from tests.commands import ROOT
+from tests.images import picture
+
+CLASSES = ("cat", "dog")
+TINY = ("widths=(8,16,32)", "depths=(1,1,1)", "position_width=4")
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("experiment", ROOT / "configs" / "cifar" / "experiment.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """12 training and 6 test images of each of two classes."""
+    path = tmp_path_factory.mktemp("archive") / "images.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        for split, count in (("train", 12), ("test", 6)):
+            for kind, name in enumerate(CLASSES):
+                for number in range(count):
+                    with file.open(f"{split}/{name}/{number:04}.jpg", "w") as image:
+                        Image.fromarray(picture(100 * kind + number, 32, 32)).save(image, "JPEG")
+    return path
+
+
+def test_few_images_are_labelled_and_others_held_out(experiment, archive, tmp_path):
+    for _ in range(2):  # the second time nothing is left to do
+        experiment.unpack(archive, tmp_path / "data", labelled=5, held_out=3)
+    names = {
+        part: sorted(path.name for path in (tmp_path / "data" / part / "dog").iterdir())
+        for part in ("train", "labelled", "held_out", "test")
+    }
+    assert len(names["train"]) == 12
+    assert names["labelled"] == [f"{number:04}.jpg" for number in range(5)]
+    assert names["held_out"] == [f"{number:04}.jpg" for number in range(9, 12)]
+    assert len(names["test"]) == 6
+
+
+def test_more_labels_than_images_are_refused(experiment, archive, tmp_path):
+    with pytest.raises(SystemExit, match="cat has 12 images; ask for no more than these"):
+        experiment.unpack(archive, tmp_path / "data", labelled=10, held_out=3)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_directory_keeps_its_settings(experiment, archive, tmp_path):
+    for labelled in (5, 5, 6):
+        flags.FLAGS.unparse_flags()
+        flags.FLAGS([sys.argv[0], f"--zip={archive}", f"--workdir={tmp_path}", f"--labelled={labelled}"])
+        if labelled == 6:
+            with pytest.raises(SystemExit, match="was begun with another --labelled"):
+                experiment.keep_settings(tmp_path)
+        else:
+            assert experiment.keep_settings(tmp_path)["labelled"] == 5
+
+
+def test_a_table_has_means_spreads_and_a_plot(experiment, tmp_path):
+    rows = {
+        "from scratch": [{"top1": 0.5}, {"top1": 0.7}],
+        "UM-MAE": [{"top1": 0.8, "pretrain_seconds": 60.0}, {"top1": 0.8, "pretrain_seconds": 120.0}],
+    }
+    table = experiment.summarize(rows)
+    assert table["from scratch"]["top1"] == {"mean": 0.6, "std": pytest.approx(0.02**0.5), "values": [0.5, 0.7]}
+    assert table["UM-MAE"]["pretrain_seconds"]["mean"] == 90
+    assert experiment.summarize({"one": [{"top1": 0.5}]})["one"]["top1"]["std"] is None
+    experiment.draw(table, tmp_path / "table.png")
+    with Image.open(tmp_path / "table.png") as image:
+        assert image.size == (1050, 675)
+
+
+def test_a_row_pretrains_judges_and_finetunes_by_the_commands(experiment, archive, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+    both = [f"--both=--config.model.{change}" for change in TINY]
+    few = ["--both=--config.batch_size=8", "--pretrain_epochs=1", "--finetune_epochs=2", "--labelled=8", "--held_out=3"]
+    smaller = ["--pretrain=--config.model.decoder_width=16", "--finetune=--config.model.classes=2"]
+    flags.FLAGS([sys.argv[0], f"--zip={archive}", f"--workdir={tmp_path}", *both, *few, *smaller])
+    trial = experiment.Experiment(tmp_path)
+    experiment.unpack(archive, trial.data, 8, 3)
+    method = experiment.METHODS["UM-MAE, no secondary masking"]
+    rates = {"pretrain": 1.0, "finetune": 0.3}
+    row = trial.row("UM-MAE", method, rates, seed=1)
+    times = {"pretrain_seconds", "pretrain_processor_seconds", "finetune_seconds"}
+    assert row.keys() == {*times, "pretrain_memory", "knn_top1", "top1"}
+    assert 0 <= row["knn_top1"] <= 1
+    assert 0 <= row["top1"] <= 1
+    assert row["pretrain_seconds"] > 0
+    assert row["pretrain_memory"] > 50
+    assert trial.row("UM-MAE", method, rates, seed=1) == row  # what is done is not done again
