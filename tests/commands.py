@@ -14,7 +14,7 @@ def start(module, *arguments, devices=8):
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
     }
     return subprocess.Popen(
         [sys.executable, "-m", f"umae_jax.{module}", *map(str, arguments)],

@@ -1,11 +1,12 @@
-"""Settings of every test: 8 simulated devices, strict promotion, a cache of compilations."""
+"""Settings of every test: 8 simulated devices, strict promotion, a cache of compilations, which are not optimised."""
 
 import os
 from pathlib import Path
 
 # Read when JAX is first imported, and by the commands that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Tests spend their time compiling; the machine code of models so small need not be fast.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")

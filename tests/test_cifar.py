@@ -84,7 +84,7 @@ def test_a_table_has_means_spreads_and_a_plot(experiment, tmp_path):
 def test_a_row_pretrains_judges_and_finetunes_by_the_commands(experiment, archive, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     both = [f"--both=--config.model.{change}" for change in TINY]
     few = ["--both=--config.batch_size=8", "--pretrain_epochs=1", "--finetune_epochs=2", "--labelled=8", "--held_out=3"]
     smaller = ["--pretrain=--config.model.decoder_width=16", "--finetune=--config.model.classes=2"]
