@@ -56,26 +56,27 @@ def test_a_file_that_is_no_configuration_is_told(tmp_path, data):
         read_config(path)
 
 
-@pytest.mark.parametrize("key", ["image_size", "model.method", "model.widths"])
-def test_a_file_that_lacks_a_part_of_the_model_is_told(tmp_path, key):
-    """It is never filled in with a default."""
+def written_without(key, folder):
+    """The file of a default configuration that lacks a key."""
     config = default_config().unlock()
     *parents, last = key.split(".")
     del functools.reduce(getitem, parents, config)[last]
-    path = tmp_path / "config.json"
+    path = folder / "config.json"
     path.write_text(to_json(config))
+    return path
+
+
+@pytest.mark.parametrize("key", ["image_size", "model.method", "model.widths"])
+def test_a_file_that_lacks_a_part_of_the_model_is_told(tmp_path, key):
+    """It is never filled in with a default."""
+    last = key.rpartition(".")[2]
     with pytest.raises(UserError, match=rf"not a configuration that this program wrote \({last} missing\)"):
-        read_config(path)
+        read_config(written_without(key, tmp_path))
 
 
 @pytest.mark.parametrize("key", ["accumulate", "augment", "probe.stage"])
 def test_what_an_earlier_version_did_not_write_takes_its_default(tmp_path, key):
-    config = default_config().unlock()
-    *parents, last = key.split(".")
-    del functools.reduce(getitem, parents, config)[last]
-    path = tmp_path / "config.json"
-    path.write_text(to_json(config))
-    assert read_config(path).to_dict() == default_config().to_dict()
+    assert read_config(written_without(key, tmp_path)).to_dict() == default_config().to_dict()
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ from flax import nnx
 
 from umae_jax import cli
 from umae_jax.data.on_device import normalize
-from umae_jax.data.sources import Files, open_folder, open_source
+from umae_jax.data.sources import open_images, open_source
 from umae_jax.data.transforms import load_whole, reason
 from umae_jax.errors import listing, require
-from umae_jax.training.evaluation import check_classes, make_evaluator, open_validation
+from umae_jax.training.evaluation import make_evaluator, open_labelled_validation, open_validation
 from umae_jax.training.mesh import make_mesh
 from umae_jax.training.metrics import duration
 from umae_jax.training.probes import PROBES, knn_accuracy, linear_accuracy, make_reader
@@ -47,19 +47,18 @@ def _tell(line: str, values: dict[str, object]) -> None:
 def measure_accuracy(run: StoredRun, batch_size: int) -> None:
     """Top-1 and top-5 on the whole validation set."""
     config = run.config
-    where = config.validation
-    require(where.source is not None, "--validation is missing; write --validation with folder:PATH or tfds:NAME")
-    source = open_source(where.source, split=where.split, data_dir=config.data.data_dir, key="validation")
-    check_classes(source, "--validation")
+    where = config.validation.source
+    require(where is not None, "--validation is missing; write --validation with folder:PATH or tfds:NAME")
+    source = open_labelled_validation(config, "--validation")
     names = config.data.class_names
     require(
         len(source.classes) == config.model.classes,
-        f"--validation: {where.source} has {len(source.classes)} classes, the model {config.model.classes}",
+        f"--validation: {where} has {len(source.classes)} classes, the model {config.model.classes}",
     )
     others = [theirs for ours, theirs in zip(names, source.classes, strict=False) if ours != theirs]
     require(
         not others,
-        f"--validation: the model was not trained on these classes of {where.source}: {listing(others)}; "
+        f"--validation: the model was not trained on these classes of {where}: {listing(others)}; "
         "name images of its own classes",
     )
     mesh = make_mesh()
@@ -102,8 +101,7 @@ def probe_features(run: StoredRun, probe: str, batch_size: int) -> None:
 def classify(run: StoredRun, path: Path) -> None:
     """The likeliest classes of each image."""
     config = run.config
-    require(path.is_file() or path.is_dir(), f"--images: there is no file or folder {path}")
-    source = Files([str(path)]) if path.is_file() else open_folder(str(path))
+    source = open_images(path)
     names = config.data.class_names or tuple(f"class {number}" for number in range(config.model.classes))
 
     @jax.jit

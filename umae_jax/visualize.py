@@ -9,7 +9,7 @@ from absl import flags
 
 from umae_jax import cli
 from umae_jax.config import MOST_SEED
-from umae_jax.data.sources import Files, open_folder
+from umae_jax.data.sources import open_images
 from umae_jax.data.transforms import first_readable
 from umae_jax.errors import require
 from umae_jax.files import write_whole
@@ -35,8 +35,7 @@ def main() -> None:
     path = Path(cli.required(_IMAGES, "an image file or a folder of them")).expanduser()
     output = Path(cli.required(_OUTPUT, "the PNG to write")).expanduser()
     require(output.suffix.lower() == ".png", f"--output: a picture is written as PNG; end {output} in .png")
-    require(path.is_file() or path.is_dir(), f"--images: there is no file or folder {path}")
-    source = Files([str(path)]) if path.is_file() else open_folder(str(path))
+    source = open_images(path)
     run = read_run(workdir)
     require(
         run.config.model.method != "classifier",

@@ -180,6 +180,19 @@ def open_folder(path: str) -> Files:
     return Files(paths, [number[part[0]] for part in parts], classes)
 
 
+def open_images(path: Path) -> Files:
+    """What a command's --images names: one image file, or a folder of them.
+
+    Raises:
+        UserError: if there is neither.
+    """
+    if path.is_file():
+        return Files([str(path)])
+    if not path.is_dir():
+        raise UserError(f"--images: there is no file or folder {path}")
+    return open_folder(str(path))
+
+
 def _open_tfds(name: str, split: str, data_dir: str | None, key: str) -> TfdsImages:
     """A TFDS data set that has been prepared as ArrayRecord, by name or by the folder of one version."""
     import tensorflow_datasets as tfds  # slow to import, and needed by this source alone

@@ -56,10 +56,8 @@ def _reason(error: BaseException) -> str:
 
 def newest_step(workdir: Path) -> int:
     """The step of a run's newest checkpoint, 0 if there is none."""
-    folder = workdir / FOLDER
-    return (
-        max((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), default=0) if folder.exists() else 0
-    )
+    steps = [int(path.name) for path in (workdir / FOLDER).glob("*") if path.name.isdecimal()]
+    return max(steps, default=0)
 
 
 def _fields(state: TrainState) -> dict[str, Any]:

@@ -105,12 +105,10 @@ def open_validation(
     Raises:
         UserError: if these or the training data have no labels, or other classes.
     """
-    where = config.validation
-    if where.source is None:
+    if config.validation.source is None:
         return None
     check_classes(training, keys[0])
-    source = open_source(where.source, split=where.split, data_dir=config.data.data_dir, key="validation")
-    check_classes(source, keys[1])
+    source = open_labelled_validation(config, keys[1])
     if source.classes != training.classes:
         ours, theirs = set(training.classes), set(source.classes)
         more, less = sorted(theirs - ours), sorted(ours - theirs)
@@ -119,6 +117,18 @@ def open_validation(
             f"{keys[1]}: its classes are not those of {keys[0]} ({'; '.join(only) or 'another order'}); "
             "name the same folders, or labels, in both"
         )
+    return source
+
+
+def open_labelled_validation(config: ConfigDict, key: str) -> Source:
+    """The images that `config.validation` names; `key` is what the user named them with, for error messages.
+
+    Raises:
+        UserError: if there are none, or they have no labels.
+    """
+    where = config.validation
+    source = open_source(where.source, split=where.split, data_dir=config.data.data_dir, key="validation")
+    check_classes(source, key)
     return source
 
 
