@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def start(module, *arguments, devices=8):
+def start(module, *arguments, devices=8, environment=None):
     """Start `python -m umae_jax.MODULE ARGUMENTS` in the repository's root."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        **(environment or {}),
     }
     return subprocess.Popen(
         [sys.executable, "-m", f"umae_jax.{module}", *map(str, arguments)],
@@ -25,6 +27,42 @@ def start(module, *arguments, devices=8):
         text=True,
         start_new_session=True,
     )
+
+
+def start_together(module, *arguments, processes=2, devices=4, differing=None, environments=None):
+    """Start a command as several processes of so many devices each, some arguments and variables of each alone."""
+    address = f"localhost:{free_port()}"
+    return [
+        start(
+            module,
+            *arguments,
+            *(f"--coordinator={address}", f"--processes={processes}", f"--process={index}"),
+            *(differing[index] if differing else ()),
+            devices=devices,
+            environment=environments[index] if environments else None,
+        )
+        for index in range(processes)
+    ]
+
+
+def free_port():
+    """A port of this machine that is free, as is the one above it."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("localhost", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("localhost", port + 1))
+            except OSError:
+                continue
+            return port
+
+
+def end(started, statuses=None):
+    """Wait for processes to end, check their statuses, and return what each printed: (output, errors)."""
+    printed = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == (statuses or [0] * len(started)), printed
+    return printed
 
 
 def run(module, *arguments, devices=8, status=0):

@@ -3,13 +3,16 @@
 import errno
 import functools
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from umae_jax import processes
+from umae_jax.config import flat
 from umae_jax.errors import Interrupted, UserError, require
 
 T = TypeVar("T")
@@ -35,6 +38,46 @@ def define_config() -> flags.FlagHolder[ConfigDict]:
     return config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
 
 
+class ProcessFlags(NamedTuple):
+    """The flags by which processes find each other."""
+
+    coordinator: flags.FlagHolder[str | None]
+    processes: flags.FlagHolder[int | None]
+    process: flags.FlagHolder[int | None]
+    wait: flags.FlagHolder[int]
+    lost_after: flags.FlagHolder[float]
+
+
+def define_processes() -> ProcessFlags:
+    """Define the flags of a command that several processes may run together."""
+    return ProcessFlags(
+        flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; Cloud TPU and SLURM tell it by themselves."),
+        flags.DEFINE_integer("processes", None, "How many there are; 1: alone, whatever Cloud TPU or SLURM tell."),
+        flags.DEFINE_integer("process", None, "Which one this is, from 0."),
+        flags.DEFINE_integer("wait", 300, "Seconds to wait for the other processes to start.", lower_bound=1),
+        flags.DEFINE_float("lost_after", 60.0, "Seconds of silence after which a process is gone.", lower_bound=1.0),
+    )
+
+
+def join(given: ProcessFlags, config: ConfigDict | None, workdir: Path | None) -> None:
+    """Meet the other processes, if there are any; to be called before JAX is asked for its devices.
+
+    Args:
+        given: the flags.
+        config: must be the same in all.
+        workdir: must be seen by all.
+
+    Raises:
+        UserError: if they do not come, or are not about to do the same.
+    """
+    place = processes.find_place(given.coordinator.value, given.processes.value, given.process.value, given.wait.value)
+    doing: dict[str, Any] = {"command": Path(sys.argv[0]).stem}
+    doing |= {} if config is None else {key: str(value) for key, value in flat(config).items()}
+    processes.join(
+        place, doing, workdir=workdir, wait=given.wait.value, silence=given.lost_after.value, say=_print_error
+    )
+
+
 def required(flag: flags.FlagHolder[T | None], what: str) -> T:
     """The value of a flag that must be given.
 
@@ -47,12 +90,25 @@ def required(flag: flags.FlagHolder[T | None], what: str) -> T:
 
 
 def say(line: str) -> None:
-    """Tell the user something on the terminal."""
+    """Tell the user something on the terminal, once for all processes."""
+    if processes.is_first():
+        _print_error(line)
+
+
+def _print_error(line: str) -> None:
     print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the terminal
 
 
+def result(line: object) -> None:
+    """Give the user what the command is for, on standard output, once for all processes."""
+    if processes.is_first():
+        print(line, flush=True)  # noqa: T201 - this is the terminal
+
+
 def _leave(message: str, status: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201 - this is the terminal
+    if others := processes.joined():
+        others.fail(message, status)
+    _print_error(f"error: {message}")
     sys.exit(status)
 
 
@@ -93,6 +149,15 @@ def read_config(flag: flags.FlagHolder[ConfigDict]) -> ConfigDict:
     return config
 
 
+def _mendable(error: Exception) -> tuple[str, int] | None:
+    """The sentence and the exit status of an error that the user can mend."""
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, OSError) and error.errno in _FILE_ERRORS:
+        return f"{error.filename or 'a file'}: {error.strerror}; mend that or name another place", 1
+    return None
+
+
 def run(main: Callable[..., None], *, arguments: int = 0) -> None:
     """Run a command: parse its flags, call it, and turn errors that its user can mend into one sentence.
 
@@ -103,18 +168,28 @@ def run(main: Callable[..., None], *, arguments: int = 0) -> None:
 
     def guarded(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)
+        status = 0
         try:
             main(*argv[1:])
-        except UserError as error:
-            _leave(str(error), 2)
         except Interrupted as stopped:
-            print(f"{stopped}; everything is saved, the same command continues", file=sys.stderr)  # noqa: T201
-            sys.exit(128 + stopped.number)
+            say(f"{stopped}; everything is saved, the same command continues")
+            status = 128 + stopped.number
+        except processes.Told:
+            sys.exit(2)
         except KeyboardInterrupt:
+            if others := processes.joined():
+                others.fail("stopped by Ctrl-C", 130)
             sys.exit(130)
-        except OSError as error:
-            if error.errno not in _FILE_ERRORS:
-                raise
-            _leave(f"{error.filename or 'a file'}: {error.strerror}; mend that or name another place", 1)
+        except Exception as error:
+            if mendable := _mendable(error):
+                _leave(*mendable)
+            if others := processes.joined():
+                others.await_news()  # where another is gone, this is but the echo
+                traceback.print_exc()
+                others.fail(f"{type(error).__name__}: {error}", 1)
+            raise
+        if others := processes.joined():
+            others.leave()
+        sys.exit(status)
 
     app.run(guarded, flags_parser=functools.partial(_parse, most=arguments))

@@ -37,11 +37,12 @@ _SOURCE = flags.DEFINE_string("source", None, "Labelled training images for a pr
 _VALIDATION = flags.DEFINE_string("validation", None, "Labelled images to measure on: folder:PATH or tfds:NAME.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images at a time, over all devices.", lower_bound=1)
 _JSON = flags.DEFINE_boolean("json", False, "Print JSON.")
+_PROCESSES = cli.define_processes()
 LIKELIEST = 5  # classes named for an image
 
 
 def _tell(line: str, values: dict[str, object]) -> None:
-    print(json.dumps(values) if _JSON.value else line)  # noqa: T201 - the result
+    cli.result(json.dumps(values) if _JSON.value else line)
 
 
 def measure_accuracy(run: StoredRun, batch_size: int) -> None:
@@ -135,6 +136,7 @@ def main() -> None:
         bool(_PROBE.value) or (_SOURCE.value is None and _STAGE.value is None),
         "--source and --stage are those of a probe; add --probe knn or --probe linear, or leave them out",
     )
+    cli.join(_PROCESSES, None, None)
     run = read_run(workdir, best=_BEST.value)
     config = run.config.unlock()
     config.data.source = _SOURCE.value or config.data.source

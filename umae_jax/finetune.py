@@ -9,7 +9,6 @@ from scratch. The same command again continues from the newest whole checkpoint 
 import contextlib
 from pathlib import Path
 
-import jax
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -20,12 +19,13 @@ from umae_jax.data.sources import Source, open_source
 from umae_jax.errors import require
 from umae_jax.features import read_encoder
 from umae_jax.signals import StopSignals
+from umae_jax.training.agreement import AgreedStop, of_first
 from umae_jax.training.checkpoint import BEST, Checkpoints, newest_step
 from umae_jax.training.evaluation import make_evaluator, open_validation
-from umae_jax.training.finetuning import make_loss, name_classes, with_encoder
+from umae_jax.training.finetuning import fit_encoder, make_loss, name_classes
 from umae_jax.training.loop import Action
 from umae_jax.training.mesh import make_mesh
-from umae_jax.training.runs import Run, describe, initialize, start_from
+from umae_jax.training.runs import Run, describe, initialize
 from umae_jax.training.step import TrainState
 from umae_jax.training.trainer import MOST_SAMPLES, Task, run_training
 
@@ -33,16 +33,16 @@ TOP1 = "validation_top1"
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go.")
+_PROCESSES = cli.define_processes()
 
 
 def begin(config: ConfigDict, what: Run) -> TrainState:
     """The first state: a new model, with the encoder that the configuration names."""
-    state = initialize(config, what)
     if config.init is None:
         cli.say("init is not set: training from scratch")
-        return state
+        return initialize(config, what)
     pretrained, encoder = read_encoder(config.init)
-    return start_from(what, with_encoder(config, jax.device_get(state.params), pretrained, encoder, config.init))
+    return initialize(config, what, fit_encoder(config, pretrained, encoder, config.init))
 
 
 def make_validation(
@@ -53,12 +53,12 @@ def make_validation(
     source: Source,
     workdir: Path,
     best: Checkpoints,
-    signals: StopSignals,
+    stop: AgreedStop,
 ) -> Action:
     """Measures accuracy, and keeps the checkpoint that did best."""
-    highest = best.note(TOP1) or 0.0
+    highest = of_first(best.note(TOP1)) or 0.0
     batch_size = config.batch_size // config.accumulate
-    evaluate = make_evaluator(config, what.graph, what.state.params, source, mesh, batch_size, signals.check)
+    evaluate = make_evaluator(config, what.graph, what.state.params, source, mesh, batch_size, stop.check)
 
     def validate(step: int, state: TrainState) -> dict[str, float]:
         nonlocal highest
@@ -68,7 +68,7 @@ def make_validation(
             best.save(step, state, step * config.batch_size, **{TOP1: highest})
             best.wait()  # the metric that says it is there comes after it
             # If the run is killed it goes on from its newest checkpoint, and needs the best one up to there.
-            best.forget(after=step, before=newest_step(workdir))
+            best.forget(after=step, before=of_first(newest_step(workdir)))
         measured = {TOP1: accuracy.top1, "validation_top5": accuracy.top5, "validation_images": accuracy.images}
         return measured | ({"validation_unreadable": accuracy.unreadable} if accuracy.unreadable else {})
 
@@ -81,6 +81,7 @@ def main() -> None:
     with StopSignals() as signals, contextlib.ExitStack() as resources:
         config = cli.read_config(_CONFIG)
         workdir = Path(cli.required(_WORKDIR, "a directory for what the run produces")).expanduser()
+        cli.join(_PROCESSES, config, workdir)
         check(config)
         require(
             config.model.method == "classifier",
@@ -96,6 +97,7 @@ def main() -> None:
         name_classes(config, source)
         validation = open_validation(config, source)
         mesh = make_mesh(config.mesh.fsdp)
+        stop = AgreedStop(signals, mesh)
         what = describe(config, mesh)
 
         def actions(first_step: int) -> list[Action]:
@@ -105,18 +107,18 @@ def main() -> None:
             best = Checkpoints(workdir, folder=BEST, keep=None)
             resources.callback(best.close)
             best.forget(after=first_step, before=first_step)  # later ones will be made again
-            return [make_validation(config, what, mesh, source, validation, workdir, best, signals)]
+            return [make_validation(config, what, mesh, source, validation, workdir, best, stop)]
 
         measured = (TOP1,) if validation and config.validation.every_epochs else ()
         task = Task(what, source, make_loss(config, what.graph), lambda: begin(config, what), actions, measured)
-        run_training(config, workdir, mesh, task, signals)
+        run_training(config, workdir, mesh, task, stop)
     if (workdir / BEST).is_dir():
         best = Checkpoints(workdir, folder=BEST, keep=None)
         best.forget(after=MOST_SAMPLES, before=MOST_SAMPLES)  # nothing is left that might be continued
         highest = best.note(TOP1)
         best.close()
         if highest is not None:
-            print(f"best top-1 {highest:.2%}, in {workdir / BEST}")  # noqa: T201 - the result
+            cli.result(f"best top-1 {highest:.2%}, in {workdir / BEST}")
 
 
 if __name__ == "__main__":

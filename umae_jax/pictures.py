@@ -1,5 +1,6 @@
 """Pictures of what a masked autoencoder saw and predicted."""
 
+import functools
 import io
 from collections.abc import Callable
 from typing import NamedTuple
@@ -168,6 +169,7 @@ def make_illustrator(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     statistics: str = "visible",
+    sharding: jax.sharding.Sharding | None = None,
 ) -> Callable[[nnx.State, str], bytes]:
     """Fix images and masks; the function returned draws them with the parameters and the title it is given.
 
@@ -176,9 +178,10 @@ def make_illustrator(
         images: uint8 [B, H, W, C].
         seed: of the masks.
         statistics: one of STATISTICS.
+        sharding: where what is computed goes, so that every process can read it; None where there is one.
     """
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=sharding)
     def compute(params: nnx.State, images: jax.Array) -> Panels:
         model = nnx.merge(graph, params)
         mask = model.sample_mask(sample_keys(seed, jnp.arange(images.shape[0], dtype=jnp.uint32)))

@@ -7,6 +7,7 @@ The same command again continues from the newest whole checkpoint in DIR.
 
 from pathlib import Path
 
+import jax
 from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -19,9 +20,10 @@ from umae_jax.errors import require
 from umae_jax.files import write_whole
 from umae_jax.pictures import make_illustrator
 from umae_jax.signals import StopSignals
+from umae_jax.training.agreement import AgreedStop
 from umae_jax.training.evaluation import open_validation
 from umae_jax.training.loop import Action
-from umae_jax.training.mesh import make_mesh
+from umae_jax.training.mesh import make_mesh, replicated
 from umae_jax.training.pretraining import make_loss
 from umae_jax.training.probes import knn_accuracy, make_reader
 from umae_jax.training.runs import Run, describe, initialize
@@ -33,9 +35,10 @@ KNN = "knn_top1"
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go.")
+_PROCESSES = cli.define_processes()
 
 
-def make_artist(config: ConfigDict, what: Run, source: Source, workdir: Path) -> Action:
+def make_artist(config: ConfigDict, what: Run, mesh: Mesh, source: Source, workdir: Path) -> Action:
     """Draws the first images of the data, always under the same masks."""
     illustrate = make_illustrator(
         what.graph,
@@ -43,22 +46,25 @@ def make_artist(config: ConfigDict, what: Run, source: Source, workdir: Path) ->
         seed=config.seed,
         mean=config.data.mean,
         std=config.data.std,
+        sharding=replicated(mesh),
     )
 
     def draw(step: int, state: TrainState) -> dict[str, float]:
-        (workdir / PICTURES).mkdir(exist_ok=True)
-        write_whole(workdir / PICTURES / f"{step:07}.png", illustrate(state.result, f"step {step}"))
+        picture = illustrate(state.result, f"step {step}")  # all processes compute it
+        if jax.process_index() == 0:
+            (workdir / PICTURES).mkdir(exist_ok=True)
+            write_whole(workdir / PICTURES / f"{step:07}.png", picture)
         return {}
 
     return Action(config.picture_every, draw)
 
 
 def make_prober(
-    config: ConfigDict, what: Run, mesh: Mesh, training: Source, validation: Source, signals: StopSignals
+    config: ConfigDict, what: Run, mesh: Mesh, training: Source, validation: Source, stop: AgreedStop
 ) -> Action:
     """Measures what the nearest neighbours of frozen features tell of the validation images' classes."""
     batch_size = config.batch_size // config.accumulate
-    read = make_reader(config, what.graph, what.state.params, mesh, batch_size, signals.check)
+    read = make_reader(config, what.graph, what.state.params, mesh, batch_size, stop.check)
     options = {"neighbors": config.probe.neighbors, "temperature": config.probe.temperature}
 
     def measure(_step: int, state: TrainState) -> dict[str, float]:
@@ -77,6 +83,7 @@ def main() -> None:
     with StopSignals() as signals:
         config = cli.read_config(_CONFIG)
         workdir = Path(cli.required(_WORKDIR, "a directory for what the run produces")).expanduser()
+        cli.join(_PROCESSES, config, workdir)
         check(config)
         require(
             config.model.method != "classifier",
@@ -88,19 +95,20 @@ def main() -> None:
             "python -m umae_jax.convert FILE --workdir DIR, and continue there",
         )
         mesh = make_mesh(config.mesh.fsdp)
+        stop = AgreedStop(signals, mesh)
         what = describe(config, mesh)
         source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
         validation = open_validation(config, source)
 
         def actions(_first_step: int) -> list[Action]:
-            made = [make_artist(config, what, source, workdir)] if config.picture_every else []
-            return made + ([make_prober(config, what, mesh, source, validation, signals)] if validation else [])
+            made = [make_artist(config, what, mesh, source, workdir)] if config.picture_every else []
+            return made + ([make_prober(config, what, mesh, source, validation, stop)] if validation else [])
 
         measured = (KNN,) if validation and config.validation.every_epochs else ()
         task = Task(what, source, make_loss(config, what.graph), lambda: initialize(config, what), actions, measured)
-        run_training(config, workdir, mesh, task, signals)
+        run_training(config, workdir, mesh, task, stop)
         if pictures := sorted((workdir / PICTURES).glob("*.png")):
-            print(pictures[-1])  # noqa: T201 - the result, on standard output
+            cli.result(pictures[-1])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from umae_jax.data.on_device import normalize
 from umae_jax.errors import UserError
 from umae_jax.models.layers import resize_positions
 from umae_jax.positions import sincos_table
-from umae_jax.training.finetuning import make_loss, with_encoder
+from umae_jax.training.finetuning import fit_encoder, make_loss
 from umae_jax.training.step import init_state, make_train_step
 
 PAIRS = {"swin_um_window4_no_secondary": "swin_classifier", "pvt_um": "pvt_classifier", "vit_um": "vit_classifier"}
@@ -24,12 +24,18 @@ def batch_of(count=4, side=64, seed=0):
     return Batch(images, np.arange(count, dtype=np.uint32), labels, np.zeros(count, np.int32))
 
 
+def filled_with(params, given):
+    """Parameters with some of them replaced."""
+    given = dict(nnx.to_flat_state(given))
+    return nnx.from_flat_state([(path, given.get(path, old)) for path, old in nnx.to_flat_state(params)])
+
+
 @pytest.mark.parametrize("pretrained", PAIRS)
 def test_a_classifier_takes_the_encoder_and_keeps_its_own_head(pretrained):
     source, config = golden.config_of(pretrained), golden.config_of(PAIRS[pretrained])
     graph, theirs = small.random_model(source)
     classifier, ours = small.random_model(config, seed=1)
-    filled = with_encoder(config, ours, source, theirs["encoder"], "DIR")
+    filled = filled_with(ours, fit_encoder(config, source, theirs["encoder"], "DIR"))
     images = jax.random.normal(jax.random.key(0), (1, *config.image_size, 3))
 
     @jax.jit
@@ -51,10 +57,8 @@ def test_a_classifier_takes_the_encoder_and_keeps_its_own_head(pretrained):
 def test_position_tables_are_resized_to_other_images(pretrained, leading):
     source, config = golden.config_of(pretrained), golden.config_of(PAIRS[pretrained])
     config.image_size = tuple(2 * size for size in source.image_size)
-    filled = with_encoder(
-        config, small.random_model(config)[1], source, small.random_model(source)[1]["encoder"], "DIR"
-    )
-    table = np.asarray(filled["encoder"]["positions"]["table"][...])
+    fitted = fit_encoder(config, source, small.random_model(source)[1]["encoder"], "DIR")
+    table = np.asarray(fitted["encoder"]["positions"]["table"][...])
     old, new = ([size // source.model.patch for size in image] for image in (source.image_size, config.image_size))
     width = source.model.widths[0]
     assert table.shape == (1, leading + new[0] * new[1], width)
@@ -80,7 +84,7 @@ def test_sizes_that_do_not_fit_are_named(key, value):
     mine = source.model[key]
     config.model[key] = value
     with pytest.raises(UserError, match=rf"init: DIR holds an encoder of other sizes \(model.{key} is") as told:
-        with_encoder(config, small.random_model(golden.config_of("swin_classifier"))[1], source, params, "DIR")
+        fit_encoder(config, source, params, "DIR")
     assert str(mine) in str(told.value)
     assert str(value) in str(told.value)
 

@@ -8,8 +8,10 @@ import pytest
 
 from umae_jax.errors import Interrupted, UserError
 from umae_jax.signals import StopSignals
+from umae_jax.training.agreement import AgreedStop
 from umae_jax.training.checkpoint import Checkpoints
 from umae_jax.training.loop import Action, train
+from umae_jax.training.mesh import make_mesh
 from umae_jax.training.step import Metrics, TrainState
 
 
@@ -24,6 +26,7 @@ class Recorder:
         self.workdir, self.bad_from = workdir, bad_from
         self.calls = []
         self.signals = StopSignals()
+        self.stop = AgreedStop(self.signals, make_mesh())
         self.batches = itertools.repeat(None)
 
     def step(self, state, batch):
@@ -38,7 +41,7 @@ class Recorder:
         self.calls.append(f"act {step}")
         return {"accuracy": 0.5}
 
-    def train(self, total, first=0, every=2, metric="", **options):
+    def train(self, total, first=0, every=2, **options):
         checkpoints = Checkpoints(self.workdir)
         original = checkpoints.save
 
@@ -59,9 +62,9 @@ class Recorder:
                 total_steps=total,
                 batch_size=4,
                 checkpoints=checkpoints,
-                signals=self.signals,
+                stop=self.stop,
                 workdir=self.workdir,
-                actions=[Action(every, self.act, metric)],
+                actions=[Action(every, self.act, "accuracy")],
                 **options,
             )
         finally:
@@ -78,7 +81,7 @@ def test_a_signal_in_an_action_breaks_it_off_to_be_done_again(tmp_path):
     def interrupted(step, state):
         if step == 2:
             recorder.signals.received = signal.SIGTERM
-        recorder.signals.check()
+        recorder.stop.check()
         return act(step, state)
 
     recorder.act = interrupted
@@ -91,9 +94,9 @@ def test_a_signal_in_an_action_breaks_it_off_to_be_done_again(tmp_path):
 
 
 def test_an_action_whose_metric_is_there_is_not_done_again(tmp_path):
-    Recorder(tmp_path).train(4, checkpoint_every=2, metric="accuracy")
+    Recorder(tmp_path).train(4, checkpoint_every=2)
     again = Recorder(tmp_path)
-    again.train(5, first=4, metric="accuracy")
+    again.train(5, first=4, done=["accuracy"])
     assert again.calls == ["step 5", "act 5", "save 5 at 20"]
     assert [line["step"] for line in again.lines() if "accuracy" in line] == [0, 2, 4, 5]
 
@@ -138,20 +141,6 @@ def test_a_signal_during_an_action_saves_at_the_next_step(tmp_path):
         recorder.train(20, every=2, checkpoint_every=100)
     assert recorder.calls[-3:] == ["act 4", "step 5", "save 5 at 20"]
     assert Checkpoints(tmp_path).any()
-
-
-def test_a_loader_that_dies_with_the_signal_does_not_keep_it_from_saving(tmp_path):
-    recorder = Recorder(tmp_path)
-
-    def batches():
-        yield from (None,) * 4
-        recorder.signals.received = signal.SIGTERM
-        raise RuntimeError("a worker was killed")
-
-    recorder.batches = batches()
-    with pytest.raises(Interrupted, match="stopped by SIGTERM at step 4"):
-        recorder.train(20, every=0, checkpoint_every=100)
-    assert recorder.calls[-1] == "save 4 at 16"
 
 
 def test_a_signal_before_the_first_step_saves_that(tmp_path):

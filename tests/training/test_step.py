@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh
 
 from tests import tiny
 from umae_jax.data.loader import Batch, abstract_batch
-from umae_jax.training.mesh import batch_sharding, state_shardings
+from umae_jax.training.mesh import batch_sharding
 from umae_jax.training.optimizer import learning_rate_schedule
 from umae_jax.training.pretraining import make_loss
 from umae_jax.training.runs import describe, initialize
@@ -146,17 +146,3 @@ def test_unreadable_images_are_counted():
     for number in (1, 2):
         state, metrics = step(state, batch)
         assert int(metrics.skipped_images) == 3 * number
-
-
-def test_shardings_by_shape():
-    mesh = mesh_of(2, 4)
-    shapes = {"kernel": (6, 8), "tall": (16, 4), "odd": (3, 5), "bias": (8,), "step": ()}
-    state = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    expected = {
-        "kernel": PartitionSpec(None, "fsdp"),
-        "tall": PartitionSpec("fsdp"),
-        "odd": PartitionSpec(),
-        "bias": PartitionSpec("fsdp"),
-        "step": PartitionSpec(),
-    }
-    assert state_shardings(mesh, state) == {name: NamedSharding(mesh, spec) for name, spec in expected.items()}

@@ -24,6 +24,7 @@ from umae_jax.errors import UserError, listing, require
 MOST_UNREADABLE = 0.5
 JUDGE_AFTER = 16
 CHUNK = 16  # samples, at most
+SPARED = 60  # seconds that a worker outlives the signal to end
 
 
 class Batch(NamedTuple):
@@ -67,8 +68,9 @@ def _stack(samples: Sequence[Sample]) -> _Chunk:
 
 
 def _init_worker(_index: int, _count: int) -> None:
-    """A Ctrl-C reaches every process of the terminal; the workers leave it to the one that saves first."""
+    """A signal to all processes of a terminal or a job spares the workers for a while: who saves first needs them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SPARED))
 
 
 def _join(chunks: Sequence[_Chunk]) -> _Chunk:
@@ -76,8 +78,8 @@ def _join(chunks: Sequence[_Chunk]) -> _Chunk:
     return _Chunk(Batch(*map(np.concatenate, zip(*arrays, strict=True))), tuple(itertools.chain(*unreadable)))
 
 
-def _local(batch_size: int) -> int:
-    """How many images of a batch each process reads.
+def _check_divides(batch_size: int) -> None:
+    """Check that processes share a batch evenly.
 
     Raises:
         UserError: if it does not divide.
@@ -87,28 +89,27 @@ def _local(batch_size: int) -> int:
         batch_size % processes == 0,
         f"batch_size: {batch_size} does not divide among {processes} processes; choose a multiple of {processes}",
     )
-    return batch_size // processes
 
 
-class _Blocks:
-    """Of every `count` blocks of so many samples, one."""
+def _rows(batch_size: int, sharding: jax.sharding.Sharding) -> np.ndarray:
+    """The places of a batch that the devices of this process hold, in order: what it reads."""
+    held = sharding.addressable_devices_indices_map((batch_size,)).values()
+    rows = [np.arange(batch_size)[index] for index in held if index is not None]
+    return np.unique(np.concatenate(rows))
 
-    def __init__(self, samples: grain.MapDataset, size: int, block: int, count: int) -> None:
-        self.samples, self.size, self.block, self.count = samples, size, block, count
+
+class _Rows:
+    """Of every batch of samples, these rows."""
+
+    def __init__(self, samples: grain.MapDataset, batch_size: int, rows: np.ndarray) -> None:
+        self.samples, self.batch_size, self.rows = samples, batch_size, rows
 
     def __len__(self) -> int:
-        return len(self.samples) // (self.size * self.count) * self.size
+        return len(self.samples) // self.batch_size * len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
-        block, place = divmod(index, self.size)
-        return self.samples[(block * self.count + self.block) * self.size + place]
-
-
-def _of_process(samples: grain.MapDataset, local: int) -> grain.MapDataset:
-    """Of every batch, the `local` samples in a row that this process reads: a batch is in order for any processes."""
-    if jax.process_count() == 1:
-        return samples
-    return grain.MapDataset.source(_Blocks(samples, local, jax.process_index(), jax.process_count()))
+        batch, place = divmod(index, len(self.rows))
+        return self.samples[batch * self.batch_size + int(self.rows[place])]
 
 
 def _read(samples: grain.MapDataset, local: int, threads: int, workers: int) -> grain.DatasetIterator:
@@ -179,10 +180,14 @@ class Loader:
         threads: int,
         workers: int = 0,
     ) -> None:
-        local = _local(batch_size)
+        _check_divides(batch_size)
+        rows = _rows(batch_size, sharding)
         load = LoadCrop(source, seed, size, channels, area, augment)
         samples = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat().map_with_index(load)
-        self._batches = _read(_of_process(samples[first_sample:last_sample], local), local, threads, workers)
+        samples = samples[first_sample:last_sample]
+        if len(rows) < batch_size:
+            samples = grain.MapDataset.source(_Rows(samples, batch_size, rows))
+        self._batches = _read(samples, len(rows), threads, workers)
         self._sharding = sharding
         self._classes = classes
         self._named: set[str] = set()
@@ -295,15 +300,16 @@ class OnePass:
     ) -> None:
         self.named = set() if named is None else named
         self._key, self._classes, self._sharding = key, classes, sharding
-        local = _local(batch_size)
+        _check_divides(batch_size)
+        rows = _rows(batch_size, sharding)
         records = np.arange(len(source))
         if images is not None and images < len(source):
             records = np.sort(np.random.default_rng(seed).permutation(records)[:images])
         records = np.pad(records, (0, -len(records) % batch_size), constant_values=-1)
-        self._records = records[jax.process_index() :: jax.process_count()]
+        self._records = records.reshape(-1, batch_size)[:, rows].ravel()
         samples = grain.MapDataset.source(self._records).map_with_index(LoadWhole(source, size, channels, share))
-        self._batches = _read(samples, local, threads, workers)
-        self._local = local
+        self._batches = _read(samples, len(rows), threads, workers)
+        self._local = len(rows)
 
     @classmethod
     def of(

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from umae_jax.errors import UserError
+from umae_jax.training.agreement import everywhere
 from umae_jax.training.step import TrainState
 
 Found = TypeVar("Found")
@@ -195,10 +196,14 @@ class Checkpoints:
         """What `read` makes of the newest step that it can read, and why it could not read the newer ones."""
         broken: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
+            found = None
             try:
-                return read(step), broken
+                found = read(step)
             except Exception as error:  # whatever a broken file makes the libraries raise
                 broken[step] = _reason(error)
+            if everywhere(step not in broken):
+                return found, broken
+            broken.setdefault(step, "another process cannot read it")
         return None, broken
 
     def _set_aside(self, broken: dict[int, str]) -> None:
@@ -211,6 +216,7 @@ class Checkpoints:
                 shutil.rmtree(aside / str(step), ignore_errors=True)
                 shutil.move(self._folder / str(step), aside / str(step))
         if broken:
+            everywhere(True)  # they have been moved
             self._manager.reload()
 
     def close(self) -> None:

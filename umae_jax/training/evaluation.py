@@ -69,6 +69,7 @@ def make_evaluator(
     """
     sharding = batch_sharding(mesh)
     named: set[str] = set()
+    begin = jax.jit(lambda: jnp.zeros(3, jnp.int32), out_shardings=replicated(mesh))
 
     def count(totals: jax.Array, params: Params, batch: Batch) -> jax.Array:
         images = normalize(batch.image, config.data.mean, config.data.std)
@@ -81,7 +82,7 @@ def make_evaluator(
     compiled = jitted.lower(totals, params, abstract_batch(config, batch_size, sharding)).compile()
 
     def evaluate(params: Params) -> Accuracy:
-        totals = jax.device_put(jnp.zeros(3, jnp.int32), replicated(mesh))
+        totals = begin()
         for batch in OnePass.of(config, source, "validation.source", sharding, batch_size=batch_size, named=named):
             check()
             totals = compiled(totals, params, batch)

@@ -1,7 +1,5 @@
 """What fine-tuning adds to a run: class names, the loss on augmented images, and a pre-trained encoder's weights."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,14 +55,13 @@ def make_loss(config: ConfigDict, graph: nnx.GraphDef) -> LossFunction:
     return loss
 
 
-def with_encoder(config: ConfigDict, params: Params, pretrained: ConfigDict, encoder: nnx.State, name: str) -> Params:
-    """A classifier's parameters with the encoder of another model in place of its own.
+def fit_encoder(config: ConfigDict, pretrained: ConfigDict, encoder: nnx.State, name: str) -> Params:
+    """The encoder of another model as a part of a classifier's parameters, {"encoder": ...}, on the host.
 
     Position tables are resized where images have another size than in pre-training.
 
     Args:
         config: of the classifier.
-        params: its parameters; what the encoder has not is kept.
         pretrained: configuration of the model that the encoder is from.
         encoder: the encoder's parameters.
         name: where it is from, for the error message.
@@ -84,17 +81,14 @@ def with_encoder(config: ConfigDict, params: Params, pretrained: ConfigDict, enc
             f"init: {name} holds an encoder of other sizes ({'; '.join(differing)}); "
             "choose a configuration of its sizes, or set these keys"
         )
-    arrays = {path: np.asarray(variable[...]) for path, variable in nnx.to_flat_state(encoder)}
+    variables = dict(nnx.to_flat_state(encoder))
     table = ("positions", "table")
     side = config.model.patch
     grids = [(image[0] // side, image[1] // side) for image in (pretrained.image_size, config.image_size)]
     if config.model.encoder != "swin":
         leading = config.model.encoder == "vit"
         fixed = PositionTable(config.model.widths[0], grids[0], class_token=leading).fixed()
-        found = jnp.asarray(arrays.get(table, fixed))
-        arrays[table] = np.asarray(resize_positions(found, *grids, leading=int(leading)))
-
-    def fill(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
-        return variable.replace(arrays[path[1:]]) if path[0] == "encoder" else variable
-
-    return nnx.from_flat_state([(path, fill(path, variable)) for path, variable in nnx.to_flat_state(params)])
+        found = jnp.asarray(variables[table][...] if table in variables else fixed)
+        resized = resize_positions(found, *grids, leading=int(leading))
+        variables[table] = nnx.Param(np.asarray(resized))
+    return nnx.State({"encoder": nnx.from_flat_state(variables)})

@@ -1,7 +1,7 @@
 """The one loop of everything that trains: act, save, next batch, step; report the step before."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,9 +9,10 @@ import jax
 
 from umae_jax.data.loader import Batch
 from umae_jax.errors import Interrupted, UserError
-from umae_jax.signals import StopAsked, StopSignals
+from umae_jax.signals import StopAsked
+from umae_jax.training.agreement import AgreedStop
 from umae_jax.training.checkpoint import Checkpoints
-from umae_jax.training.metrics import MetricsWriter, Progress
+from umae_jax.training.metrics import Report
 from umae_jax.training.step import Metrics, TrainState
 
 
@@ -20,7 +21,7 @@ class Action(NamedTuple):
 
     Attributes:
         every: steps; done also before the first step and after the last. 0: never.
-        run: from (step, state) to metrics to write, if any; may raise StopAsked, see `StopSignals.check`.
+        run: from (step, state) to metrics to write, if any; may raise StopAsked, see `AgreedStop.check`.
         metric: one of these. Where a run continues at a step that has it already, the action is not done again.
     """
 
@@ -67,9 +68,10 @@ def train(
     checkpoint_every: int,
     log_every: int,
     stop_after_bad_steps: int,
-    signals: StopSignals,
+    stop: AgreedStop,
     workdir: Path,
     actions: Sequence[Action] = (),
+    done: Collection[str] = (),
 ) -> TrainState:
     """Train from `first_step` to `total_steps`.
 
@@ -81,15 +83,16 @@ def train(
         step: the compiled step.
         batches: from sample `samples` on.
         samples: seen so far.
-        signals: what may ask the run to leave between two steps.
+        stop: what may ask the run to leave between two steps.
+        actions: what is done between steps.
+        done: metrics of the first step that were written before.
 
     Raises:
         Interrupted: when asked to leave, after saving.
         UserError: after `stop_after_bad_steps` steps in a row without a finite loss and gradient, or if a checkpoint
             cannot be written.
     """
-    writer = MetricsWriter(workdir, first_step)
-    progress = Progress(first_step, total_steps)
+    report = Report(workdir, first_step, total_steps)
     clock = _Clock()
     saved = first_step if first_step else None
 
@@ -97,7 +100,7 @@ def train(
         """Read the metrics of a step, waiting for it; stop on bad ones, write and say them where due."""
         values = jax.device_get(metrics)
         clock.count(batch_size)
-        progress.advance(number)
+        report.advance(number)
         if values.bad_steps >= stop_after_bad_steps:
             raise UserError(
                 f"the loss or gradient was not finite in {values.bad_steps} steps in a row, up to step {number} "
@@ -106,49 +109,43 @@ def train(
             )
         if number % log_every == 0 or number == total_steps:
             line = {key: value.item() for key, value in values._asdict().items()} | clock.rates()
-            writer.write(number, line)
-            progress.report(number, line)
+            report.training(number, line)
 
     try:
         pending: tuple[int, Metrics] | None = None
         number = first_step
         while True:
-            stop = signals.received  # asked once: a signal that comes later waits for the next step
+            signal = stop.ask()  # once a step: one that comes later waits for the next
             last = number == total_steps
             due = [
                 action.run
                 for action in actions
-                if action.every and (number % action.every == 0 or last) and not writer.has(number, action.metric)
+                if action.every
+                and (number % action.every == 0 or last)
+                and not (number == first_step and action.metric in done)
             ]
-            save = number != saved and (stop is not None or (number > 0 and (number % checkpoint_every == 0 or last)))
+            save = number != saved and (signal is not None or (number > 0 and (number % checkpoint_every == 0 or last)))
             if pending and (due or save):
                 read(*pending)  # a state that is looked at or saved is one whose step was found good
                 pending = None
             try:
-                for act in due if stop is None else ():
+                for act in due if signal is None else ():
                     if metrics := act(number, state):
-                        writer.write(number, metrics)
-                        progress.tell(number, metrics)
+                        report.measured(number, metrics)
             except StopAsked:  # it is done from its beginning when the run goes on from here
-                stop = signals.received
+                signal = stop.received
                 save = number not in (0, saved)
             if save:
                 checkpoints.save(number, state, samples)
                 saved = number
-            if stop is not None:
+            if signal is not None:
                 checkpoints.wait()
-                raise Interrupted(stop, number)
+                raise Interrupted(signal, number)
             if due or save:
                 clock.restart()
             if last:
                 break
-            try:
-                batch = clock.next(batches)
-            except Exception:
-                if signals.received is None:
-                    raise
-                continue  # a signal to the whole process group took the loader's workers along: round again, to save
-            state, metrics_of_step = step(state, batch)
+            state, metrics_of_step = step(state, clock.next(batches))
             samples += batch_size
             number += 1
             if pending:
@@ -156,6 +153,5 @@ def train(
             pending = (number, metrics_of_step)
         checkpoints.wait()
     finally:
-        progress.close()
-        writer.close()
+        report.close()
     return state

@@ -1,11 +1,16 @@
 """Devices as a mesh of `data` x `fsdp`: the batch is split over both axes, parameters and optimiser over `fsdp`."""
 
+import re
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 BATCH = PartitionSpec(("data", "fsdp"))
+
+# By the name of an array: whether its largest axis that `fsdp` divides is split. Kernels are nearly all there is; the
+# rest is not worth the gathering.
+RULES = ((r"/kernel(/value)?$", True), (r"", False))
 
 
 def make_mesh(fsdp: int = 1) -> Mesh:
@@ -23,15 +28,28 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def spec_of(name: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
+    """How an array is split over the `fsdp` axis: the first of RULES that its name ends by decides.
+
+    Args:
+        name: of a parameter, or of an array of the optimiser's that belongs to one, such as
+            "params/encoder/stages/0/blocks/1/mlp/up/kernel/value".
+        shape: of the array.
+        fsdp: size of the mesh axis.
+    """
+    split = next(split for pattern, split in RULES if re.search(pattern, name))
+    axes = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
+    if not split or fsdp == 1 or not axes:
+        return PartitionSpec()
+    largest = max(axes, key=lambda axis: shape[axis])
+    return PartitionSpec(*(None,) * largest, "fsdp")
+
+
 def state_shardings(mesh: Mesh, state: Any) -> Any:  # noqa: ANN401 - any pytree
-    """For each array of a pytree, its largest axis that `fsdp` divides; replicated where there is none."""
-    fsdp = mesh.shape["fsdp"]
+    """For each array of a pytree, where it lies, by RULES."""
 
-    def sharding(array: jax.ShapeDtypeStruct) -> NamedSharding:
-        axes = [axis for axis, size in enumerate(array.shape) if size % fsdp == 0]
-        if fsdp == 1 or not axes:
-            return replicated(mesh)
-        largest = max(axes, key=lambda axis: array.shape[axis])
-        return NamedSharding(mesh, PartitionSpec(*(None,) * largest, "fsdp"))
+    def sharding(path: jax.tree_util.KeyPath, array: jax.ShapeDtypeStruct) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, spec_of(name, array.shape, mesh.shape["fsdp"]))
 
-    return jax.tree.map(sharding, state)
+    return jax.tree_util.tree_map_with_path(sharding, state)

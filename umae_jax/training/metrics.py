@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+import jax
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tensorboardX.summary import scalar
@@ -67,7 +68,6 @@ class MetricsWriter:
     def __init__(self, workdir: Path, step: int) -> None:
         self._path = workdir / METRICS_FILE
         _keep_up_to(self._path, step)
-        self._first, self._there = step, metrics_of(workdir, step)
         self._file = self._path.open("ab", buffering=0)  # unbuffered: nothing is left to fail when it is closed
         self._board_path = workdir / "tensorboard"
         self._board_path.mkdir(exist_ok=True)
@@ -75,10 +75,6 @@ class MetricsWriter:
         self._flushed = time.monotonic()
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # has TensorBoard drop what comes after `step`
         self._board.write_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start))
-
-    def has(self, step: int, metric: str) -> bool:
-        """Whether this metric of the step that the run goes on from was written before."""
-        return step == self._first and metric in self._there
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
         """One line. A number that is not finite is written as a string, which JSON can hold.
@@ -165,3 +161,41 @@ class Progress:
     def close(self) -> None:
         """Leave the terminal tidy."""
         self._bar.close()
+
+
+class Report:
+    """What a run tells, once for all processes: its files and the terminal.
+
+    Args:
+        workdir: the run's directory.
+        first, total: steps done before, and in all.
+    """
+
+    def __init__(self, workdir: Path, first: int, total: int) -> None:
+        self._speaks = jax.process_index() == 0
+        if self._speaks:
+            self._writer = MetricsWriter(workdir, first)
+            self._progress = Progress(first, total)
+
+    def advance(self, step: int) -> None:
+        """The run has done `step` steps."""
+        if self._speaks:
+            self._progress.advance(step)
+
+    def training(self, step: int, values: dict[str, float | int]) -> None:
+        """The metrics of a step."""
+        if self._speaks:
+            self._writer.write(step, values)
+            self._progress.report(step, values)
+
+    def measured(self, step: int, values: dict[str, float]) -> None:
+        """What was measured between steps."""
+        if self._speaks:
+            self._writer.write(step, values)
+            self._progress.tell(step, values)
+
+    def close(self) -> None:
+        """Let go of the files and the terminal."""
+        if self._speaks:
+            self._progress.close()
+            self._writer.close()

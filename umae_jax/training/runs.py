@@ -54,9 +54,25 @@ def describe(config: ConfigDict, mesh: Mesh) -> Run:
     return Run(graph, optimizer, state)
 
 
-def initialize(config: ConfigDict, run: Run) -> TrainState:
-    """The first state, each array born on the devices that keep it."""
-    return jax.jit(lambda: _begin(run, _initial_params(config)), out_shardings=_shardings(run))()
+def initialize(config: ConfigDict, run: Run, given: Params | None = None) -> TrainState:
+    """The first state, each array born on the devices that keep it.
+
+    Args:
+        given: parameters to begin with instead of those that the model draws, by the same names; some of them, on the
+            host.
+    """
+    shardings = _shardings(run)
+    places = dict(nnx.to_flat_state(shardings.params))
+    arrays = [] if given is None else nnx.to_flat_state(given)
+    placed = [jax.device_put(array[...], places[path][...]) for path, array in arrays]
+
+    def begin(placed: list[jax.Array]) -> TrainState:
+        params = dict(nnx.to_flat_state(_initial_params(config)))
+        for (path, _), array in zip(arrays, placed, strict=True):
+            params[path] = params[path].replace(array)
+        return _begin(run, nnx.from_flat_state(params))
+
+    return jax.jit(begin, out_shardings=shardings)(placed)
 
 
 def start_from(run: Run, params: Params) -> TrainState:

@@ -17,7 +17,7 @@ from umae_jax.data.loader import Loader, abstract_batch
 from umae_jax.data.sources import Source
 from umae_jax.errors import UserError, listing, require
 from umae_jax.files import write_whole
-from umae_jax.signals import StopSignals
+from umae_jax.training.agreement import AgreedStop, of_first
 from umae_jax.training.checkpoint import Checkpoints
 from umae_jax.training.loop import Action, train
 from umae_jax.training.mesh import batch_sharding
@@ -115,11 +115,12 @@ def open_workdir(config: ConfigDict, workdir: Path) -> Checkpoints:
             f"{workdir} holds checkpoints but no {CONFIG_FILE} to say of which model; choose another --workdir",
         )
         check_same_model(read_config(config_file), config, workdir)
-    write_whole(config_file, to_json(config).encode())
+    if jax.process_index() == 0:
+        write_whole(config_file, to_json(config).encode())
     return checkpoints
 
 
-def run_training(config: ConfigDict, workdir: Path, mesh: Mesh, task: Task, signals: StopSignals) -> None:
+def run_training(config: ConfigDict, workdir: Path, mesh: Mesh, task: Task, stop: AgreedStop) -> None:
     """Train to the end, from the newest whole checkpoint in the directory if there is one.
 
     Raises:
@@ -135,10 +136,9 @@ def run_training(config: ConfigDict, workdir: Path, mesh: Mesh, task: Task, sign
         parameters = sum(array.size for array in jax.tree.leaves(state.params))
         devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
         cli.say(f"{parameters:,} parameters, {len(task.source):,} images, {devices}")
+        done = of_first(sorted(metrics_of(workdir, first_step)))
         # A signal may have come when the last step was done, and what is to be measured then was not.
-        if first_step > total_steps or (
-            first_step == total_steps and set(task.measured) <= metrics_of(workdir, first_step)
-        ):
+        if first_step > total_steps or (first_step == total_steps and set(task.measured) <= set(done)):
             cli.say(f"{workdir} has reached step {first_step} already; set total_steps above that to go on")
             return
         if first_step:
@@ -172,8 +172,9 @@ def run_training(config: ConfigDict, workdir: Path, mesh: Mesh, task: Task, sign
             checkpoint_every=config.checkpoint_every,
             log_every=config.log_every,
             stop_after_bad_steps=config.stop_after_bad_steps,
-            signals=signals,
+            stop=stop,
             workdir=workdir,
             actions=task.actions(first_step),
+            done=done,
         )
         cli.say(f"finished {total_steps} steps; everything is in {workdir}")

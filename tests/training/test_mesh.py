@@ -1,0 +1,57 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tests import tiny
+from umae_jax.config import default_config
+from umae_jax.models.presets import SIZES
+from umae_jax.training.mesh import make_mesh, spec_of, state_shardings
+from umae_jax.training.runs import describe, initialize
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("params/encoder/stages/0/blocks/1/mlp/fc1/kernel/value", (6, 8), PartitionSpec(None, "fsdp")),
+        ("params/kernel/value", (16, 4), PartitionSpec("fsdp")),
+        ("optimizer/0/mu/head/kernel/value", (8, 10), PartitionSpec("fsdp")),
+        ("params/head/kernel/value", (3, 5), PartitionSpec()),
+        ("params/head/bias/value", (8,), PartitionSpec()),
+        ("params/mask_token/value", (1, 1, 512), PartitionSpec()),
+        ("step", (), PartitionSpec()),
+    ],
+)
+def test_kernels_are_split_on_their_largest_axis_that_divides(name, shape, expected):
+    assert spec_of(name, shape, 4) == expected
+    assert spec_of(name, shape, 1) == PartitionSpec()
+
+
+def test_parameters_and_optimiser_are_split_alike():
+    mesh = make_mesh(4)
+    params = {"kernel": jax.ShapeDtypeStruct((6, 8), jnp.float32)}
+    state = {"params": params, "optimizer": ({"mu": params, "count": jax.ShapeDtypeStruct((), jnp.int32)},)}
+    split, whole = NamedSharding(mesh, PartitionSpec(None, "fsdp")), NamedSharding(mesh, PartitionSpec())
+    expected = {"params": {"kernel": split}, "optimizer": ({"mu": {"kernel": split}, "count": whole},)}
+    assert state_shardings(mesh, state) == expected
+
+
+@pytest.mark.parametrize("size", ["swin_tiny", "pvt_small", "vit_base"])
+def test_of_every_model_all_but_a_hundredth_is_split(size):
+    assert size in SIZES
+    state = describe(default_config(size), make_mesh(8)).state
+    leaves = jax.tree.leaves(state)
+    whole = sum(leaf.size for leaf in leaves if leaf.sharding.is_fully_replicated)
+    assert whole < 0.01 * sum(leaf.size for leaf in leaves)
+
+
+def test_a_state_is_born_in_parts():
+    """No device makes more than its part of it, but for what is small."""
+    config = tiny.get_config()
+    config.model.widths, config.model.heads = (128, 512), (4, 16)
+    run = describe(config, make_mesh(8))
+    state = initialize(config, run)
+    kernels = [leaf for leaf in jax.tree.leaves(state) if not leaf.sharding.is_fully_replicated]
+    assert kernels
+    for kernel in kernels:
+        assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 8}
