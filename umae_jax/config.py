@@ -196,14 +196,14 @@ def _is_whole(value: Any, least: int) -> bool:  # noqa: ANN401 - whatever the us
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def check(config: ConfigDict) -> None:
-    """Check what no model or source checks for itself, for the devices that are there.
+def check(config: ConfigDict, devices: int | None = None) -> None:
+    """Check what no model or source checks for itself, for so many devices, or those that are there.
 
     Raises:
         UserError: naming the key and what to write.
     """
     check_values(config)
-    devices = jax.device_count()
+    devices = jax.device_count() if devices is None else devices
     require(
         devices % config.mesh.fsdp == 0,
         f"mesh.fsdp: {config.mesh.fsdp} does not divide the {devices} devices; choose a divisor of {devices}",

@@ -12,7 +12,7 @@ from umae_jax.training.mesh import batch_sharding
 from umae_jax.training.optimizer import learning_rate_schedule
 from umae_jax.training.pretraining import make_loss
 from umae_jax.training.runs import describe, initialize
-from umae_jax.training.step import compile_step, make_train_step
+from umae_jax.training.step import lower_step, make_train_step
 
 
 def mesh_of(data, fsdp):
@@ -37,7 +37,8 @@ def prepare(config, mesh, loss=None, accumulate=1):
     loss = loss or make_loss(config, what.graph)
     schedule = learning_rate_schedule(config.optimizer, batch_size=256, warmup_steps=1, total_steps=10)
     step = make_train_step(loss, what.optimizer, schedule, accumulate=accumulate)
-    compiled = compile_step(step, what.state, abstract_batch(config, config.batch_size, batch_sharding(mesh)), mesh)
+    batch = abstract_batch(config, config.batch_size, batch_sharding(mesh))
+    compiled = lower_step(step, what.state, batch, mesh).compile()
     return initialize(config, what), compiled
 
 

@@ -1,6 +1,7 @@
 """Devices as a mesh of `data` x `fsdp`: the batch is split over both axes, parameters and optimiser over `fsdp`."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,9 +14,10 @@ BATCH = PartitionSpec(("data", "fsdp"))
 RULES = ((r"/kernel(/value)?$", True), (r"", False))
 
 
-def make_mesh(fsdp: int = 1) -> Mesh:
-    """All devices, `fsdp` of them to a copy of the parameters."""
-    return jax.make_mesh((jax.device_count() // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices, or some, `fsdp` of them to a copy of the parameters."""
+    count = jax.device_count() if devices is None else len(devices)
+    return jax.make_mesh((count // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

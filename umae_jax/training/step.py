@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from umae_jax.data.loader import Batch
 from umae_jax.training.mesh import replicated
@@ -102,6 +102,7 @@ def make_train_step(
     *,
     accumulate: int = 1,
     average: float | None = None,
+    whole: NamedSharding | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Build the step: state, batch -> state, metrics.
 
@@ -111,13 +112,18 @@ def make_train_step(
         schedule: from step to learning rate.
         accumulate: parts that a batch is computed in.
         average: decay of the moving average in a state that keeps one.
+        whole: replicated, where parameters are sharded: each is gathered before it is used. Left to itself the compiler
+            passes the parts of each kernel around in a loop, which for kernels of this size costs more than it hides.
 
     The learning rate follows the state's step rather than a counter of the optimiser's, so that an update skipped
     for a loss or gradient that is not finite leaves the schedule in its place and everything else untouched.
     """
 
+    def loss_of_whole(params: Params, batch: Batch) -> jax.Array:
+        return loss_function(params if whole is None else jax.lax.with_sharding_constraint(params, whole), batch)
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, gradient = _gradient(loss_function, state.params, batch, accumulate)
+        loss, gradient = _gradient(loss_of_whole, state.params, batch, accumulate)
         learning_rate = jnp.asarray(schedule(state.step.astype(jnp.float32)), jnp.float32)
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(gradient)
@@ -150,14 +156,14 @@ def make_train_step(
     return train_step
 
 
-def compile_step(
+def lower_step(
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]], state: TrainState, batch: Batch, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Compile the step ahead of time, so that nothing compiles later on; it donates its state.
+) -> jax.stages.Lowered:
+    """The step ready to be compiled ahead of time, so that nothing compiles later on; it donates its state.
 
     Args:
         state, batch: arrays or `jax.ShapeDtypeStruct`s, with the shardings that the step takes, and gives back.
     """
     shardings = jax.tree.map(lambda array: array.sharding, state)
     jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-    return jitted.lower(state, batch).compile()
+    return jitted.lower(state, batch)

@@ -20,11 +20,11 @@ from umae_jax.files import write_whole
 from umae_jax.training.agreement import AgreedStop, of_first
 from umae_jax.training.checkpoint import Checkpoints
 from umae_jax.training.loop import Action, train
-from umae_jax.training.mesh import batch_sharding
+from umae_jax.training.mesh import batch_sharding, replicated
 from umae_jax.training.metrics import duration, metrics_of
 from umae_jax.training.optimizer import learning_rate_schedule
 from umae_jax.training.runs import Run
-from umae_jax.training.step import LossFunction, TrainState, compile_step, make_train_step
+from umae_jax.training.step import LossFunction, TrainState, lower_step, make_train_step
 
 MOST_SAMPLES = 2**32  # sample indices are 32-bit
 
@@ -155,10 +155,11 @@ def run_training(config: ConfigDict, workdir: Path, mesh: Mesh, task: Task, stop
             schedule,
             accumulate=config.accumulate,
             average=config.optimizer.average,
+            whole=replicated(mesh),
         )
         start = time.monotonic()
         batch = abstract_batch(config, config.batch_size, batch_sharding(mesh))
-        compiled = compile_step(step, task.run.state, batch, mesh)
+        compiled = lower_step(step, task.run.state, batch, mesh).compile()
         cli.say(f"compiled the step in {duration(time.monotonic() - start)}")
         train(
             state,

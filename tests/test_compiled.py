@@ -1,0 +1,68 @@
+"""What is read of compiled programs; the lines are XLA's, shortened."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from umae_jax.compiled import Collective, account, flops_of, read_program
+from umae_jax.training.mesh import make_mesh
+
+PROGRAM = """HloModule jit_step, num_partitions=8
+
+%all-reduce-scatter.8 (input: bf16[768,2048]) -> bf16[96,2048] {
+  %all-reduce.9 = (bf16[768,2048]{1,0:T(8,128)(2,1)}) all-reduce(%input), replica_groups={{0,1,2,3,4,5,6,7}}
+}
+
+%body (p: s32[]) -> s32[] {
+  %fusion.1 = f32[8]{0} fusion(%p), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"100"}
+  %gather = bf16[512,512]{1,0} all-gather(%x), replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_0'}, dimensions={0}
+  %move = (bf16[48,12]{1,0}, bf16[48,12]{1,0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}
+  %fused.2 = bf16[96,2048]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.8
+}
+
+%condition (p: s32[]) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(4)
+  ROOT %compare = pred[] compare(%p, %constant.1), direction=LT
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %loop = (s32[]) while(%tuple), condition=%condition, body=%body
+  %copy = f32[8]{0} copy(%x), backend_config={"window_config":{"estimated_cycles":"7","iteration_bounds":["3"]}}
+  %sum = (f32[]{:T(128)}, f32[10,3]{1,0}) all-reduce(%a, %b), channel_id=1, replica_groups=[4,2]<=[8], to_apply=%add
+  %alone = f32[4]{0} all-reduce(%a), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add
+}
+"""
+
+
+def test_loops_are_counted_as_often_as_they_go_round():
+    cycles, collectives = read_program(PROGRAM, 8)
+    assert cycles == 4 * 100 + 7
+    assert collectives == (
+        Collective("all-gather", 8, 4, 4 * 512 * 512 * 2),
+        Collective("all-reduce", 2, 1, 4 + 10 * 3 * 4),
+        Collective("collective-permute", 8, 4, 4 * 48 * 12 * 2),
+        Collective("reduce-scatter", 8, 4, 4 * 768 * 2048 * 2),
+    )
+
+
+def test_time_on_the_interconnect():
+    assert Collective("all-gather", 8, 1, 800).seconds(link=100, links=1) == pytest.approx(7)
+    assert Collective("all-reduce", 8, 1, 800).seconds(link=100, links=2) == pytest.approx(7)
+    assert Collective("collective-permute", 8, 1, 800).seconds(link=100, links=1) == pytest.approx(8)
+
+
+def test_a_real_program():
+    mesh = make_mesh()
+    split, whole = NamedSharding(mesh, PartitionSpec(("data", "fsdp"))), NamedSharding(mesh, PartitionSpec())
+    rows = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=split)
+    kernel = jax.ShapeDtypeStruct((32, 64), jnp.float32, sharding=whole)
+    lowered = jax.jit(lambda rows, kernel: (rows @ kernel).sum(0), out_shardings=whole).lower(rows, kernel)
+    assert flops_of(lowered) == pytest.approx(2 * 16 * 32 * 64, rel=0.05)
+    told = account(lowered.compile(), 8)
+    assert told.arguments == 2 * 32 * 4 + 32 * 64 * 4
+    assert told.cycles is None
+    assert told.collectives == (Collective("all-reduce", 8, 1, 64 * 4),)
+    assert told.peak >= told.arguments
+    assert np.isfinite(told.bytes)

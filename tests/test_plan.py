@@ -1,0 +1,49 @@
+"""Plans; those for TPUs need libtpu, which compiles on any machine."""
+
+import json
+
+import pytest
+
+from tests import commands
+
+
+def test_a_plan_for_the_devices_that_are_there(tmp_path):
+    path = tmp_path / "plan.json"
+    table, errors = commands.run("plan", "--config", "tests/tiny.py", "--json", path)
+    (plan,) = json.loads(path.read_text())
+    assert (plan["chips"], plan["batch"], plan["steps"], plan["fits"]) == (8, 2, 12, True)
+    assert plan["flops"] > 1e6
+    assert plan["peak"] >= plan["arguments"] > 4 * 8000  # three copies of some thousand parameters, and the batch
+    assert [(one["kind"], one["devices"]) for one in plan["collectives"]] == [("all-reduce", 8)]
+    assert plan["step"] is None  # nothing is published of this device
+    assert [line.split()[-1] for line in table.splitlines() if line.startswith("images a step and chip")] == ["2"]
+    assert "compiled in" in errors
+
+
+def test_a_plan_for_tpus(tmp_path):
+    pytest.importorskip("libtpu", reason="the plan extra is not installed")
+    path = tmp_path / "plan.json"
+    arguments = ("--config", "tests/tiny.py", "--config.mesh.fsdp=2", "--topology=v5e:2x2", "--topology=v6e:2x2")
+    table, _ = commands.run("plan", *arguments, "--nolargest", "--json", path)
+    plans = json.loads(path.read_text())
+    assert [plan["target"] for plan in plans] == ["v5e:2x2", "v6e:2x2"]
+    for plan in plans:
+        assert plan["chips"] == 4
+        assert plan["step"] == plan["scheduled"] + plan["interconnect"]
+        assert plan["images_per_second"] == pytest.approx(4 / plan["step"])
+        assert plan["chip_hours"] == pytest.approx(4 * 12 * plan["step"] / 3600)
+    assert plans[1]["scheduled"] < plans[0]["scheduled"]
+    assert "v5e:2x2" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--topology=v5e:3x3",), "--topology: there is no v5e:3x3; choose one of v5e:1x1"),
+        (("--config.batch_size=12",), "batch_size: 12 does not divide among 8 devices"),
+    ],
+)
+def test_bad_input_is_one_clear_sentence(arguments, message):
+    _, errors = commands.run("plan", "--config", "tests/tiny.py", *arguments, status=2)
+    assert errors.startswith(f"error: {message}")
+    assert errors.count("\n") == 1

@@ -1,0 +1,177 @@
+"""What the compiler tells of a compiled step: memory, work, collectives and, for TPUs, the time it is scheduled for."""
+
+import dataclasses
+import math
+import re
+from collections import Counter, defaultdict
+from typing import Any, NamedTuple
+
+import jax
+
+_WIDTHS = {"pred": 1, "bf16": 2}
+_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\]")
+_COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(_KINDS)})(-start)?\(")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
+_LIMIT = re.compile(r"[su]32\[\][^ ]* constant\((\d+)\)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind over groups of one size, in a step.
+
+    Attributes:
+        kind: such as "all-reduce".
+        devices: in a group.
+        count: how often.
+        bytes: together, of the whole arrays on which a group works; of a permutation, what a device sends.
+    """
+
+    kind: str
+    devices: int
+    count: int
+    bytes: int
+
+    def seconds(self, link: float, links: int) -> float:
+        """The least time over so many links of so many bytes a second: what a device must send, and no latency."""
+        share = 1.0 if self.kind == "collective-permute" else (self.devices - 1) / self.devices
+        passes = 2 if self.kind == "all-reduce" else 1
+        return passes * self.bytes * share / (link * links)
+
+
+class Account(NamedTuple):
+    """A compiled program, a device.
+
+    Attributes:
+        arguments, temporaries, peak: bytes of memory; the peak counts donated arguments once.
+        bytes: moved between memory and chip.
+        cycles: that XLA:TPU schedules, without collectives and without what is inside a kernel; None elsewhere.
+        collectives: between devices.
+    """
+
+    arguments: int
+    temporaries: int
+    peak: int
+    bytes: float
+    cycles: int | None
+    collectives: tuple[Collective, ...]
+
+
+class _Computation:
+    def __init__(self) -> None:
+        self.cycles = 0
+        self.collectives: Counter[tuple[str, int, int]] = Counter()  # kind, devices, bytes of one
+        self.called: list[str] = []
+        self.loops: list[tuple[str, str]] = []  # condition, body
+        self.limit = 1
+
+
+def _size(shape: str) -> list[int]:
+    """Bytes of each array that a shape names."""
+    sizes = []
+    for kind, sides in _ARRAY.findall(shape):
+        width = _WIDTHS.get(kind) or int(kind[1:]) // 8
+        sizes.append(width * math.prod(int(side) for side in sides.split(",") if side))
+    return sizes
+
+
+def _group(line: str, devices: int) -> int:
+    """Devices of a group, as `replica_groups` tells in one of its notations."""
+    if lists := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return lists[1].count(",") + 1
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(iota[1])
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
+    return devices
+
+
+def _collective(line: str, name: str, devices: int) -> tuple[str, int, int] | None:
+    found = _COLLECTIVE.search(line)
+    if found is None:
+        return None
+    shape, kind, start = found.groups()
+    sizes = _size(shape)
+    group = _group(line, devices)
+    if kind == "collective-permute":
+        return kind, group, sizes[0]
+    if start and kind in ("all-gather", "reduce-scatter"):
+        sizes = sizes[len(sizes) // 2 :] if kind == "all-gather" else sizes[: len(sizes) // 2]  # operands, results
+    elif kind == "reduce-scatter":
+        sizes = [size * group for size in sizes]
+    if kind == "all-reduce" and "all-reduce-scatter" in name:  # XLA:TPU's fused form
+        kind = "reduce-scatter"
+    return kind, group, sum(sizes)
+
+
+def read_program(text: str, devices: int) -> tuple[int | None, tuple[Collective, ...]]:
+    """Scheduled cycles and collectives of a compiled program, each as often as loops repeat it.
+
+    Args:
+        text: XLA's own, after compilation.
+        devices: that the program runs on.
+    """
+    computations: dict[str, _Computation] = defaultdict(_Computation)
+    name, entry = "", ""
+    for line in text.splitlines():
+        if begins := _COMPUTATION.match(line):
+            name = begins[2]
+            entry = name if begins[1] else entry
+            continue
+        here = computations[name]
+        if cycles := _CYCLES.search(line):
+            here.cycles += int(cycles[1])
+        if collective := _collective(line, name, devices):
+            here.collectives[collective] += 1
+        if limit := _LIMIT.search(line):
+            here.limit = max(here.limit, int(limit[1]))
+        if loop := _LOOP.search(line):
+            here.loops.append((loop[1], loop[2]))
+        elif " fusion(" in line or " call(" in line or "-start(" in line:
+            here.called += _CALLED.findall(line)
+
+    cycles_of: Counter[str] = Counter()
+    collectives: Counter[tuple[str, int, int]] = Counter()
+
+    def add(name: str, times: int) -> None:
+        here = computations[name]
+        cycles_of[name] += times * here.cycles
+        for collective, count in here.collectives.items():
+            collectives[collective] += times * count
+        for called in here.called:
+            add(called, times)
+        for condition, body in here.loops:
+            add(body, times * computations[condition].limit)
+
+    add(entry, 1)
+    together: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0])
+    for (kind, group, size), count in collectives.items():
+        if group > 1:
+            together[kind, group][0] += count
+            together[kind, group][1] += count * size
+    found = tuple(Collective(kind, group, *numbers) for (kind, group), numbers in sorted(together.items()))
+    return sum(cycles_of.values()) or None, found
+
+
+def account(compiled: Any, devices: int) -> Account:  # noqa: ANN401 - JAX's Compiled
+    """What the compiler tells of a compiled program.
+
+    Args:
+        compiled: what `jax.jit(...).lower(...).compile()` gives.
+        devices: that it runs on.
+    """
+    memory = compiled.memory_analysis()
+    costs = compiled.cost_analysis()
+    cycles, collectives = read_program(compiled.as_text(), devices)
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    peak = arguments + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Account(arguments, temporaries, peak, costs.get("bytes accessed", 0.0), cycles, collectives)
+
+
+def flops_of(lowered: jax.stages.Lowered) -> float:
+    """Operations of a program before it is compiled, on all devices; what a loop repeats is counted once."""
+    return (lowered.cost_analysis() or {}).get("flops", 0.0)

@@ -1,0 +1,355 @@
+"""Plan a run without its hardware: does it fit, how fast will it be, and what does the whole schedule cost?
+
+    python -m umae_jax.plan --config configs/pretrain_swin_large.py --topology v5e:16x16 [--topology v6e:16x16 ...]
+
+The real training step is compiled for each topology by the compiler that a TPU would use, on any machine (pip install
+"umae_jax[plan]"); without --topology, for the devices that are there.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from jax.experimental import topologies
+from ml_collections import ConfigDict
+
+from umae_jax import cli
+from umae_jax.compiled import Account, account, flops_of
+from umae_jax.config import check, resolve_steps
+from umae_jax.data.loader import abstract_batch
+from umae_jax.data.sources import open_source
+from umae_jax.errors import UserError, require
+from umae_jax.files import write_whole
+from umae_jax.hardware import GIB, KINDS, Chip, Topology, topology
+from umae_jax.training import finetuning, pretraining
+from umae_jax.training.mesh import batch_sharding, make_mesh, replicated
+from umae_jax.training.metrics import duration
+from umae_jax.training.optimizer import learning_rate_schedule
+from umae_jax.training.runs import describe
+from umae_jax.training.step import lower_step, make_train_step
+
+IMAGENET = 1_281_167  # training images of ImageNet-1K
+STEP = 8  # images a chip; the largest batch is searched for among multiples of this
+
+_CONFIG = cli.define_config()
+_TOPOLOGY = flags.DEFINE_multi_string("topology", [], "Such as v5e:16x16; several are compared.")
+_IMAGES = flags.DEFINE_integer("images", None, "Images of an epoch, where the data are elsewhere.", lower_bound=1)
+_LARGEST = flags.DEFINE_boolean("largest", True, "Search for the largest batch that fits; takes some compilations.")
+_JSON = flags.DEFINE_string("json", None, "A file to write the numbers to.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is planned for.
+
+    Attributes:
+        name: of the topology, or of the devices that are there.
+        devices: as JAX knows them.
+        chip: what each can do, if it is known.
+        slice: the topology, if it is one.
+    """
+
+    name: str
+    devices: Sequence[Any]
+    chip: Chip | None
+    slice: Topology | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known of a run on a target, a chip and a step where nothing else is said; None is not known.
+
+    The compiler's: arguments, temporaries and peak (bytes of memory), flops, bytes (moved to and from memory),
+    scheduled (seconds, without collectives). Estimated: flops_limit and bytes_limit (seconds at the chip's best),
+    interconnect (seconds that collectives take at the links' best), step (seconds), and what follows from it.
+    """
+
+    target: str
+    chips: int
+    batch: float
+    fits: bool
+    needs: str
+    largest_batch: int | None
+    memory: float | None
+    arguments: int | None
+    temporaries: int | None
+    peak: int | None
+    flops: float
+    bytes: float | None
+    scheduled: float | None
+    collectives: list[dict[str, Any]]
+    flops_limit: float | None
+    bytes_limit: float | None
+    interconnect: float | None
+    step: float | None
+    images_per_second: float | None
+    utilization: float | None
+    steps: int
+    hours: float | None
+    chip_hours: float | None
+    compile_seconds: float
+
+
+def find_target(name: str) -> Target:
+    """The target of a topology's name.
+
+    Raises:
+        UserError: if there is none, or its compiler is missing.
+    """
+    known = topology(name)
+    require(
+        importlib.util.find_spec("libtpu") is not None,
+        '--topology: the compiler for TPUs is missing; install it with pip install "umae_jax[plan]"',
+    )
+    # Without these it looks for the TPU of this machine.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    described = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    return Target(name, described.devices, known.chip, known)
+
+
+def local_target() -> Target:
+    """The devices that are there."""
+    kind = jax.devices()[0].device_kind
+    return Target(f"{jax.device_count()} x {kind}", jax.devices(), KINDS.get(kind))
+
+
+class _DoesNotFit(Exception):  # noqa: N818 - an answer
+    """The compiler's words."""
+
+
+def compile_for(config: ConfigDict, target: Target) -> tuple[Account, float]:
+    """Compile the step: what the compiler tells a chip, and the flops of a step on all of them.
+
+    Raises:
+        _DoesNotFit: if the memory of a chip does not suffice.
+    """
+    mesh = make_mesh(config.mesh.fsdp, target.devices)
+    what = describe(config, mesh)
+    make_loss = finetuning.make_loss if config.model.method == "classifier" else pretraining.make_loss
+    schedule = learning_rate_schedule(
+        config.optimizer, batch_size=config.batch_size, warmup_steps=1, total_steps=2
+    )  # its numbers change nothing
+    step = make_train_step(
+        make_loss(config, what.graph),
+        what.optimizer,
+        schedule,
+        accumulate=config.accumulate,
+        average=config.optimizer.average,
+        whole=replicated(mesh),
+    )
+    batch = abstract_batch(config, config.batch_size, batch_sharding(mesh))
+    lowered = lower_step(step, what.state, batch, mesh)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed = re.search(r"\(([\d.]+)G\) exceeds available", str(error)) or re.search(r"Used ([\d.]+)G", str(error))
+        raise _DoesNotFit(f"needs {needed[1]} GiB" if needed else "does not fit") from None
+    told = account(compiled, len(target.devices))
+    repeated = config.accumulate  # a loop's body is counted once
+    return told._replace(bytes=told.bytes * repeated), flops_of(lowered) * repeated
+
+
+def largest_batch(config: ConfigDict, target: Target, first: Account | None) -> int | None:
+    """The largest batch a chip whose step fits, found by compiling, to a sixteenth; None if not even STEP fits.
+
+    Args:
+        config: of the run.
+        target: what it is for.
+        first: of the configuration's own batch; None if it does not fit.
+    """
+    require(target.chip is not None, "the memory of these devices is not known; leave the search out by --nolargest")
+    limit = target.chip.memory if target.chip else 0.0
+    chips = len(target.devices)
+    trial = config.copy_and_resolve_references()
+    trial.unlock()
+    trial.accumulate = 1
+    known: dict[int, Account | None] = {}
+
+    def fits(batch: int) -> Account | None:
+        if batch not in known:
+            trial.batch_size = batch * chips
+            try:
+                known[batch] = compile_for(trial, target)[0]
+            except _DoesNotFit:
+                known[batch] = None
+            cli.say(f"{target.name}: {batch} images a chip {'fit' if known[batch] else 'do not fit'}")
+        return known[batch]
+
+    own = max(STEP, config.batch_size // chips // config.accumulate // STEP * STEP)
+    if own * chips * config.accumulate == config.batch_size and config.accumulate == 1:
+        known[own] = first
+    low = own
+    while not fits(low):
+        if low == STEP:
+            return None
+        low = max(STEP, low // 2 // STEP * STEP)
+    high: int | None = min((batch for batch, told in known.items() if told is None), default=None)
+    while high is None or high - low > max(STEP, low // 16):
+        there = known[low]
+        assert there is not None
+        # Temporaries grow with the batch; the rest does not.
+        guess = int(low * (limit - there.arguments) / max(there.temporaries, 1)) // STEP * STEP
+        guess = max(low + STEP, guess if high is None else min(guess, high - STEP))
+        if fits(guess):
+            low = guess
+        else:
+            high = guess
+    return low
+
+
+def make_plan(config: ConfigDict, target: Target, images: int, *, search: bool) -> Plan:
+    """Plan a run on a target.
+
+    Args:
+        config: of the run.
+        target: what it is for.
+        images: of an epoch.
+        search: whether to search for the largest batch.
+
+    Raises:
+        UserError: if the batch does not divide among the chips.
+    """
+    chips = len(target.devices)
+    check(config, chips)
+    start = time.monotonic()
+    chip, told, flops, needs = target.chip, None, 0.0, ""
+    try:
+        told, flops = compile_for(config, target)
+    except _DoesNotFit as answer:
+        needs = str(answer)
+    seconds = time.monotonic() - start
+    scheduled = told.cycles / chip.clock if told and told.cycles and chip and chip.clock else None
+    interconnect = None
+    if told and chip and chip.link and target.slice:
+        interconnect = sum(one.seconds(chip.link, target.slice.links(one.devices)) for one in told.collectives)
+    step = None if scheduled is None else scheduled + (interconnect or 0.0)
+    steps = resolve_steps(config, "total", images, config.batch_size)
+    hours = None if step is None else steps * step / 3600
+    flops_limit = flops / chips / chip.flops if told and chip else None
+    return Plan(
+        target=target.name,
+        chips=chips,
+        batch=config.batch_size / chips,
+        fits=told is not None,
+        needs=needs,
+        largest_batch=largest_batch(config, target, told) if search and chip else None,
+        memory=chip.memory if chip else None,
+        arguments=told.arguments if told else None,
+        temporaries=told.temporaries if told else None,
+        peak=told.peak if told else None,
+        flops=flops / chips,
+        bytes=told.bytes if told else None,
+        scheduled=scheduled,
+        collectives=[dataclasses.asdict(one) for one in told.collectives] if told else [],
+        flops_limit=flops_limit,
+        bytes_limit=told.bytes / chip.bandwidth if told and chip else None,
+        interconnect=interconnect,
+        step=step,
+        images_per_second=None if step is None else config.batch_size / chips / step,
+        utilization=None if step is None or flops_limit is None else flops_limit / step,
+        steps=steps,
+        hours=hours,
+        chip_hours=None if hours is None else hours * chips,
+        compile_seconds=seconds,
+    )
+
+
+def _value(value: float | None, scale: float, unit: str, digits: int = 1) -> str:
+    return "-" if value is None else f"{value / scale:,.{digits}f}{unit}"
+
+
+def table(plans: Sequence[Plan]) -> str:
+    """The plans side by side."""
+    rows: list[tuple[str, list[str]]] = [("", [plan.target for plan in plans])]
+
+    def row(title: str, *values: str) -> None:
+        rows.append((title, list(values)))
+
+    def section(title: str) -> None:
+        rows.append((title, []))
+
+    row("chips", *(f"{plan.chips:,}" for plan in plans))
+    row("images a step and chip", *(f"{plan.batch:g}" for plan in plans))
+    section("The compiler's own:")
+    row("  fits", *("yes" if plan.fits else f"no, {plan.needs}" for plan in plans))
+    row("  memory: arguments", *(_value(plan.arguments, GIB, " GiB", 2) for plan in plans))
+    row("  memory: temporaries", *(_value(plan.temporaries, GIB, " GiB", 2) for plan in plans))
+    row("  memory: peak", *(_value(plan.peak, GIB, " GiB", 2) for plan in plans))
+    row("  memory of a chip", *(_value(plan.memory, GIB, " GiB", 2) for plan in plans))
+    row("  largest batch a chip", *("-" if plan.largest_batch is None else str(plan.largest_batch) for plan in plans))
+    row("  operations", *(_value(plan.flops if plan.fits else None, 1e12, " TFLOP", 3) for plan in plans))
+    row("  bytes moved", *(_value(plan.bytes, 1e9, " GB") for plan in plans))
+    row("  scheduled, without collectives", *(_value(plan.scheduled, 1e-3, " ms") for plan in plans))
+    kinds = sorted({(one["kind"], one["devices"]) for plan in plans for one in plan.collectives})
+    for kind, devices in kinds:
+        found = [
+            next((one for one in plan.collectives if (one["kind"], one["devices"]) == (kind, devices)), None)
+            for plan in plans
+        ]
+        row(
+            f"  {kind} over {devices}",
+            *("-" if one is None else f"{one['count']} of {one['bytes'] / 1e6:,.1f} MB" for one in found),
+        )
+    section("Estimated from these and from what is published of the chip:")
+    row("  operations at the chip's best", *(_value(plan.flops_limit, 1e-3, " ms") for plan in plans))
+    row("  bytes at the memory's best", *(_value(plan.bytes_limit, 1e-3, " ms") for plan in plans))
+    row("  collectives at the links' best", *(_value(plan.interconnect, 1e-3, " ms", 2) for plan in plans))
+    row("  step: scheduled and collectives", *(_value(plan.step, 1e-3, " ms") for plan in plans))
+    row("  images/s/chip", *(_value(plan.images_per_second, 1, "", 0) for plan in plans))
+    row("  of the operations' best", *(_value(plan.utilization, 0.01, "%") for plan in plans))
+    row("  steps of the schedule", *(f"{plan.steps:,}" for plan in plans))
+    row("  hours", *(_value(plan.hours, 1, " h") for plan in plans))
+    row("  chip-hours", *(_value(plan.chip_hours, 1, " h") for plan in plans))
+    first = max(len(title) for title, values in rows if values)
+    width = max(12, *(len(value) for _, values in rows for value in values)) + 2
+    lines = (title.ljust(first) + "".join(value.rjust(width) for value in values) for title, values in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def count_images(config: ConfigDict) -> int:
+    """Images of an epoch: as told, as the data have, or ImageNet's."""
+    if _IMAGES.value is not None:
+        return _IMAGES.value
+    try:
+        return len(open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir))
+    except UserError:
+        cli.say(f"{config.data.source} is not here: counting on the {IMAGENET:,} images of ImageNet-1K (see --images)")
+        return IMAGENET
+
+
+def main() -> None:
+    """Plan, and print what was found."""
+    config = cli.read_config(_CONFIG)
+    if config.model.method == "classifier" and config.model.classes is None:
+        config.model.classes = 1000
+    for name in _TOPOLOGY.value:
+        topology(name)  # before the first takes its time
+    images = count_images(config)
+    targets = [find_target(name) for name in _TOPOLOGY.value] or [local_target()]
+    plans = []
+    for target in targets:
+        check(config, len(target.devices))
+    for target in targets:
+        cli.say(f"{target.name}: compiling, which takes minutes for large models")
+        plans.append(make_plan(config, target, images, search=_LARGEST.value))
+        cli.say(f"{target.name}: compiled in {duration(plans[-1].compile_seconds)}")
+    if _JSON.value:
+        numbers = [dataclasses.asdict(plan) for plan in plans]
+        write_whole(Path(_JSON.value).expanduser(), (json.dumps(numbers, indent=2) + "\n").encode())
+    cli.result(table(plans))
+
+
+if __name__ == "__main__":
+    cli.run(main)
