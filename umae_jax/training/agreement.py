@@ -13,20 +13,24 @@ from umae_jax.signals import StopAsked, StopSignals
 from umae_jax.training.mesh import batch_sharding, replicated
 
 
+def of_all(value: Any) -> list[Any]:  # noqa: ANN401 - whatever JSON holds
+    """What each process gave, by its index, in all processes; all must call it, in the same order."""
+    if jax.process_count() == 1:
+        return [value]
+    data = json.dumps(value).encode()
+    longest = int(multihost_utils.process_allgather(np.int32(len(data))).max())
+    padded = np.frombuffer(data.ljust(longest), np.uint8)  # JSON may end in blanks
+    return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
+
+
 def of_first(value: Any) -> Any:  # noqa: ANN401 - whatever JSON holds
     """What process 0 gave, in all processes; all must call it, in the same order."""
-    if jax.process_count() == 1:
-        return value
-    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
-    return json.loads(bytes(multihost_utils.broadcast_one_to_all(np.resize(data, size))))
+    return of_all(value)[0]
 
 
 def everywhere(condition: bool) -> bool:
     """Whether it holds in all processes; all must ask, in the same order. Waits for all."""
-    if jax.process_count() == 1:
-        return condition
-    return bool(multihost_utils.process_allgather(np.bool_(condition)).all())
+    return all(of_all(condition))
 
 
 class AgreedStop:

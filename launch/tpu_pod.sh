@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+# Train on a Cloud TPU pod: create it as a queued resource, install on every worker, run, begin again after a
+# preemption, fetch the logs, delete.
+#
+#   launch/tpu_pod.sh [--dry-run] all  -- umae_jax.pretrain --config configs/pretrain_swin_large.py --workdir DIR ...
+#   launch/tpu_pod.sh [--dry-run] up|install|logs|down
+#   launch/tpu_pod.sh [--dry-run] run  -- umae_jax.pretrain ...
+#
+# DIR must be one that all workers share. The same command continues, so a preempted run is begun again where it was.
+# --dry-run prints the commands instead of running them.
+#
+# Settings, by the environment: NAME, ZONE, PROJECT, TYPE (v5litepod-16 and the like), RUNTIME, SPOT=1 for spot capacity,
+# POLL (seconds between two looks at the pod).
+set -euo pipefail
+
+NAME="${NAME:-umae}"
+ZONE="${ZONE:-us-central1-a}"
+PROJECT="${PROJECT:-$(gcloud config get-value project 2>/dev/null || true)}"
+TYPE="${TYPE:-v5litepod-16}"
+RUNTIME="${RUNTIME:-v2-alpha-tpuv5-lite}"
+SPOT="${SPOT:-0}"
+POLL="${POLL:-30}"
+LOG="umae_jax.log" # on every worker
+
+cd "$(dirname "$0")/.."
+
+die() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+dry=0
+do_run() {
+  if [ "$dry" = 1 ]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+place=()
+resources() { do_run gcloud compute tpus queued-resources "$@" "${place[@]}"; }
+on_workers() { do_run gcloud compute tpus tpu-vm ssh "$NAME" --worker=all --command="$1" "${place[@]}"; }
+
+state() {
+  if [ "$dry" = 1 ]; then
+    echo ACTIVE
+  else
+    gcloud compute tpus queued-resources describe "$NAME" --format='value(state.state)' "${place[@]}" 2>/dev/null ||
+      echo MISSING
+  fi
+}
+
+up() {
+  local spot=()
+  [ "$SPOT" = 1 ] && spot=(--spot)
+  resources create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$RUNTIME" "${spot[@]}"
+  while true; do
+    case "$(state)" in
+      ACTIVE) return ;;
+      FAILED | SUSPENDED | MISSING) die "the pod $NAME could not be had in $ZONE; see gcloud compute tpus queued-resources describe $NAME" ;;
+      *) sleep "$POLL" ;;
+    esac
+  done
+}
+
+install() {
+  do_run gcloud compute tpus tpu-vm scp --recurse configs umae_jax pyproject.toml README.md "$NAME:umae_jax/" \
+    --worker=all "${place[@]}"
+  on_workers 'python3 -m venv ~/venv && cd ~/umae_jax && ~/venv/bin/pip install --quiet -e ".[tpu]"'
+}
+
+train() {
+  local command
+  command=$(printf '%q ' "$@")
+  on_workers "cd ~/umae_jax && ~/venv/bin/python -m ${command% } 2>&1 | tee -a ~/$LOG; exit \${PIPESTATUS[0]}"
+}
+
+logs() {
+  do_run mkdir -p logs
+  do_run gcloud compute tpus tpu-vm scp "$NAME:$LOG" "logs/$NAME.log" --worker=0 "${place[@]}"
+}
+
+down() { resources delete "$NAME" --force --quiet; }
+
+all() {
+  while true; do
+    up
+    install
+    if train "$@"; then
+      break
+    fi
+    [ "$(state)" != ACTIVE ] || die "the run failed on a pod that is there; see launch/tpu_pod.sh logs, then mend and run"
+    echo "the pod was taken away; beginning again" >&2
+    down
+  done
+  logs
+  down
+}
+
+if [ "${1:-}" = --dry-run ]; then
+  dry=1
+  shift
+fi
+verb="${1:-}"
+shift || true
+[ "${1:-}" = -- ] && shift
+[ "$dry" = 1 ] && PROJECT="${PROJECT:-PROJECT}"
+case "$verb" in
+  up | install | logs | down) [ $# = 0 ] || die "$verb takes no command" ;;
+  run | all) [ $# -gt 0 ] || die "write what to run behind --, such as umae_jax.pretrain --config ... --workdir ..." ;;
+  *)
+    sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0" >&2
+    exit 2
+    ;;
+esac
+[ -n "$PROJECT" ] || die "no project: set PROJECT, or gcloud config set project"
+place=(--zone="$ZONE" --project="$PROJECT")
+if [ "$verb" = run ]; then train "$@"; else "$verb" "$@"; fi

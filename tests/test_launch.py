@@ -1,0 +1,91 @@
+"""The launchers print what they would run; none of it is run here."""
+
+import os
+import shlex
+import subprocess
+
+import pytest
+import yaml
+
+from tests.commands import ROOT
+
+LAUNCH = ROOT / "launch"
+RUN = ("umae_jax.pretrain", "--config", "configs/quickstart.py", "--workdir", "/shared/my run")
+
+
+def launch(script, *arguments, status=0, **settings):
+    done = subprocess.run(
+        [LAUNCH / script, *arguments],
+        env={**os.environ, "HOME": "/home/me", **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == status, done
+    return done.stdout if status == 0 else done.stderr
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.glob("*.sh")))
+def test_scripts_pass_shellcheck(script):
+    done = subprocess.run(["shellcheck", LAUNCH / script], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stdout
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.glob("*.sh")))
+def test_scripts_say_how_they_are_used(script):
+    assert f"launch/{script} [--dry-run]" in launch(script, status=2)
+
+
+def test_a_pod_is_created_installed_used_and_deleted():
+    printed = launch("tpu_pod.sh", "--dry-run", "all", "--", *RUN, NAME="pod", PROJECT="p", ZONE="z", SPOT="1")
+    commands = [shlex.split(line) for line in printed.splitlines()]
+    verbs = [command[4] for command in commands if command[0] == "gcloud"]
+    assert verbs == ["create", "scp", "ssh", "ssh", "scp", "delete"]
+    assert all({"--zone=z", "--project=p"} <= set(command) for command in commands if command[0] == "gcloud")
+    assert {"pod", "--node-id=pod", "--accelerator-type=v5litepod-16", "--spot"} <= set(commands[0])
+    (on_workers,) = (part for part in commands[3] if part.startswith("--command="))
+    assert shlex.split(on_workers.partition("python -m ")[2].partition(" 2>&1")[0]) == list(RUN)
+    assert "--worker=all" in commands[3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("run",), "write what to run behind --"), (("up", "--", "now"), "up takes no command")],
+)
+def test_a_pod_asked_for_wrongly_is_one_clear_sentence(arguments, message):
+    errors = launch("tpu_pod.sh", "--dry-run", *arguments, status=2)
+    assert errors.startswith(f"error: {message}")
+    assert errors.count("\n") == 1
+
+
+def test_a_node_installs_checks_and_runs():
+    commands = [shlex.split(line) for line in launch("gpu_node.sh", "--dry-run", *RUN).splitlines()]
+    assert [command[1:3] for command in commands] == [
+        ["-m", "venv"],
+        ["install", "--quiet"],
+        ["-m", "umae_jax.doctor"],
+        ["-m", "umae_jax.pretrain"],
+    ]
+    assert commands[-1][2:] == list(RUN)
+
+
+def test_a_slurm_job_has_a_process_a_gpu_and_is_put_back_when_it_saved():
+    job = launch("slurm.sh", "--dry-run", *RUN, NODES="4", GPUS="2", PARTITION="gpu")
+    options = [line.removeprefix("#SBATCH --") for line in job.splitlines() if line.startswith("#SBATCH")]
+    wanted = {"nodes=4", "ntasks-per-node=2", "gpus-per-node=2", "partition=gpu", "requeue", "signal=TERM@120"}
+    assert wanted <= set(options)
+    (line,) = (line for line in job.splitlines() if line.startswith("srun"))
+    assert shlex.split(line.partition("-m ")[2].partition(" ||")[0]) == list(RUN)
+    assert 'if [ "$status" = 143 ]; then scontrol requeue' in job
+    checked = subprocess.run(["bash", "-n"], input=job, text=True, capture_output=True, check=False)
+    assert not checked.returncode, checked.stderr
+
+
+def test_the_container_and_the_task_name_what_is_there():
+    for line in (LAUNCH / "Dockerfile").read_text().splitlines():
+        if line.startswith("COPY"):
+            assert all((ROOT / name).exists() for name in line.split()[1:-1])
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    assert (ROOT / task["envs"]["CONFIG"]).is_file()
+    assert "umae_jax.pretrain" in task["run"]
