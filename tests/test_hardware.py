@@ -30,12 +30,14 @@ def test_a_topology_that_does_not_exist_is_one_clear_sentence(name, message):
 
 def test_links_of_a_group():
     whole, part = topology("v5e:16x16"), topology("v5e:4x4")
-    assert whole.links(256) == 4  # two rings
-    assert whole.links(16) == 2  # one of them
-    assert part.links(16) == 2  # two lines
-    assert part.links(4) == 1
-    assert topology("v5p:4x4x4").links(64) == 6
-    assert topology("v5e:1x1").links(1) == 1
+    assert whole.links("all-reduce", 256) == 4  # two rings
+    assert whole.links("all-gather", 16) == 2  # one of them
+    assert whole.links("all-gather", 8) == 1  # half of it is a line
+    assert whole.links("collective-permute", 256) == 1
+    assert part.links("all-reduce", 16) == 2  # two lines
+    assert part.links("all-reduce", 4) == 1
+    assert topology("v5p:4x4x4").links("all-reduce", 64) == 6
+    assert topology("v5e:1x1").links("all-reduce", 1) == 1
 
 
 def test_no_chip_does_more_with_a_byte_than_memory_allows_for():

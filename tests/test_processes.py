@@ -1,8 +1,11 @@
 """Several processes as one: they train alike, stop together, and say what is wrong instead of hanging."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -112,6 +115,68 @@ def test_a_process_that_hangs_is_held_to_be_gone_after_the_time_given(tmp_path):
     started[1].communicate()
 
 
+MEET = """
+import sys, time
+import jax
+from umae_jax import processes
+jax.distributed.initialize = lambda *_, **__: None
+place = processes.Place("localhost", int(sys.argv[1]), 3, int(sys.argv[2]))
+processes.join(place, {}, wait=60, silence=float(sys.argv[3]), say=print)
+print("met", flush=True)
+sent = 0
+for line in processes.joined()._lines.values():
+    def count(send=line.send, **message):
+        global sent
+        sent += 1
+        send(**message)
+    line.send = count
+time.sleep(float(sys.argv[4]))
+print(sent, flush=True)
+if sys.argv[2] == "1":
+    processes.joined().fail("the disk is full", 3)
+time.sleep(60)
+"""
+
+
+def meet(silence=60, then=60):
+    port = commands.free_port()
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEET, *map(str, (port, index, silence, then))],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(commands.ROOT)},
+        )
+        for index in range(3)
+    ]
+    for process in started:
+        assert process.stdout.readline() == "met\n"
+    return started
+
+
+def test_of_three_the_others_leave_where_one_is_killed_and_process_0_says_so():
+    started = meet()
+    started[2].kill()
+    killed = time.monotonic()
+    (_, errors), (_, others) = [process.communicate(timeout=30) for process in started[:2]]
+    assert time.monotonic() - killed < 3
+    assert errors.startswith("error: process 2 of 3 is gone; ")
+    assert others == ""
+    assert [process.returncode for process in started[:2]] == [1, 1]
+    started[2].communicate()
+
+
+def test_what_one_of_three_came_upon_is_said_by_process_0_and_few_words_are_made():
+    started = meet(silence=8, then=3)
+    printed = [process.communicate(timeout=30) for process in started]
+    assert [process.returncode for process in started] == [3, 3, 3]
+    assert printed[0][1].endswith(": the disk is full\n")
+    assert printed[0][1].startswith("error: process 1 on ")
+    assert [errors for _, errors in printed[1:]] == ["", ""]
+    assert all(int(output.split()[0]) <= 5 * 2 for output, _ in printed if output)  # a beat a second, to two at most
+
+
 DIFFERENT = {
     "configuration": (
         ((), ("--config.model.decoder_depth=2",)),
@@ -156,11 +221,11 @@ def test_who_is_waited_for_is_said(tmp_path):
     with commands.start("pretrain", *TINY, "--workdir", tmp_path, *several, "--process=0") as process:
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert f"error: process(es) 1, 2 of 3 did not come to localhost:{port + 1} within 2 s" in errors
+    assert f"error: process(es) 1, 2 of 3 did not come to localhost:{port} within 2 s" in errors
     with commands.start("pretrain", *TINY, "--workdir", tmp_path, *several, "--process=2") as process:
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert f"error: process 0 cannot be reached at localhost:{port + 1} (Connection refused); start it first" in errors
+    assert f"error: process 0 cannot be reached at localhost:{port} (Connection refused); start it first" in errors
 
 
 def test_fine_tuning_measures_and_keeps_what_one_process_does(tmp_path):
@@ -198,7 +263,7 @@ def test_slurm_tells_where_a_process_stands(monkeypatch):
         ((None, 2, None), "belong together"),
         (("localhost", 2, 0), "'localhost' is not HOST:PORT, such as"),
         (("localhost:many", 2, 0), "is not HOST:PORT"),
-        (("localhost:65535", 2, 0), "is not HOST:PORT"),
+        (("localhost:65536", 2, 0), "is not HOST:PORT"),
         (("localhost:1", 2, 2), "--process: 2 does not lie in 0..1"),
     ],
 )

@@ -71,7 +71,11 @@ def join(given: ProcessFlags, config: ConfigDict | None, workdir: Path | None) -
         UserError: if they do not come, or are not about to do the same.
     """
     place = processes.find_place(given.coordinator.value, given.processes.value, given.process.value, given.wait.value)
+    own = {"config", "workdir", *(flag.name for flag in given)}
     doing: dict[str, Any] = {"command": Path(sys.argv[0]).stem}
+    for module, found in flags.FLAGS.flags_by_module_dict().items():
+        if module.startswith("umae_jax") or module == sys.argv[0]:
+            doing |= {f"--{flag.name}": str(flag.value) for flag in found if flag.name.partition(".")[0] not in own}
     doing |= {} if config is None else {key: str(value) for key, value in flat(config).items()}
     processes.join(
         place, doing, workdir=workdir, wait=given.wait.value, silence=given.lost_after.value, say=_print_error
@@ -181,10 +185,12 @@ def run(main: Callable[..., None], *, arguments: int = 0) -> None:
                 others.fail("stopped by Ctrl-C", 130)
             sys.exit(130)
         except Exception as error:
-            if mendable := _mendable(error):
-                _leave(*mendable)
-            if others := processes.joined():
+            mendable, others = _mendable(error), processes.joined()
+            if others and (mendable is None or isinstance(error.__cause__, RuntimeError)):
                 others.await_news()  # where another is gone, this is but the echo
+            if mendable:
+                _leave(*mendable)
+            if others:
                 traceback.print_exc()
                 others.fail(f"{type(error).__name__}: {error}", 1)
             raise

@@ -15,6 +15,7 @@ _ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\]")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(_KINDS)})(-start)?\(")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _LIMIT = re.compile(r"[su]32\[\][^ ]* constant\((\d+)\)")
 
@@ -65,7 +66,7 @@ class _Computation:
         self.cycles = 0
         self.collectives: Counter[tuple[str, int, int]] = Counter()  # kind, devices, bytes of one
         self.called: list[str] = []
-        self.loops: list[tuple[str, str]] = []  # condition, body
+        self.loops: list[tuple[str, str, int | None]] = []  # condition, body, how often if the program says it
         self.limit = 1
 
 
@@ -130,7 +131,8 @@ def read_program(text: str, devices: int) -> tuple[int | None, tuple[Collective,
         if limit := _LIMIT.search(line):
             here.limit = max(here.limit, int(limit[1]))
         if loop := _LOOP.search(line):
-            here.loops.append((loop[1], loop[2]))
+            told = _TRIPS.search(line)
+            here.loops.append((loop[1], loop[2], int(told[1]) if told else None))
         elif " fusion(" in line or " call(" in line or "-start(" in line:
             here.called += _CALLED.findall(line)
 
@@ -144,8 +146,8 @@ def read_program(text: str, devices: int) -> tuple[int | None, tuple[Collective,
             collectives[collective] += times * count
         for called in here.called:
             add(called, times)
-        for condition, body in here.loops:
-            add(body, times * computations[condition].limit)
+        for condition, body, trips in here.loops:
+            add(body, times * (trips or computations[condition].limit))
 
     add(entry, 1)
     together: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0])

@@ -78,10 +78,10 @@ def make_validation(
 
 def main() -> None:
     """Fine-tune, or continue."""
+    config = cli.read_config(_CONFIG)
+    workdir = Path(cli.required(_WORKDIR, "a directory for what the run produces")).expanduser()
+    cli.join(_PROCESSES, config, workdir)  # before signals are remembered: waiting for others needs no saving
     with StopSignals() as signals, contextlib.ExitStack() as resources:
-        config = cli.read_config(_CONFIG)
-        workdir = Path(cli.required(_WORKDIR, "a directory for what the run produces")).expanduser()
-        cli.join(_PROCESSES, config, workdir)
         check(config)
         require(
             config.model.method == "classifier",
@@ -112,7 +112,7 @@ def main() -> None:
         measured = (TOP1,) if validation and config.validation.every_epochs else ()
         task = Task(what, source, make_loss(config, what.graph), lambda: begin(config, what), actions, measured)
         run_training(config, workdir, mesh, task, stop)
-    if (workdir / BEST).is_dir():
+    if of_first((workdir / BEST).is_dir()):
         best = Checkpoints(workdir, folder=BEST, keep=None)
         best.forget(after=MOST_SAMPLES, before=MOST_SAMPLES)  # nothing is left that might be continued
         highest = best.note(TOP1)

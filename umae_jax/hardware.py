@@ -74,16 +74,18 @@ class Topology(NamedTuple):
         """What each can do."""
         return TPUS[self.generation]
 
-    def links(self, devices: int) -> int:
-        """Links that a chip sends over at once in a collective over so many neighbours.
+    def links(self, kind: str, devices: int) -> int:
+        """Links that a chip sends over at once in a collective of a kind among so many.
 
-        An axis that closes to a ring has two, another one; a group that is one axis of the slice, or less, has those of
-        that axis alone.
+        All chips together use every axis, two links where it closes to a ring, else one. A part of them is held to lie
+        on a line, as which axes it lies on depends on the mesh, but for one that is a whole ring.
         """
         closed = 16 if self.generation in ("v5e", "v6e") else 4
-        axes = [size for size in self.shape if size > 1]
-        over = axes if devices > max(axes, default=1) else axes[-1:]
-        return max(1, sum(2 if size % closed == 0 else 1 for size in over))
+        if kind == "collective-permute":
+            return 1
+        if devices == self.chips:
+            return max(1, sum(2 if size % closed == 0 else 1 for size in self.shape if size > 1))
+        return 2 if devices in self.shape and devices % closed == 0 else 1
 
 
 def topology(name: str) -> Topology:

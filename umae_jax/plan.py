@@ -30,13 +30,14 @@ from umae_jax.errors import UserError, require
 from umae_jax.files import write_whole
 from umae_jax.hardware import GIB, KINDS, Chip, Topology, topology
 from umae_jax.training import finetuning, pretraining
-from umae_jax.training.mesh import batch_sharding, make_mesh, replicated
+from umae_jax.training.mesh import batch_sharding, make_mesh, shardings_of
 from umae_jax.training.metrics import duration
 from umae_jax.training.optimizer import learning_rate_schedule
 from umae_jax.training.runs import describe
 from umae_jax.training.step import lower_step, make_train_step
 
-IMAGENET = 1_281_167  # training images of ImageNet-1K
+IMAGENET, CLASSES = 1_281_167, 1000  # training images and classes of ImageNet-1K
+MOST = 1 << 15  # images a chip; more is not looked for
 STEP = 8  # images a chip; the largest batch is searched for among multiples of this
 
 _CONFIG = cli.define_config()
@@ -54,12 +55,14 @@ class Target:
         name: of the topology, or of the devices that are there.
         devices: as JAX knows them.
         chip: what each can do, if it is known.
+        memory: bytes that a program may have on each, if that is known.
         slice: the topology, if it is one.
     """
 
     name: str
     devices: Sequence[Any]
     chip: Chip | None
+    memory: float | None
     slice: Topology | None = None
 
 
@@ -67,9 +70,10 @@ class Target:
 class Plan:
     """What is known of a run on a target, a chip and a step where nothing else is said; None is not known.
 
-    The compiler's: arguments, temporaries and peak (bytes of memory), flops, bytes (moved to and from memory),
-    scheduled (seconds, without collectives). Estimated: flops_limit and bytes_limit (seconds at the chip's best),
-    interconnect (seconds that collectives take at the links' best), step (seconds), and what follows from it.
+    The compiler's: arguments, temporaries and peak (bytes of memory), flops, bytes (moved to and from memory; where a
+    batch is computed in parts it does not tell), cycles (scheduled, without collectives), collectives. Estimated:
+    scheduled (seconds of these cycles), flops_limit and bytes_limit (seconds at the chip's best), interconnect (seconds
+    that collectives take at the links' best), step (seconds), and what follows from it.
     """
 
     target: str
@@ -82,10 +86,11 @@ class Plan:
     arguments: int | None
     temporaries: int | None
     peak: int | None
-    flops: float
+    flops: float | None
     bytes: float | None
-    scheduled: float | None
+    cycles: int | None
     collectives: list[dict[str, Any]]
+    scheduled: float | None
     flops_limit: float | None
     bytes_limit: float | None
     interconnect: float | None
@@ -114,13 +119,15 @@ def find_target(name: str) -> Target:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     described = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    return Target(name, described.devices, known.chip, known)
+    return Target(name, described.devices, known.chip, known.chip.memory, known)
 
 
 def local_target() -> Target:
     """The devices that are there."""
-    kind = jax.devices()[0].device_kind
-    return Target(f"{jax.device_count()} x {kind}", jax.devices(), KINDS.get(kind))
+    device = jax.devices()[0]
+    chip = KINDS.get(device.device_kind)
+    memory = (device.memory_stats() or {}).get("bytes_limit", chip.memory if chip else None)
+    return Target(f"{jax.device_count()} x {device.device_kind}", jax.devices(), chip, memory)
 
 
 class _DoesNotFit(Exception):  # noqa: N818 - an answer
@@ -145,7 +152,7 @@ def compile_for(config: ConfigDict, target: Target) -> tuple[Account, float]:
         schedule,
         accumulate=config.accumulate,
         average=config.optimizer.average,
-        whole=replicated(mesh),
+        shardings=shardings_of(what.state.params),
     )
     batch = abstract_batch(config, config.batch_size, batch_sharding(mesh))
     lowered = lower_step(step, what.state, batch, mesh)
@@ -157,20 +164,21 @@ def compile_for(config: ConfigDict, target: Target) -> tuple[Account, float]:
         needed = re.search(r"\(([\d.]+)G\) exceeds available", str(error)) or re.search(r"Used ([\d.]+)G", str(error))
         raise _DoesNotFit(f"needs {needed[1]} GiB" if needed else "does not fit") from None
     told = account(compiled, len(target.devices))
-    repeated = config.accumulate  # a loop's body is counted once
-    return told._replace(bytes=told.bytes * repeated), flops_of(lowered) * repeated
+    if target.memory and told.peak > target.memory:  # XLA:GPU compiles what will not fit
+        raise _DoesNotFit(f"needs {told.peak / GIB:.2f} GiB")
+    # A loop's body is counted once; the optimiser, outside it, is next to nothing.
+    return told, flops_of(lowered) * config.accumulate
 
 
-def largest_batch(config: ConfigDict, target: Target, first: Account | None) -> int | None:
-    """The largest batch a chip whose step fits, found by compiling, to a sixteenth; None if not even STEP fits.
+def largest_batch(config: ConfigDict, target: Target, memory: float, first: Account | None) -> int:
+    """The largest batch a chip whose step fits, found by compiling, to an eighth; 0 if not even STEP fits.
 
     Args:
         config: of the run.
         target: what it is for.
+        memory: of a chip.
         first: of the configuration's own batch; None if it does not fit.
     """
-    require(target.chip is not None, "the memory of these devices is not known; leave the search out by --nolargest")
-    limit = target.chip.memory if target.chip else 0.0
     chips = len(target.devices)
     trial = config.copy_and_resolve_references()
     trial.unlock()
@@ -193,19 +201,23 @@ def largest_batch(config: ConfigDict, target: Target, first: Account | None) -> 
     low = own
     while not fits(low):
         if low == STEP:
-            return None
+            return 0
         low = max(STEP, low // 2 // STEP * STEP)
-    high: int | None = min((batch for batch, told in known.items() if told is None), default=None)
-    while high is None or high - low > max(STEP, low // 16):
-        there = known[low]
-        assert there is not None
-        # Temporaries grow with the batch; the rest does not.
-        guess = int(low * (limit - there.arguments) / max(there.temporaries, 1)) // STEP * STEP
-        guess = max(low + STEP, guess if high is None else min(guess, high - STEP))
-        if fits(guess):
-            low = guess
+    high = min((batch for batch, told in known.items() if told is None), default=MOST)
+    if (there := known[low]) and high == MOST:
+        # Temporaries grow with the batch, the rest does not: a first guess. Near the limit the compiler saves, and they
+        # grow less; from there on steps of an eighth.
+        guess = int(low * (memory - there.arguments) / max(there.temporaries, 1)) // STEP * STEP
+        guess = min(max(low + STEP, guess), MOST)
+        while guess < MOST and fits(guess):
+            low, guess = guess, guess + max(STEP, guess // 8 // STEP * STEP)
+        high = guess
+    while high - low > max(STEP, low // 8):
+        middle = (low + high) // 2 // STEP * STEP
+        if fits(middle):
+            low = middle
         else:
-            high = guess
+            high = middle
     return low
 
 
@@ -231,30 +243,38 @@ def make_plan(config: ConfigDict, target: Target, images: int, *, search: bool) 
         needs = str(answer)
     seconds = time.monotonic() - start
     scheduled = told.cycles / chip.clock if told and told.cycles and chip and chip.clock else None
-    interconnect = None
-    if told and chip and chip.link and target.slice:
-        interconnect = sum(one.seconds(chip.link, target.slice.links(one.devices)) for one in told.collectives)
-    step = None if scheduled is None else scheduled + (interconnect or 0.0)
+    collectives: list[dict[str, Any]] = []
+    for one in told.collectives if told else ():
+        seconds_of = None
+        if target.slice:
+            seconds_of = one.seconds(target.slice.chip.link, target.slice.links(one.kind, one.devices))
+        collectives.append({**dataclasses.asdict(one), "seconds": seconds_of})
+    times = [one["seconds"] for one in collectives]
+    interconnect = None if told is None or None in times else sum(times)
+    step = None if scheduled is None or interconnect is None else scheduled + interconnect
     steps = resolve_steps(config, "total", images, config.batch_size)
     hours = None if step is None else steps * step / 3600
     flops_limit = flops / chips / chip.flops if told and chip else None
+    moved = told.bytes if told and config.accumulate == 1 else None  # which of them a loop repeats is not told
+    bytes_limit = moved / chip.bandwidth if moved and chip else None
     return Plan(
         target=target.name,
         chips=chips,
         batch=config.batch_size / chips,
         fits=told is not None,
         needs=needs,
-        largest_batch=largest_batch(config, target, told) if search and chip else None,
-        memory=chip.memory if chip else None,
+        largest_batch=largest_batch(config, target, target.memory, told) if search and target.memory else None,
+        memory=target.memory,
         arguments=told.arguments if told else None,
         temporaries=told.temporaries if told else None,
         peak=told.peak if told else None,
-        flops=flops / chips,
-        bytes=told.bytes if told else None,
+        flops=flops / chips if told else None,
+        bytes=moved,
+        cycles=told.cycles if told else None,
+        collectives=collectives,
         scheduled=scheduled,
-        collectives=[dataclasses.asdict(one) for one in told.collectives] if told else [],
         flops_limit=flops_limit,
-        bytes_limit=told.bytes / chip.bandwidth if told and chip else None,
+        bytes_limit=bytes_limit,
         interconnect=interconnect,
         step=step,
         images_per_second=None if step is None else config.batch_size / chips / step,
@@ -288,10 +308,10 @@ def table(plans: Sequence[Plan]) -> str:
     row("  memory: temporaries", *(_value(plan.temporaries, GIB, " GiB", 2) for plan in plans))
     row("  memory: peak", *(_value(plan.peak, GIB, " GiB", 2) for plan in plans))
     row("  memory of a chip", *(_value(plan.memory, GIB, " GiB", 2) for plan in plans))
-    row("  largest batch a chip", *("-" if plan.largest_batch is None else str(plan.largest_batch) for plan in plans))
-    row("  operations", *(_value(plan.flops if plan.fits else None, 1e12, " TFLOP", 3) for plan in plans))
+    row("  largest batch a chip", *(_value(plan.largest_batch, 1, "", 0) for plan in plans))
+    row("  operations", *(_value(plan.flops, 1e12, " TFLOP", 3) for plan in plans))
     row("  bytes moved", *(_value(plan.bytes, 1e9, " GB") for plan in plans))
-    row("  scheduled, without collectives", *(_value(plan.scheduled, 1e-3, " ms") for plan in plans))
+    row("  scheduled, without collectives", *(_value(plan.cycles, 1e6, " M cycles") for plan in plans))
     kinds = sorted({(one["kind"], one["devices"]) for plan in plans for one in plan.collectives})
     for kind, devices in kinds:
         found = [
@@ -300,9 +320,10 @@ def table(plans: Sequence[Plan]) -> str:
         ]
         row(
             f"  {kind} over {devices}",
-            *("-" if one is None else f"{one['count']} of {one['bytes'] / 1e6:,.1f} MB" for one in found),
+            *("-" if one is None else f"{one['count']} of {one['bytes'] / 1e6:,.1f} MB in all" for one in found),
         )
     section("Estimated from these and from what is published of the chip:")
+    row("  scheduled, without collectives", *(_value(plan.scheduled, 1e-3, " ms") for plan in plans))
     row("  operations at the chip's best", *(_value(plan.flops_limit, 1e-3, " ms") for plan in plans))
     row("  bytes at the memory's best", *(_value(plan.bytes_limit, 1e-3, " ms") for plan in plans))
     row("  collectives at the links' best", *(_value(plan.interconnect, 1e-3, " ms", 2) for plan in plans))
@@ -319,21 +340,23 @@ def table(plans: Sequence[Plan]) -> str:
 
 
 def count_images(config: ConfigDict) -> int:
-    """Images of an epoch: as told, as the data have, or ImageNet's."""
-    if _IMAGES.value is not None:
-        return _IMAGES.value
+    """Images of an epoch: as told, as the data have, or ImageNet's; a classifier's classes likewise."""
+    images = IMAGENET if _IMAGES.value is None else _IMAGES.value
     try:
-        return len(open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir))
+        source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
     except UserError:
-        cli.say(f"{config.data.source} is not here: counting on the {IMAGENET:,} images of ImageNet-1K (see --images)")
-        return IMAGENET
+        cli.say(f"{config.data.source} is not here: counting on {images:,} images (see --images)")
+        if config.model.method == "classifier" and config.model.classes is None:
+            config.model.classes = CLASSES
+        return images
+    if config.model.method == "classifier":
+        finetuning.name_classes(config, source)
+    return len(source) if _IMAGES.value is None else images
 
 
 def main() -> None:
     """Plan, and print what was found."""
     config = cli.read_config(_CONFIG)
-    if config.model.method == "classifier" and config.model.classes is None:
-        config.model.classes = 1000
     for name in _TOPOLOGY.value:
         topology(name)  # before the first takes its time
     images = count_images(config)

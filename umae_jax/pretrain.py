@@ -80,10 +80,10 @@ def make_prober(
 
 def main() -> None:
     """Pre-train, or continue."""
+    config = cli.read_config(_CONFIG)
+    workdir = Path(cli.required(_WORKDIR, "a directory for what the run produces")).expanduser()
+    cli.join(_PROCESSES, config, workdir)  # before signals are remembered: waiting for others needs no saving
     with StopSignals() as signals:
-        config = cli.read_config(_CONFIG)
-        workdir = Path(cli.required(_WORKDIR, "a directory for what the run produces")).expanduser()
-        cli.join(_PROCESSES, config, workdir)
         check(config)
         require(
             config.model.method != "classifier",

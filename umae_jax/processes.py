@@ -1,13 +1,13 @@
 """Several processes that train together: how they meet, and how each learns that another has failed or is gone.
 
 JAX connects their devices, but it waits for a process without saying for which, and aborts with a page of its own log
-where one is gone. So they first meet at process 0, which listens one port above JAX's and compares what all of them are
-about to do. The connections stay: who closes one without a word, or is silent for too long, is gone, and all leave.
-Messages are JSON, one a line.
+where one is gone. So they first meet at process 0, which compares what all of them are about to do. The connections
+stay: who closes one without a word, or is silent for too long, is gone, and all leave. Messages are JSON, one a line.
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
@@ -15,13 +15,13 @@ import platform
 import secrets
 import selectors
 import socket
-import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 from jax._src import clusters  # finds Cloud TPU pods, SLURM and others; public only inside jax.distributed.initialize
@@ -32,7 +32,13 @@ BEAT = 1.0  # seconds between two signs of life
 TELL_EVERY = 10.0  # seconds between two lines about who is waited for
 GRACE = 3.0  # seconds in which process 0 may come upon the failure that another reports
 LONGEST = 1 << 20  # bytes of a message
-COMPARED = ("umae_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "pillow")  # versions
+LOOK = 10.0  # seconds within which a shared file system shows what another host wrote
+COMPARED = (  # versions
+    *("umae_jax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax", "orbax-checkpoint", "grain"),
+    *("numpy", "pillow"),
+)
+# In a Kubernetes pod that is no part of a job JAX finds no others, but warns or fails.
+IN_A_JOB = {"JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES", "SLURM_JOB_ID"}
 
 
 class Told(Exception):  # noqa: N818 - not an error of this process
@@ -44,7 +50,7 @@ class Place:
     """Where a process stands among the others.
 
     Attributes:
-        host, port: where process 0 listens for JAX; it listens for us one port above.
+        host, port: where process 0 listens.
         count: of processes.
         index: of this one.
         devices: of this host, that are this process's; None for all.
@@ -73,8 +79,11 @@ def find_place(coordinator: str | None, count: int | None, index: int | None, wa
         return None
     told = (coordinator, count, index)
     if told == (None, None, None):
+        if "KUBERNETES_SERVICE_HOST" in os.environ and not IN_A_JOB & os.environ.keys():
+            return None
         try:
-            found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, wait)
+            with warnings.catch_warnings(action="ignore"):
+                found = clusters.ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, wait)
         except Exception as error:  # whatever a cluster's own ways of telling raise
             raise UserError(
                 f"the other processes could not be found ({error}); name them by --coordinator, --processes and "
@@ -89,11 +98,11 @@ def find_place(coordinator: str | None, count: int | None, index: int | None, wa
         raise UserError("--coordinator, --processes and --process belong together; write all three, or none")
     host, _, port = coordinator.rpartition(":")
     require(
-        bool(host) and port.isdecimal() and 0 < int(port) < 65535,
+        bool(host) and port.isdecimal() and 0 < int(port) < 65536,
         f"--coordinator: {coordinator!r} is not HOST:PORT, such as 10.0.0.1:8476",
     )
     require(0 <= index < count, f"--process: {index} does not lie in 0..{count - 1}")
-    return Place(host.strip("[]"), int(port), count, index, devices)
+    return Place(host, int(port), count, index, devices)
 
 
 def versions() -> dict[str, str]:
@@ -102,6 +111,8 @@ def versions() -> dict[str, str]:
     for name in COMPARED:
         with contextlib.suppress(metadata.PackageNotFoundError):  # run from a checkout that is not installed
             there[name] = metadata.version(name)
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    there["source code"] = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
     return there
 
 
@@ -113,6 +124,7 @@ class _Line:
         self.connection = connection
         self.heard = time.monotonic()
         self._rest = b""
+        self._kept: list[dict[str, Any]] = []
         self._sending = threading.Lock()
 
     def send(self, **message: Any) -> None:  # noqa: ANN401 - whatever JSON holds
@@ -130,17 +142,22 @@ class _Line:
         *lines, self._rest = (self._rest + data).split(b"\n")
         try:
             messages = [json.loads(line) for line in lines]
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ConnectionError("not a message") from None
         if not data or len(self._rest) > LONGEST or not all(isinstance(message, dict) for message in messages):
             raise ConnectionError("closed")
         return messages
 
-    def first(self) -> dict[str, Any]:
-        """The first message."""
-        while not (messages := self.receive()):
-            pass
-        return messages[0]
+    def next(self) -> dict[str, Any]:
+        """The next message; those behind it are kept for `kept`."""
+        while not self._kept:
+            self._kept += self.receive()
+        return self._kept.pop(0)
+
+    def kept(self) -> list[dict[str, Any]]:
+        """What came behind the last message asked for."""
+        kept, self._kept = self._kept, []
+        return kept
 
 
 class Greeting(NamedTuple):
@@ -157,8 +174,8 @@ class Greeting(NamedTuple):
     workdir: Path | None = None
 
 
-def _name(index: int, host: str) -> str:
-    return f"process {index} on {host}"
+def _name(index: int, came: dict[str, Any]) -> str:
+    return f"process {index} on {came.get('host')}"
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> str | None:
@@ -175,104 +192,144 @@ def _open(port: int) -> socket.socket:
     return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
 
 
-def _gather(greeting: Greeting, wait: float, silence: float, say: Callable[[str], None]) -> dict[int, _Line]:
-    """Process 0: wait for all others, and let them go on if they are about to do the same."""
-    place = greeting.place
-    lines: dict[int, _Line] = {}
-    greetings: dict[int, dict[str, Any]] = {}
+def _port_for_jax(near: int) -> int:
+    """The port above, or any that is free."""
+    for port in (near + 1, 0):
+        with contextlib.suppress(OSError, OverflowError), _open(port) as server:
+            return server.getsockname()[1]
+    raise UserError("--coordinator: this host has no free port")
 
-    def refuse(sentence: str) -> UserError:
-        for line in lines.values():
+
+class _Lobby:
+    """Where process 0 waits for all the others, and lets them go on if they are about to do the same."""
+
+    def __init__(self, greeting: Greeting, wait: float, say: Callable[[str], None]) -> None:
+        self.greeting, self.place, self.wait, self.say = greeting, greeting.place, wait, say
+        self.lines: dict[int, _Line] = {}
+        self.came: dict[int, dict[str, Any]] = {}
+        self.strangers: dict[_Line, float] = {}  # who has not greeted yet, and when that is too late
+
+    def refuse(self, sentence: str) -> UserError:
+        """Have all who are here know why they will not go on."""
+        for line in (*self.lines.values(), *self.strangers):
             with contextlib.suppress(OSError):
                 line.send(error=sentence)
         return UserError(sentence)
 
-    try:
-        # JAX's service would abort this process if its port were taken.
-        _open(place.port).close()
-        server = _open(place.port + 1)
-    except OSError as error:
-        raise UserError(
-            f"--coordinator: port {place.port} or {place.port + 1} of this host cannot be used ({error.strerror}); "
-            "choose another port, and leave the one above it free too"
-        ) from None
-    start = told = time.monotonic()
-    with server:
-        while missing := [index for index in range(1, place.count) if index not in lines]:
+    def gather(self, silence: float) -> tuple[dict[int, _Line], int]:
+        """The lines to all others, and the port for JAX.
+
+        Raises:
+            UserError: if they do not come, or are about to do something else.
+        """
+        try:
+            server = _open(self.place.port)
+        except OSError as error:
+            raise UserError(
+                f"--coordinator: port {self.place.port} of this host cannot be used ({error.strerror}); choose another"
+            ) from None
+        with server, selectors.DefaultSelector() as selector:
+            selector.register(server, selectors.EVENT_READ)
+            self._wait_for_all(server, selector)
+        try:
+            for index, came in self.came.items():
+                doing = came["doing"] if isinstance(came.get("doing"), dict) else {}
+                if sentence := difference(self.greeting.doing, doing, _name(index, came)):
+                    raise self.refuse(sentence)
+            self._check_shared()
+            port = _port_for_jax(self.place.port)
+            for line in self.lines.values():
+                line.connection.settimeout(silence)
+                line.send(go=port)
+        except ConnectionError:
+            raise self.refuse("a process left while all compared what they do; see why in its own log") from None
+        except TimeoutError:
+            raise self.refuse("a process fell silent while all compared what they do; start them again") from None
+        return self.lines, port
+
+    def _wait_for_all(self, server: socket.socket, selector: selectors.BaseSelector) -> None:
+        where = f"{self.place.host}:{self.place.port}"
+        start = told = time.monotonic()
+        while missing := [index for index in range(1, self.place.count) if index not in self.lines]:
             now = time.monotonic()
-            whom = f"process(es) {listing([str(index) for index in missing], 8)} of {place.count}"
-            if now - start > wait:
-                raise refuse(
-                    f"{whom} did not come to {place.host}:{place.port + 1} within {wait:.0f} s; see why in their own "
-                    "logs, and that nothing keeps them from reaching this host and port"
+            whom = f"process(es) {listing([str(index) for index in missing], 8)} of {self.place.count}"
+            if now - start > self.wait:
+                raise self.refuse(
+                    f"{whom} did not come to {where} within {self.wait:.0f} s; see why in their own logs, and that "
+                    "nothing keeps them from reaching this host and port"
                 )
             if now - told > TELL_EVERY:
                 told = now
-                say(f"waiting for {whom} at {place.host}:{place.port + 1}")
-            server.settimeout(0.5)
-            with contextlib.suppress(OSError):  # nobody came, or somebody who is none of us
-                line = _Line(server.accept()[0], GRACE)
-                came = line.first()
-                index = came.get("index")
-                if not isinstance(index, int):
+                self.say(f"waiting for {whom} at {where}")
+            for key, _ in selector.select(0.5):
+                if key.fileobj is server:
+                    with contextlib.suppress(OSError):  # who knocked is gone
+                        line = _Line(server.accept()[0], GRACE)
+                        self.strangers[line] = now + GRACE
+                        selector.register(line.connection, selectors.EVENT_READ, line)
                     continue
-                name = _name(index, str(came.get("host")))
-                if came.get("count") != place.count or not 0 < index < place.count or index in lines:
-                    lines[-1] = line
-                    raise refuse(
-                        f"{name} came as one of {came.get('count')}, and process 0 waits for 1 to {place.count - 1} of "
-                        f"{place.count}, one each; give each process its own --process and all the same --processes"
+                try:
+                    for message in key.data.receive():
+                        self._greet(key.data, message)
+                except OSError:  # none of us, or one that may be started again
+                    selector.unregister(key.fileobj)
+                    self._forget(key.data)
+            for line in [line for line, late in self.strangers.items() if now > late]:
+                selector.unregister(line.connection)
+                self._forget(line)
+
+    def _greet(self, line: _Line, came: dict[str, Any]) -> None:
+        index, count = came.get("index"), came.get("count")
+        if not isinstance(index, int):
+            raise ConnectionError("none of us")
+        if count != self.place.count or not 0 < index < self.place.count or index in self.lines:
+            raise self.refuse(
+                f"{_name(index, came)} came as one of {count}, and process 0 waits for 1 to {self.place.count - 1} of "
+                f"{self.place.count}, one each; give each process its own --process and all the same --processes"
+            )
+        self.strangers.pop(line, None)
+        self.lines[index], self.came[index] = line, came
+
+    def _forget(self, line: _Line) -> None:
+        line.connection.close()
+        self.strangers.pop(line, None)
+        for index in [index for index, other in self.lines.items() if other is line]:
+            del self.lines[index], self.came[index]
+
+    def _check_shared(self) -> None:
+        """Check that the others see what this process writes."""
+        workdir = self.greeting.workdir
+        if workdir is None:
+            return
+        mark = workdir / f".shared-{secrets.token_hex(8)}"
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        except OSError as error:
+            raise self.refuse(f"{error.filename}: {error.strerror}; mend that or name another --workdir") from None
+        try:
+            for line in self.lines.values():
+                line.send(look=mark.name)
+            for index, line in self.lines.items():
+                line.connection.settimeout(2 * LOOK)
+                if not line.next().get("seen"):
+                    raise self.refuse(
+                        f"{_name(index, self.came[index])} does not see what process 0 writes into {workdir}; "
+                        "name a --workdir that all of them share"
                     )
-                lines[index], greetings[index] = line, came
-    for index, came in greetings.items():
-        if sentence := difference(greeting.doing, came["doing"], _name(index, came["host"])):
-            raise refuse(sentence)
-    _check_shared(greeting.workdir, lines, greetings, refuse)
-    for line in lines.values():
-        line.connection.settimeout(silence)
-        line.send(go=True)
-    return lines
+        finally:
+            mark.unlink(missing_ok=True)
 
 
-def _check_shared(
-    workdir: Path | None,
-    lines: dict[int, _Line],
-    greetings: dict[int, dict[str, Any]],
-    refuse: Callable[[str], UserError],
-) -> None:
-    """Process 0: check that the others see what it writes."""
-    if workdir is None:
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    mark = workdir / f".shared-{secrets.token_hex(8)}"
-    mark.touch()
-    try:
-        for line in lines.values():
-            line.send(look=mark.name)
-        for index, line in lines.items():
-            line.connection.settimeout(LOOK * 2)
-            if not line.first().get("seen"):
-                raise refuse(
-                    f"{_name(index, greetings[index]['host'])} does not see what process 0 writes into {workdir}; "
-                    "name a --workdir that all of them share, such as a bucket or a network file system"
-                )
-    except OSError:
-        raise refuse("a process left while all compared what they see; see why in its own log") from None
-    finally:
-        mark.unlink(missing_ok=True)
-
-
-LOOK = 10.0  # seconds within which a shared file system shows what another host wrote
-
-
-def _reach(greeting: Greeting, wait: float, silence: float, say: Callable[[str], None]) -> _Line:
-    """Any other process: find process 0, and wait until it says that all are there."""
+def _reach(greeting: Greeting, wait: float, silence: float, say: Callable[[str], None]) -> tuple[_Line, int]:
+    """Any other process: find process 0, and wait until it says that all are there, and the port for JAX."""
     place = greeting.place
-    where = f"{place.host}:{place.port + 1}"
+    where = f"{place.host}:{place.port}"
     start = told = time.monotonic()
     while True:
         try:
-            line = _Line(socket.create_connection((place.host, place.port + 1), timeout=GRACE), silence)
+            address = (place.host.strip("[]"), place.port)
+            line = _Line(socket.create_connection(address, timeout=GRACE), silence)
             break
         except OSError as error:
             now = time.monotonic()
@@ -287,15 +344,15 @@ def _reach(greeting: Greeting, wait: float, silence: float, say: Callable[[str],
             time.sleep(0.5)
     try:
         line.send(index=place.index, count=place.count, host=socket.gethostname(), doing=greeting.doing)
-        line.connection.settimeout(wait + LOOK * 2)
-        while "go" not in (message := line.first()):
+        line.connection.settimeout(wait + 2 * LOOK)
+        while "go" not in (message := line.next()):
             if "error" in message:
                 raise Told(message["error"])
-            line.send(seen=_appears((greeting.workdir or Path()) / message["look"]))
+            line.send(seen=_appears((greeting.workdir or Path()) / str(message.get("look"))))
     except OSError:
         raise UserError(f"process 0 at {where} left before all processes had come; see why in its own log") from None
     line.connection.settimeout(silence)
-    return line
+    return line, int(message["go"])
 
 
 def _appears(path: Path) -> bool:
@@ -307,11 +364,20 @@ def _appears(path: Path) -> bool:
     return True
 
 
+@dataclasses.dataclass
+class _End:
+    """An end that has begun: why, with which status, and when it is over at the latest."""
+
+    sentence: str
+    status: int
+    late: float
+
+
 class Processes:
     """The processes of a run, seen from one of them.
 
     A thread of its own listens, and ends this process if another has failed: whoever waits for a computation that the
-    others have left cannot be called back otherwise.
+    others have left cannot be called back otherwise. Process 0 says why and lets all know, each of whom ends at once.
 
     Args:
         place: of this process.
@@ -323,100 +389,128 @@ class Processes:
         self.place = place
         self._lines = lines
         self._silence = silence
-        self._leaving = threading.Event()
+        self._ending: _End | None = None
+        self._reported: _End | None = None  # process 0: what another came upon, and it may come upon itself
+        self._deciding = threading.Lock()
         self._left = threading.Event()
-        self._ending = threading.Lock()
-        self._thread = threading.Thread(target=self._listen, daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
+        try:
+            self._watch()
+        except BaseException as error:  # nobody would be watching
+            self._tell(f"watching the other processes failed ({type(error).__name__}: {error})")
+            _exit(1)
+
+    def _watch(self) -> None:
         beat = min(BEAT, self._silence / 4)
+        next_beat = now = time.monotonic()
         with selectors.DefaultSelector() as selector:
-            for index, line in self._lines.items():
+            for index, line in list(self._lines.items()):
+                line.heard = now
                 selector.register(line.connection, selectors.EVENT_READ, index)
-            while self._lines and not self._left.is_set():
-                for key, _ in selector.select(beat):
+                for message in line.kept():
+                    self._take(index, message)
+            while not self._left.is_set():
+                for key, _ in selector.select(max(0.0, next_beat - time.monotonic())):
                     index = key.data
                     try:
                         messages = self._lines[index].receive()
                     except OSError:
-                        self._lost(index, "")
-                        messages = [{"bye": True}]
+                        messages = [{"closed": True}]
                     for message in messages:
-                        if "error" in message:
-                            self._failed(index, message)
-                        if "bye" in message:
-                            selector.unregister(key.fileobj)
-                            del self._lines[index]
-                for index, line in list(self._lines.items()):
-                    with contextlib.suppress(OSError):  # the next one to receive finds out
-                        line.send(alive=True)
-                    silent = time.monotonic() - line.heard
-                    if silent > self._silence:
-                        self._lost(index, f", silent for {silent:.0f} s")
+                        self._take(index, message)
+                    if index not in self._lines:
+                        selector.unregister(key.fileobj)
+                now = time.monotonic()
+                if now >= next_beat:
+                    next_beat = now + beat
+                    for index, line in list(self._lines.items()):
+                        with contextlib.suppress(OSError):  # the next one to receive finds out
+                            line.send(alive=True)
+                        if now - line.heard > self._silence:
+                            self._lost(index, f", silent for {now - line.heard:.0f} s")
+                if self._reported and now > self._reported.late:
+                    self._end(self._reported.sentence, self._reported.status)
+                if self._ending and (not self._lines or now > self._ending.late):
+                    if self.place.index and self._lines:  # process 0 has not taken it
+                        self._tell(self._ending.sentence)
+                    _exit(self._ending.status)
+
+    def _take(self, index: int, message: dict[str, Any]) -> None:
+        """What another process says."""
+        if index not in self._lines:
+            return
+        if "closed" in message:
+            self._lost(index, "")
+        if "bye" in message:
+            del self._lines[index]
+        if "error" in message:
+            status = int(message.get("status", 1))
+            if self.place.index:  # process 0 has said why
+                _exit(status)
+            if not self._reported:
+                sentence = f"process {index} on {message.get('host')}: {message['error']}"
+                self._reported = _End(sentence, status, time.monotonic() + GRACE)
 
     def _lost(self, index: int, how: str) -> None:
-        if self._leaving.is_set():
+        del self._lines[index]
+        if self._ending:
+            if self.place.index:  # nobody is left to say it
+                self._tell(self._ending.sentence)
+            return
+        if self._reported:
             return
         self._end(
             f"process {index} of {self.place.count} is gone{how}; its own log may tell why; start all processes again, "
             "which continues from the newest checkpoint",
             1,
-            tell=True,
         )
 
-    def _failed(self, index: int, message: dict[str, Any]) -> None:
-        """Another process says why it, or another one, failed."""
-        if self.place.index == 0:
-            if self._leaving.wait(GRACE):
-                return  # for the same reason, as a rule
-            sentence = f"process {index} on {message['host']}: {message['error']}"
-            self._end(sentence, message["status"], tell=True)
-        self._end(message["error"], message["status"], tell=False)
-
-    def _end(self, sentence: str, status: int, *, tell: bool) -> None:
-        """Tell everyone, and end this process from whatever thread; never returns."""
-        self._ending.acquire()  # for good: the first to end this process is the only one
-        if tell:
-            os.write(2, f"error: {sentence}\n".encode())
-        self._spread(sentence, status)
-        for child in multiprocessing.active_children():
-            child.kill()
-        sys.stdout.flush()
-        os._exit(status)
-
-    def _spread(self, sentence: str, status: int) -> None:
-        """Have the others know, and wait until they have left: what is sent is lost where a process ends too soon."""
-        lines = list(self._lines.values())
-        for line in lines:
+    def _end(self, sentence: str, status: int) -> None:
+        """Begin to end: say why, and let the others know. The thread that listens ends the process."""
+        with self._deciding:
+            if self._ending:
+                return
+            self._ending = _End(sentence, status, time.monotonic() + 2 * GRACE)
+        if self.place.index == 0 or not self._lines:
+            self._tell(sentence)
+        for line in list(self._lines.values()):
             with contextlib.suppress(OSError):
                 line.send(error=sentence, status=status, host=socket.gethostname())
-        end = time.monotonic() + 2 * GRACE
-        if threading.current_thread() is not self._thread:
-            self._thread.join(2 * GRACE)
-            return
-        for line in lines:
-            with contextlib.suppress(OSError):
-                while True:
-                    line.connection.settimeout(max(0.1, end - time.monotonic()))
-                    line.receive()
 
-    def fail(self, sentence: str, status: int) -> None:
-        """End this process for a reason, which process 0 tells; never returns."""
-        self._leaving.set()
-        self._end(sentence, status, tell=self.place.index == 0 or not self._lines)
+    def _tell(self, sentence: str) -> None:
+        with contextlib.suppress(OSError):  # nobody reads it
+            os.write(2, f"error: {sentence}\n".encode())
+
+    def fail(self, sentence: str, status: int) -> NoReturn:
+        """End this process for a reason, which process 0 tells."""
+        self._end(sentence, status)
+        time.sleep(3 * GRACE)  # the thread that listens is quicker
+        _exit(status)
 
     def await_news(self) -> None:
         """Wait whether another process is gone, of which what happened here would be but the echo."""
         time.sleep(GRACE)
 
     def leave(self) -> None:
-        """Leave in good order, when all do."""
-        self._leaving.set()
+        """Leave in good order, when all do; waits for them, and goes on watching until then."""
+        try:
+            jax.distributed.shutdown()
+        except RuntimeError:
+            self.await_news()
         for line in list(self._lines.values()):
             with contextlib.suppress(OSError):
                 line.send(bye=True)
         self._left.set()
+
+
+def _exit(status: int) -> NoReturn:
+    """End this process from whatever thread, with what it started."""
+    with contextlib.suppress(Exception):
+        for child in multiprocessing.active_children():
+            child.kill()
+    os._exit(status)
 
 
 _joined: Processes | None = None
@@ -460,13 +554,14 @@ def join(
         return
     greeting = Greeting(place, {**versions(), **doing}, workdir)
     if place.index == 0:
-        lines = _gather(greeting, wait, silence, say)
+        lines, port = _Lobby(greeting, wait, say).gather(silence)
     else:
-        lines = {0: _reach(greeting, wait, silence, say)}
+        line, port = _reach(greeting, wait, silence, say)
+        lines = {0: line}
     _joined = Processes(place, lines, silence)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from `signals`
     jax.distributed.initialize(
-        f"{place.host}:{place.port}",
+        f"{place.host}:{port}",
         place.count,
         place.index,
         local_device_ids=place.devices,

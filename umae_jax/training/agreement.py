@@ -28,11 +28,6 @@ def of_first(value: Any) -> Any:  # noqa: ANN401 - whatever JSON holds
     return of_all(value)[0]
 
 
-def everywhere(condition: bool) -> bool:
-    """Whether it holds in all processes; all must ask, in the same order. Waits for all."""
-    return all(of_all(condition))
-
-
 class AgreedStop:
     """Whether to leave, asked by all processes at the same steps, and answered alike.
 

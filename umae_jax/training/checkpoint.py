@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from umae_jax.errors import UserError
-from umae_jax.training.agreement import everywhere
+from umae_jax.training.agreement import of_all, of_first
 from umae_jax.training.step import TrainState
 
 Found = TypeVar("Found")
@@ -53,6 +53,19 @@ def _reason(error: BaseException) -> str:
         return system[1].strip()
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:200]
+
+
+def _warn(*message: object) -> None:
+    if jax.process_index() == 0:
+        logging.warning(*message)
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """For reading without waiting for other processes: one that cannot read leaves the others waiting else."""
+    here = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process{here}"
+    )
 
 
 def newest_step(workdir: Path) -> int:
@@ -101,7 +114,11 @@ class Checkpoints:
 
     def any(self) -> bool:
         """Whether there is a checkpoint."""
-        return bool(self._manager.all_steps())
+        return bool(self._steps())
+
+    def _steps(self) -> list[int]:
+        """From the oldest to the newest, as process 0 sees them: a shared file system may show others less."""
+        return of_first(sorted(self._manager.all_steps()))
 
     def save(self, step: int, state: TrainState, samples: int, **notes: float) -> None:
         """Copy the state to the host and write it in the background; waits for the one before to be written.
@@ -146,10 +163,11 @@ class Checkpoints:
         """
 
         def read(step: int) -> tuple[TrainState, int]:
-            wanted = ocp.args.StandardRestore(_fields(abstract))
-            items = ocp.args.Composite(state=wanted, data=ocp.args.JsonRestore())
-            restored = self._manager.restore(step, args=items)
-            return TrainState(**restored["state"]), int(restored["data"]["samples"])
+            handler = ocp.StandardCheckpointHandler(multiprocessing_options=_alone())
+            with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
+                wanted = ocp.args.StandardRestore(_fields(abstract))
+                fields = checkpointer.restore(self._folder / str(step) / "state", args=wanted)
+            return TrainState(**fields), int(self._data(step)["samples"])
 
         found, broken = self._newest_whole(read)
         if found is None and broken:
@@ -162,7 +180,7 @@ class Checkpoints:
 
     def forget(self, *, after: int, before: int) -> None:
         """Delete the checkpoints of later steps than `after`, and of those up to `before` all but the newest."""
-        steps = sorted(self._manager.all_steps())
+        steps = self._steps()
         for step in steps:
             if step > after or (step <= before and step != max(other for other in steps if other <= before)):
                 self._manager.delete(step)
@@ -171,7 +189,7 @@ class Checkpoints:
         """What was noted under this name beside the newest whole checkpoint."""
 
         def read(step: int) -> float | None:
-            return self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"].get(name)
+            return self._data(step).get(name)
 
         return self._newest_whole(read)[0]
 
@@ -184,39 +202,46 @@ class Checkpoints:
                 restore_args=ocp.checkpoint_utils.construct_restore_args({name: abstract}),
                 partial_restore=True,
             )
-            with ocp.PyTreeCheckpointer() as checkpointer:
+            handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
+            with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
                 return checkpointer.restore(self._folder / str(step) / "state", args=part)[name], step
 
         found, broken = self._newest_whole(read)
         for step, reason in broken.items():
-            logging.warning("checkpoint %d cannot be read (%s); trying the one before", step, reason)
+            _warn("checkpoint %d cannot be read (%s); trying the one before", step, reason)
         return found
+
+    def _data(self, step: int) -> dict[str, Any]:
+        """What lies beside a state."""
+        handler = ocp.JsonCheckpointHandler(multiprocessing_options=_alone())
+        with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
+            return checkpointer.restore(self._folder / str(step) / "data", args=ocp.args.JsonRestore())
 
     def _newest_whole(self, read: Callable[[int], Found]) -> tuple[Found | None, dict[int, str]]:
         """What `read` makes of the newest step that it can read, and why it could not read the newer ones."""
         broken: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in reversed(self._steps()):
             found = None
             try:
                 found = read(step)
             except Exception as error:  # whatever a broken file makes the libraries raise
                 broken[step] = _reason(error)
-            if everywhere(step not in broken):
+            if not (reasons := [reason for reason in of_all(broken.get(step)) if reason]):
                 return found, broken
-            broken.setdefault(step, "another process cannot read it")
+            broken[step] = reasons[0]
         return None, broken
 
     def _set_aside(self, broken: dict[int, str]) -> None:
         """Move checkpoints out of the way of those to come."""
         aside = self._folder.with_name(f"{self._folder.name}_{UNREADABLE}")
         for step, reason in broken.items():
-            logging.warning("checkpoint %d cannot be read (%s); moved it to %s", step, reason, aside)
+            _warn("checkpoint %d cannot be read (%s); moved it to %s", step, reason, aside)
             if jax.process_index() == 0:
                 aside.mkdir(exist_ok=True)
                 shutil.rmtree(aside / str(step), ignore_errors=True)
                 shutil.move(self._folder / str(step), aside / str(step))
         if broken:
-            everywhere(True)  # they have been moved
+            of_all(None)  # they have been moved
             self._manager.reload()
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 BATCH = PartitionSpec(("data", "fsdp"))
@@ -16,8 +17,11 @@ RULES = ((r"/kernel(/value)?$", True), (r"", False))
 
 def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """All devices, or some, `fsdp` of them to a copy of the parameters."""
-    count = jax.device_count() if devices is None else len(devices)
-    return jax.make_mesh((count // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    devices = jax.devices() if devices is None else devices
+    shape = (len(devices) // fsdp, fsdp)
+    # Unlike `jax.make_mesh` it may give a part of a torus' axis to `fsdp`.
+    arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(arranged, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -30,8 +34,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def shardings_of(tree: Any) -> Any:  # noqa: ANN401 - any pytree
+    """The sharding of each array."""
+    return jax.tree.map(lambda array: array.sharding, tree)
+
+
 def spec_of(name: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
-    """How an array is split over the `fsdp` axis: the first of RULES that its name ends by decides.
+    """How an array is split over the `fsdp` axis: the first of RULES that matches its name decides.
 
     Args:
         name: of a parameter, or of an array of the optimiser's that belongs to one, such as

@@ -1,9 +1,10 @@
 """A run: what a configuration trains, in shapes alone, freshly initialised, or as its directory holds it."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -13,7 +14,7 @@ from umae_jax.config import CONFIG_FILE, read_config
 from umae_jax.errors import UserError, require
 from umae_jax.models.build import build_model
 from umae_jax.training.checkpoint import BEST, FOLDER, Checkpoints
-from umae_jax.training.mesh import make_mesh, state_shardings
+from umae_jax.training.mesh import make_mesh, shardings_of, state_shardings
 from umae_jax.training.optimizer import make_optimizer
 from umae_jax.training.step import Params, TrainState, init_state
 
@@ -61,10 +62,10 @@ def initialize(config: ConfigDict, run: Run, given: Params | None = None) -> Tra
         given: parameters to begin with instead of those that the model draws, by the same names; some of them, on the
             host.
     """
-    shardings = _shardings(run)
+    shardings = shardings_of(run.state)
     places = dict(nnx.to_flat_state(shardings.params))
     arrays = [] if given is None else nnx.to_flat_state(given)
-    placed = [jax.device_put(array[...], places[path][...]) for path, array in arrays]
+    placed = [_place(array[...], places[path][...]) for path, array in arrays]
 
     def begin(placed: list[jax.Array]) -> TrainState:
         params = dict(nnx.to_flat_state(_initial_params(config)))
@@ -77,17 +78,19 @@ def initialize(config: ConfigDict, run: Run, given: Params | None = None) -> Tra
 
 def start_from(run: Run, params: Params) -> TrainState:
     """The first state of a run whose parameters are given, as arrays of the host or of any device."""
-    shardings = _shardings(run)
-    params = jax.device_put(params, shardings.params)
+    shardings = shardings_of(run.state)
+    params = jax.tree.map(_place, params, shardings.params)
     return jax.jit(lambda params: _begin(run, params), out_shardings=shardings)(params)
+
+
+def _place(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:  # noqa: ANN401 - of the host or any device
+    """An array of which each process has all, where its parts belong; `device_put` would have all compare it first."""
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def _begin(run: Run, params: Params) -> TrainState:
     return init_state(params, run.optimizer, average=run.state.average is not None)
-
-
-def _shardings(run: Run) -> TrainState:
-    return jax.tree.map(lambda array: array.sharding, run.state)
 
 
 class StoredRun(NamedTuple):

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from umae_jax.data.loader import Batch
-from umae_jax.training.mesh import replicated
+from umae_jax.training.mesh import replicated, shardings_of
 
 Params = Any  # a pytree of float32 arrays
 LossFunction = Callable[[Params, Batch], jax.Array]
@@ -72,10 +72,12 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, *, avera
     return TrainState(step, params, optimizer.init(params), bad_steps, skipped_updates, skipped_images, copy)
 
 
-def _gradient(loss_function: LossFunction, params: Params, batch: Batch, parts: int) -> tuple[jax.Array, Params]:
+def _gradient(
+    value_and_gradient: Callable[[Params, Batch], tuple[jax.Array, Params]], params: Params, batch: Batch, parts: int
+) -> tuple[jax.Array, Params]:
     """Loss and gradient of a batch, computed in `parts` equal parts one after the other."""
     if parts == 1:
-        return jax.value_and_grad(loss_function)(params, batch)
+        return value_and_gradient(params, batch)
     # Every part takes each `parts`-th pair of neighbours, which may be mixed with each other, or each `parts`-th sample
     # where pairs do not divide: so it stays spread over all devices.
     size = batch.sample_index.shape[0] // parts
@@ -88,7 +90,7 @@ def _gradient(loss_function: LossFunction, params: Params, batch: Batch, parts: 
     split = jax.tree.map(deal, batch)
 
     def add(total: tuple[jax.Array, Params], part: Batch) -> tuple[tuple[jax.Array, Params], None]:
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_function)(params, part)), None
+        return jax.tree.map(jnp.add, total, value_and_gradient(params, part)), None
 
     zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
     total, _ = jax.lax.scan(add, zero, split)
@@ -102,7 +104,7 @@ def make_train_step(
     *,
     accumulate: int = 1,
     average: float | None = None,
-    whole: NamedSharding | None = None,
+    shardings: Params | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Build the step: state, batch -> state, metrics.
 
@@ -112,18 +114,25 @@ def make_train_step(
         schedule: from step to learning rate.
         accumulate: parts that a batch is computed in.
         average: decay of the moving average in a state that keeps one.
-        whole: replicated, where parameters are sharded: each is gathered before it is used. Left to itself the compiler
-            passes the parts of each kernel around in a loop, which for kernels of this size costs more than it hides.
+        shardings: of the parameters, `NamedSharding`s. Those that are split are gathered before they are used: left to
+            itself the compiler passes the parts of each kernel around in a loop, which for kernels of this size costs
+            more than it hides. Their gradients are split again.
 
     The learning rate follows the state's step rather than a counter of the optimiser's, so that an update skipped
     for a loss or gradient that is not finite leaves the schedule in its place and everything else untouched.
     """
 
-    def loss_of_whole(params: Params, batch: Batch) -> jax.Array:
-        return loss_function(params if whole is None else jax.lax.with_sharding_constraint(params, whole), batch)
+    def gather(param: jax.Array, sharding: NamedSharding) -> jax.Array:
+        return jax.lax.with_sharding_constraint(param, NamedSharding(sharding.mesh, PartitionSpec()))
+
+    def value_and_gradient(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
+        if shardings is None:
+            return jax.value_and_grad(loss_function)(params, batch)
+        loss, gradient = jax.value_and_grad(loss_function)(jax.tree.map(gather, params, shardings), batch)
+        return loss, jax.lax.with_sharding_constraint(gradient, shardings)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, gradient = _gradient(loss_of_whole, state.params, batch, accumulate)
+        loss, gradient = _gradient(value_and_gradient, state.params, batch, accumulate)
         learning_rate = jnp.asarray(schedule(state.step.astype(jnp.float32)), jnp.float32)
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(gradient)
@@ -164,6 +173,6 @@ def lower_step(
     Args:
         state, batch: arrays or `jax.ShapeDtypeStruct`s, with the shardings that the step takes, and gives back.
     """
-    shardings = jax.tree.map(lambda array: array.sharding, state)
+    shardings = shardings_of(state)
     jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
     return jitted.lower(state, batch)

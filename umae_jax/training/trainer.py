@@ -20,7 +20,7 @@ from umae_jax.files import write_whole
 from umae_jax.training.agreement import AgreedStop, of_first
 from umae_jax.training.checkpoint import Checkpoints
 from umae_jax.training.loop import Action, train
-from umae_jax.training.mesh import batch_sharding, replicated
+from umae_jax.training.mesh import batch_sharding, shardings_of
 from umae_jax.training.metrics import duration, metrics_of
 from umae_jax.training.optimizer import learning_rate_schedule
 from umae_jax.training.runs import Run
@@ -155,7 +155,7 @@ def run_training(config: ConfigDict, workdir: Path, mesh: Mesh, task: Task, stop
             schedule,
             accumulate=config.accumulate,
             average=config.optimizer.average,
-            whole=replicated(mesh),
+            shardings=shardings_of(task.run.state.params),
         )
         start = time.monotonic()
         batch = abstract_batch(config, config.batch_size, batch_sharding(mesh))
