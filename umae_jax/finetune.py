@@ -42,7 +42,8 @@ def begin(config: ConfigDict, what: Run) -> TrainState:
         cli.say("init is not set: training from scratch")
         return initialize(config, what)
     pretrained, encoder = read_encoder(config.init)
-    return initialize(config, what, fit_encoder(config, pretrained, encoder, config.init))
+    wanted = what.state.params["encoder"]
+    return initialize(config, what, fit_encoder(config, wanted, pretrained, encoder, config.init))
 
 
 def make_validation(

@@ -26,8 +26,7 @@ def batch_of(count=4, side=64, seed=0):
 
 def filled_with(params, given):
     """Parameters with some of them replaced."""
-    given = dict(nnx.to_flat_state(given))
-    return nnx.from_flat_state([(path, given.get(path, old)) for path, old in nnx.to_flat_state(params)])
+    return nnx.from_flat_state({**dict(nnx.to_flat_state(params)), **dict(nnx.to_flat_state(given))})
 
 
 @pytest.mark.parametrize("pretrained", PAIRS)
@@ -35,7 +34,7 @@ def test_a_classifier_takes_the_encoder_and_keeps_its_own_head(pretrained):
     source, config = golden.config_of(pretrained), golden.config_of(PAIRS[pretrained])
     graph, theirs = small.random_model(source)
     classifier, ours = small.random_model(config, seed=1)
-    filled = filled_with(ours, fit_encoder(config, source, theirs["encoder"], "DIR"))
+    filled = filled_with(ours, fit_encoder(config, ours["encoder"], source, theirs["encoder"], "DIR"))
     images = jax.random.normal(jax.random.key(0), (1, *config.image_size, 3))
 
     @jax.jit
@@ -57,7 +56,8 @@ def test_a_classifier_takes_the_encoder_and_keeps_its_own_head(pretrained):
 def test_position_tables_are_resized_to_other_images(pretrained, leading):
     source, config = golden.config_of(pretrained), golden.config_of(PAIRS[pretrained])
     config.image_size = tuple(2 * size for size in source.image_size)
-    fitted = fit_encoder(config, source, small.random_model(source)[1]["encoder"], "DIR")
+    wanted = small.random_model(config)[1]["encoder"]
+    fitted = fit_encoder(config, wanted, source, small.random_model(source)[1]["encoder"], "DIR")
     table = np.asarray(fitted["encoder"]["positions"]["table"][...])
     old, new = ([size // source.model.patch for size in image] for image in (source.image_size, config.image_size))
     width = source.model.widths[0]
@@ -84,7 +84,7 @@ def test_sizes_that_do_not_fit_are_named(key, value):
     mine = source.model[key]
     config.model[key] = value
     with pytest.raises(UserError, match=rf"init: DIR holds an encoder of other sizes \(model.{key} is") as told:
-        fit_encoder(config, source, params, "DIR")
+        fit_encoder(config, params, source, params, "DIR")
     assert str(mine) in str(told.value)
     assert str(value) in str(told.value)
 

@@ -55,13 +55,14 @@ def make_loss(config: ConfigDict, graph: nnx.GraphDef) -> LossFunction:
     return loss
 
 
-def fit_encoder(config: ConfigDict, pretrained: ConfigDict, encoder: nnx.State, name: str) -> Params:
+def fit_encoder(config: ConfigDict, wanted: nnx.State, pretrained: ConfigDict, encoder: nnx.State, name: str) -> Params:
     """The encoder of another model as a part of a classifier's parameters, {"encoder": ...}, on the host.
 
     Position tables are resized where images have another size than in pre-training.
 
     Args:
         config: of the classifier.
+        wanted: its own encoder, in shapes; what it has not, such as a last norm, is left out.
         pretrained: configuration of the model that the encoder is from.
         encoder: the encoder's parameters.
         name: where it is from, for the error message.
@@ -91,4 +92,5 @@ def fit_encoder(config: ConfigDict, pretrained: ConfigDict, encoder: nnx.State, 
         found = jnp.asarray(variables[table][...] if table in variables else fixed)
         resized = resize_positions(found, *grids, leading=int(leading))
         variables[table] = nnx.Param(np.asarray(resized))
-    return nnx.State({"encoder": nnx.from_flat_state(variables)})
+    chosen = {path: variables[path] for path, _ in nnx.to_flat_state(wanted)}
+    return nnx.State({"encoder": nnx.from_flat_state(chosen)})
