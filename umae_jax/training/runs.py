@@ -65,7 +65,7 @@ def initialize(config: ConfigDict, run: Run, given: Params | None = None) -> Tra
     shardings = shardings_of(run.state)
     places = dict(nnx.to_flat_state(shardings.params))
     arrays = [] if given is None else nnx.to_flat_state(given)
-    placed = [_place(array[...], places[path][...]) for path, array in arrays]
+    placed = [_place(array[...], places[path].get_value()) for path, array in arrays]
 
     def begin(placed: list[jax.Array]) -> TrainState:
         params = dict(nnx.to_flat_state(_initial_params(config)))
