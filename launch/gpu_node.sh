@@ -32,4 +32,5 @@ do_run() {
 [ -x "$VENV/bin/python" ] || do_run python3 -m venv "$VENV"
 do_run "$VENV/bin/pip" install --quiet -e ".[cuda]"
 do_run "$VENV/bin/python" -m umae_jax.doctor
+[ "$dry" = 1 ] || exec "$VENV/bin/python" -m "$@" # signals reach it
 do_run "$VENV/bin/python" -m "$@"

@@ -41,7 +41,7 @@ command=$(printf '%q ' "$VENV/bin/python" -m "$@")
 ${PARTITION:+#SBATCH --partition=$PARTITION}
 cd $(printf '%q' "$PWD")
 status=0
-srun --kill-on-bad-exit=0 ${command% } || status=\$?
+srun --cpus-per-task=$CPUS --kill-on-bad-exit=0 ${command% } || status=\$?
 # 143: stopped by SIGTERM, with everything saved.
 if [ "\$status" = 143 ]; then scontrol requeue "\$SLURM_JOB_ID"; fi
 exit "\$status"

@@ -55,7 +55,7 @@ state() {
 up() {
   local spot=()
   [ "$SPOT" = 1 ] && spot=(--spot)
-  resources create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$RUNTIME" "${spot[@]}"
+  resources create "$NAME" --node-id="$NAME" --accelerator-type="$TYPE" --runtime-version="$RUNTIME" ${spot[@]+"${spot[@]}"}
   while true; do
     case "$(state)" in
       ACTIVE) return ;;
@@ -66,9 +66,12 @@ up() {
 }
 
 install() {
+  on_workers 'mkdir -p ~/umae_jax'
   do_run gcloud compute tpus tpu-vm scp --recurse configs umae_jax pyproject.toml README.md "$NAME:umae_jax/" \
     --worker=all "${place[@]}"
-  on_workers 'python3 -m venv ~/venv && cd ~/umae_jax && ~/venv/bin/pip install --quiet -e ".[tpu]"'
+  # The image's own Python may be older than 3.11.
+  on_workers 'pip install --quiet uv && cd ~/umae_jax && python3 -m uv venv --quiet --allow-existing --python 3.12 ~/venv &&
+    python3 -m uv pip install --quiet --python ~/venv/bin/python -e ".[tpu]"'
 }
 
 train() {
@@ -84,6 +87,15 @@ logs() {
 
 down() { resources delete "$NAME" --force --quiet; }
 
+# Whether the pod goes away within some minutes: its state lags behind a preemption.
+taken_away() {
+  for _ in 1 2 3 4 5 6 7 8 9 10; do
+    [ "$(state)" = ACTIVE ] || return 0
+    sleep "$POLL"
+  done
+  return 1
+}
+
 all() {
   while true; do
     up
@@ -91,7 +103,7 @@ all() {
     if train "$@"; then
       break
     fi
-    [ "$(state)" != ACTIVE ] || die "the run failed on a pod that is there; see launch/tpu_pod.sh logs, then mend and run"
+    taken_away || die "the run failed on a pod that is there; see launch/tpu_pod.sh logs, then mend and run"
     echo "the pod was taken away; beginning again" >&2
     down
   done

@@ -41,12 +41,12 @@ def test_a_pod_is_created_installed_used_and_deleted():
     printed = launch("tpu_pod.sh", "--dry-run", "all", "--", *RUN, NAME="pod", PROJECT="p", ZONE="z", SPOT="1")
     commands = [shlex.split(line) for line in printed.splitlines()]
     verbs = [command[4] for command in commands if command[0] == "gcloud"]
-    assert verbs == ["create", "scp", "ssh", "ssh", "scp", "delete"]
+    assert verbs == ["create", "ssh", "scp", "ssh", "ssh", "scp", "delete"]
     assert all({"--zone=z", "--project=p"} <= set(command) for command in commands if command[0] == "gcloud")
     assert {"pod", "--node-id=pod", "--accelerator-type=v5litepod-16", "--spot"} <= set(commands[0])
-    (on_workers,) = (part for part in commands[3] if part.startswith("--command="))
+    (on_workers,) = (part for part in commands[4] if part.startswith("--command="))
     assert shlex.split(on_workers.partition("python -m ")[2].partition(" 2>&1")[0]) == list(RUN)
-    assert "--worker=all" in commands[3]
+    assert "--worker=all" in commands[4]
 
 
 @pytest.mark.parametrize(

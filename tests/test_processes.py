@@ -177,6 +177,18 @@ def test_what_one_of_three_came_upon_is_said_by_process_0_and_few_words_are_made
     assert all(int(output.split()[0]) <= 5 * 2 for output, _ in printed if output)  # a beat a second, to two at most
 
 
+def test_processes_that_were_suspended_together_do_not_take_each_other_for_gone():
+    started = meet(silence=2)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for process in started:
+            process.send_signal(number)
+        time.sleep(4)
+    assert [process.poll() for process in started] == [None] * 3
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
 DIFFERENT = {
     "configuration": (
         ((), ("--config.model.decoder_depth=2",)),

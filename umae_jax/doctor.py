@@ -64,10 +64,12 @@ def examine(config: Any, workdir: Path | None) -> dict[str, Any]:  # noqa: ANN40
         "kind": device.device_kind,
         "devices": jax.local_device_count(),
         "device_memory": memory,
-        "processors": os.cpu_count(),
+        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "faults": [],
     }
+    if device.platform == "cpu" and Path("/dev/nvidia0").exists():
+        found["faults"].append('this host has a GPU that JAX does not find; install with pip install -e ".[cuda]"')
     if config is not None:
 
         def read() -> None:

@@ -70,10 +70,10 @@ class Target:
 class Plan:
     """What is known of a run on a target, a chip and a step where nothing else is said; None is not known.
 
-    The compiler's: arguments, temporaries and peak (bytes of memory), flops, bytes (moved to and from memory; where a
-    batch is computed in parts it does not tell), cycles (scheduled, without collectives), collectives. Estimated:
-    scheduled (seconds of these cycles), flops_limit and bytes_limit (seconds at the chip's best), interconnect (seconds
-    that collectives take at the links' best), step (seconds), and what follows from it.
+    The compiler's: arguments, temporaries and peak (bytes of memory), bytes (moved to and from memory; where a batch is
+    computed in parts it does not tell), cycles (scheduled, without collectives), collectives. Counted on the program
+    before it is compiled: flops. Estimated: scheduled (seconds of these cycles), flops_limit and bytes_limit (seconds
+    at the chip's best), interconnect (seconds that collectives take at the links' best), step (seconds), and the rest.
     """
 
     target: str
@@ -309,7 +309,6 @@ def table(plans: Sequence[Plan]) -> str:
     row("  memory: peak", *(_value(plan.peak, GIB, " GiB", 2) for plan in plans))
     row("  memory of a chip", *(_value(plan.memory, GIB, " GiB", 2) for plan in plans))
     row("  largest batch a chip", *(_value(plan.largest_batch, 1, "", 0) for plan in plans))
-    row("  operations", *(_value(plan.flops, 1e12, " TFLOP", 3) for plan in plans))
     row("  bytes moved", *(_value(plan.bytes, 1e9, " GB") for plan in plans))
     row("  scheduled, without collectives", *(_value(plan.cycles, 1e6, " M cycles") for plan in plans))
     kinds = sorted({(one["kind"], one["devices"]) for plan in plans for one in plan.collectives})
@@ -323,6 +322,7 @@ def table(plans: Sequence[Plan]) -> str:
             *("-" if one is None else f"{one['count']} of {one['bytes'] / 1e6:,.1f} MB in all" for one in found),
         )
     section("Estimated from these and from what is published of the chip:")
+    row("  operations of the model", *(_value(plan.flops, 1e12, " TFLOP", 3) for plan in plans))
     row("  scheduled, without collectives", *(_value(plan.scheduled, 1e-3, " ms") for plan in plans))
     row("  operations at the chip's best", *(_value(plan.flops_limit, 1e-3, " ms") for plan in plans))
     row("  bytes at the memory's best", *(_value(plan.bytes_limit, 1e-3, " ms") for plan in plans))
@@ -359,6 +359,10 @@ def main() -> None:
     config = cli.read_config(_CONFIG)
     for name in _TOPOLOGY.value:
         topology(name)  # before the first takes its time
+    path = Path(_JSON.value).expanduser() if _JSON.value else None
+    require(
+        path is None or path.parent.is_dir(), f"--json: there is no folder for {path}; make it or name another file"
+    )
     images = count_images(config)
     targets = [find_target(name) for name in _TOPOLOGY.value] or [local_target()]
     plans = []
@@ -368,10 +372,10 @@ def main() -> None:
         cli.say(f"{target.name}: compiling, which takes minutes for large models")
         plans.append(make_plan(config, target, images, search=_LARGEST.value))
         cli.say(f"{target.name}: compiled in {duration(plans[-1].compile_seconds)}")
-    if _JSON.value:
-        numbers = [dataclasses.asdict(plan) for plan in plans]
-        write_whole(Path(_JSON.value).expanduser(), (json.dumps(numbers, indent=2) + "\n").encode())
     cli.result(table(plans))
+    if path:
+        numbers = [dataclasses.asdict(plan) for plan in plans]
+        write_whole(path, (json.dumps(numbers, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -411,6 +411,7 @@ class Processes:
                 selector.register(line.connection, selectors.EVENT_READ, index)
                 for message in line.kept():
                     self._take(index, message)
+            passed = time.monotonic()
             while not self._left.is_set():
                 for key, _ in selector.select(max(0.0, next_beat - time.monotonic())):
                     index = key.data
@@ -423,6 +424,10 @@ class Processes:
                     if index not in self._lines:
                         selector.unregister(key.fileobj)
                 now = time.monotonic()
+                if now - passed > self._silence / 2:  # it was this process that was held up, or suspended
+                    for line in list(self._lines.values()):
+                        line.heard = now
+                passed = now
                 if now >= next_beat:
                     next_beat = now + beat
                     for index, line in list(self._lines.items()):
@@ -565,6 +570,7 @@ def join(
         place.count,
         place.index,
         local_device_ids=place.devices,
+        cluster_detection_method="deactivate",  # the place is known
         initialization_timeout=wait,
         # Ours comes first: it can say what has happened.
         heartbeat_timeout_seconds=round(10 * silence) + 100,
