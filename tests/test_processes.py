@@ -132,17 +132,21 @@ for line in processes.joined()._lines.values():
     line.send = count
 time.sleep(float(sys.argv[4]))
 print(sent, flush=True)
+if sys.argv[5] == "leave":
+    jax.distributed.shutdown = lambda: None
+    processes.joined().leave()
+    sys.exit()
 if sys.argv[2] == "1":
     processes.joined().fail("the disk is full", 3)
 time.sleep(60)
 """
 
 
-def meet(silence=60, then=60):
+def meet(silence=60, then=60, end="fail"):
     port = commands.free_port()
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", MEET, *map(str, (port, index, silence, then))],
+            [sys.executable, "-c", MEET, *map(str, (port, index, silence, then, end))],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -175,6 +179,14 @@ def test_what_one_of_three_came_upon_is_said_by_process_0_and_few_words_are_made
     assert printed[0][1].startswith("error: process 1 on ")
     assert [errors for _, errors in printed[1:]] == ["", ""]
     assert all(int(output.split()[0]) <= 5 * 2 for output, _ in printed if output)  # a beat a second, to two at most
+
+
+def test_processes_that_are_done_leave_without_a_word():
+    for _ in range(3):
+        started = meet(then=0.1, end="leave")
+        printed = [process.communicate(timeout=30) for process in started]
+        assert [process.returncode for process in started] == [0, 0, 0]
+        assert [errors for _, errors in printed] == ["", "", ""]
 
 
 def test_processes_that_were_suspended_together_do_not_take_each_other_for_gone():

@@ -187,7 +187,7 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> str |
     return f"{name} has {listing(told, 3)}; start all processes with the same software and the same command"
 
 
-def _open(port: int) -> socket.socket:
+def _listen_at(port: int) -> socket.socket:
     both = socket.has_dualstack_ipv6()
     return socket.create_server(("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
 
@@ -195,7 +195,7 @@ def _open(port: int) -> socket.socket:
 def _port_for_jax(near: int) -> int:
     """The port above, or any that is free."""
     for port in (near + 1, 0):
-        with contextlib.suppress(OSError, OverflowError), _open(port) as server:
+        with contextlib.suppress(OSError, OverflowError), _listen_at(port) as server:
             return server.getsockname()[1]
     raise UserError("--coordinator: this host has no free port")
 
@@ -223,7 +223,7 @@ class _Lobby:
             UserError: if they do not come, or are about to do something else.
         """
         try:
-            server = _open(self.place.port)
+            server = _listen_at(self.place.port)
         except OSError as error:
             raise UserError(
                 f"--coordinator: port {self.place.port} of this host cannot be used ({error.strerror}); choose another"
@@ -392,6 +392,8 @@ class Processes:
         self._ending: _End | None = None
         self._reported: _End | None = None  # process 0: what another came upon, and it may come upon itself
         self._deciding = threading.Lock()
+        self._byes: set[int] = set()
+        self._done: set[int] = set()  # who said so, and will say nothing more
         self._left = threading.Event()
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -421,7 +423,7 @@ class Processes:
                         messages = [{"closed": True}]
                     for message in messages:
                         self._take(index, message)
-                    if index not in self._lines:
+                    if index not in self._open():
                         selector.unregister(key.fileobj)
                 now = time.monotonic()
                 if now - passed > self._silence / 2:  # it was this process that was held up, or suspended
@@ -433,23 +435,30 @@ class Processes:
                     for index, line in list(self._lines.items()):
                         with contextlib.suppress(OSError):  # the next one to receive finds out
                             line.send(alive=True)
-                        if now - line.heard > self._silence:
+                        if now - line.heard > self._silence and index not in self._byes:
                             self._lost(index, f", silent for {now - line.heard:.0f} s")
                 if self._reported and now > self._reported.late:
                     self._end(self._reported.sentence, self._reported.status)
-                if self._ending and (not self._lines or now > self._ending.late):
-                    if self.place.index and self._lines:  # process 0 has not taken it
+                if self._ending and (not self._open() or now > self._ending.late):
+                    if self.place.index and self._open():  # process 0 has not taken it
                         self._tell(self._ending.sentence)
                     _exit(self._ending.status)
 
+    def _open(self) -> set[int]:
+        """Who may still say something."""
+        return set(self._lines) - self._done
+
     def _take(self, index: int, message: dict[str, Any]) -> None:
         """What another process says."""
-        if index not in self._lines:
+        if index not in self._open():
             return
-        if "closed" in message:
-            self._lost(index, "")
         if "bye" in message:
-            del self._lines[index]
+            self._byes.add(index)
+        if "closed" in message:
+            if index in self._byes:
+                self._done.add(index)
+            else:
+                self._lost(index, "")
         if "error" in message:
             status = int(message.get("status", 1))
             if self.place.index:  # process 0 has said why
@@ -507,6 +516,11 @@ class Processes:
         for line in list(self._lines.values()):
             with contextlib.suppress(OSError):
                 line.send(bye=True)
+                line.connection.shutdown(socket.SHUT_WR)
+        # Until all have been heard to the end: who closes with something unread takes his own last words back.
+        late = time.monotonic() + 2 * GRACE
+        while self._open() and time.monotonic() < late:
+            time.sleep(0.01)
         self._left.set()
 
 
