@@ -60,12 +60,14 @@ def _warn(*message: object) -> None:
         logging.warning(*message)
 
 
-def _alone() -> ocp.options.MultiprocessingOptions:
-    """For reading without waiting for other processes: one that cannot read leaves the others waiting else."""
+def _read_alone(handler: Callable[..., Any], path: Path, wanted: Any) -> Any:  # noqa: ANN401 - Orbax's arguments
+    """Read an item without waiting for other processes: one that cannot read leaves the others waiting else."""
     here = jax.process_index()
-    return ocp.options.MultiprocessingOptions(
+    alone = ocp.options.MultiprocessingOptions(
         primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process{here}"
     )
+    with ocp.Checkpointer(handler(multiprocessing_options=alone), multiprocessing_options=alone) as checkpointer:
+        return checkpointer.restore(path, args=wanted)
 
 
 def newest_step(workdir: Path) -> int:
@@ -163,10 +165,8 @@ class Checkpoints:
         """
 
         def read(step: int) -> tuple[TrainState, int]:
-            handler = ocp.StandardCheckpointHandler(multiprocessing_options=_alone())
-            with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
-                wanted = ocp.args.StandardRestore(_fields(abstract))
-                fields = checkpointer.restore(self._folder / str(step) / "state", args=wanted)
+            wanted = ocp.args.StandardRestore(_fields(abstract))
+            fields = _read_alone(ocp.StandardCheckpointHandler, self._folder / str(step) / "state", wanted)
             return TrainState(**fields), int(self._data(step)["samples"])
 
         found, broken = self._newest_whole(read)
@@ -202,9 +202,7 @@ class Checkpoints:
                 restore_args=ocp.checkpoint_utils.construct_restore_args({name: abstract}),
                 partial_restore=True,
             )
-            handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
-            with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
-                return checkpointer.restore(self._folder / str(step) / "state", args=part)[name], step
+            return _read_alone(ocp.PyTreeCheckpointHandler, self._folder / str(step) / "state", part)[name], step
 
         found, broken = self._newest_whole(read)
         for step, reason in broken.items():
@@ -213,9 +211,7 @@ class Checkpoints:
 
     def _data(self, step: int) -> dict[str, Any]:
         """What lies beside a state."""
-        handler = ocp.JsonCheckpointHandler(multiprocessing_options=_alone())
-        with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as checkpointer:
-            return checkpointer.restore(self._folder / str(step) / "data", args=ocp.args.JsonRestore())
+        return _read_alone(ocp.JsonCheckpointHandler, self._folder / str(step) / "data", ocp.args.JsonRestore())
 
     def _newest_whole(self, read: Callable[[int], Found]) -> tuple[Found | None, dict[int, str]]:
         """What `read` makes of the newest step that it can read, and why it could not read the newer ones."""
