@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from umae_jax.compiled import Collective, account, flops_of, read_program
+from umae_jax.compiled import Collective, account, read_program
 from umae_jax.training.mesh import make_mesh
 
 PROGRAM = """HloModule jit_step, num_partitions=8
@@ -59,7 +59,6 @@ def test_a_real_program():
     rows = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=split)
     kernel = jax.ShapeDtypeStruct((32, 64), jnp.float32, sharding=whole)
     lowered = jax.jit(lambda rows, kernel: (rows @ kernel).sum(0), out_shardings=whole).lower(rows, kernel)
-    assert flops_of(lowered) == pytest.approx(2 * 16 * 32 * 64, rel=0.05)
     told = account(lowered.compile(), 8)
     assert told.arguments == 2 * 32 * 4 + 32 * 64 * 4
     assert told.cycles is None

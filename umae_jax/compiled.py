@@ -6,8 +6,6 @@ import re
 from collections import Counter, defaultdict
 from typing import Any, NamedTuple
 
-import jax
-
 _WIDTHS = {"pred": 1, "bf16": 2}
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -64,10 +62,19 @@ class Account(NamedTuple):
 class _Computation:
     def __init__(self) -> None:
         self.cycles = 0
-        self.collectives: Counter[tuple[str, int, int]] = Counter()  # kind, devices, bytes of one
+        self.collectives: Counter[_One] = Counter()
         self.called: list[str] = []
         self.loops: list[tuple[str, str, int | None]] = []  # condition, body, how often if the program says it
         self.limit = 1
+
+
+class _One(NamedTuple):
+    """A collective: kind, devices of a group, bytes, and what its pieces have in common where it was cut into such."""
+
+    kind: str
+    devices: int
+    bytes: int
+    chain: str
 
 
 def _size(shape: str) -> list[int]:
@@ -91,7 +98,7 @@ def _group(line: str, devices: int) -> int:
     return devices
 
 
-def _collective(line: str, name: str, devices: int) -> tuple[str, int, int] | None:
+def _collective(line: str, name: str, devices: int) -> _One | None:
     found = _COLLECTIVE.search(line)
     if found is None:
         return None
@@ -99,14 +106,15 @@ def _collective(line: str, name: str, devices: int) -> tuple[str, int, int] | No
     sizes = _size(shape)
     group = _group(line, devices)
     if kind == "collective-permute":
-        return kind, group, sizes[0]
+        return _One(kind, group, sizes[0], "")
     if start and kind in ("all-gather", "reduce-scatter"):
         sizes = sizes[len(sizes) // 2 :] if kind == "all-gather" else sizes[: len(sizes) // 2]  # operands, results
     elif kind == "reduce-scatter":
         sizes = [size * group for size in sizes]
     if kind == "all-reduce" and "all-reduce-scatter" in name:  # XLA:TPU's fused form
         kind = "reduce-scatter"
-    return kind, group, sum(sizes)
+    chain = re.search(r'(channel_id=\d+).*(chain_id="\d+")', line)
+    return _One(kind, group, sum(sizes), "".join(chain.groups()) if chain else "")
 
 
 def read_program(text: str, devices: int) -> tuple[int | None, tuple[Collective, ...]]:
@@ -137,13 +145,15 @@ def read_program(text: str, devices: int) -> tuple[int | None, tuple[Collective,
             here.called += _CALLED.findall(line)
 
     cycles_of: Counter[str] = Counter()
-    collectives: Counter[tuple[str, int, int]] = Counter()
+    collectives: Counter[_One] = Counter()
 
     def add(name: str, times: int) -> None:
         here = computations[name]
         cycles_of[name] += times * here.cycles
         for collective, count in here.collectives.items():
-            collectives[collective] += times * count
+            # XLA:TPU cuts one that it overlaps with work into pieces, and each names all of it.
+            before = collectives[collective]
+            collectives[collective] = max(before, times) if collective.chain else before + times * count
         for called in here.called:
             add(called, times)
         for condition, body, trips in here.loops:
@@ -151,7 +161,7 @@ def read_program(text: str, devices: int) -> tuple[int | None, tuple[Collective,
 
     add(entry, 1)
     together: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0])
-    for (kind, group, size), count in collectives.items():
+    for (kind, group, size, _), count in collectives.items():
         if group > 1:
             together[kind, group][0] += count
             together[kind, group][1] += count * size
@@ -172,8 +182,3 @@ def account(compiled: Any, devices: int) -> Account:  # noqa: ANN401 - JAX's Com
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     peak = arguments + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Account(arguments, temporaries, peak, costs.get("bytes accessed", 0.0), cycles, collectives)
-
-
-def flops_of(lowered: jax.stages.Lowered) -> float:
-    """Operations of a program before it is compiled, on all devices; what a loop repeats is counted once."""
-    return (lowered.cost_analysis() or {}).get("flops", 0.0)

@@ -19,22 +19,23 @@ from typing import Any
 import jax
 from absl import flags
 from jax.experimental import topologies
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from umae_jax import cli
-from umae_jax.compiled import Account, account, flops_of
+from umae_jax.compiled import Account, account
 from umae_jax.config import check, resolve_steps
-from umae_jax.data.loader import abstract_batch
+from umae_jax.data.loader import Batch, abstract_batch
 from umae_jax.data.sources import open_source
 from umae_jax.errors import UserError, require
 from umae_jax.files import write_whole
 from umae_jax.hardware import GIB, KINDS, Chip, Topology, topology
 from umae_jax.training import finetuning, pretraining
-from umae_jax.training.mesh import batch_sharding, make_mesh, shardings_of
+from umae_jax.training.mesh import batch_sharding, make_mesh
 from umae_jax.training.metrics import duration
-from umae_jax.training.optimizer import learning_rate_schedule
 from umae_jax.training.runs import describe
-from umae_jax.training.step import lower_step, make_train_step
+from umae_jax.training.step import TrainState, TrainStep, lower_step
+from umae_jax.training.trainer import build_step
 
 IMAGENET, CLASSES = 1_281_167, 1000  # training images and classes of ImageNet-1K
 MOST = 1 << 15  # images a chip; more is not looked for
@@ -134,28 +135,34 @@ class _DoesNotFit(Exception):  # noqa: N818 - an answer
     """The compiler's words."""
 
 
-def compile_for(config: ConfigDict, target: Target) -> tuple[Account, float]:
-    """Compile the step: what the compiler tells a chip, and the flops of a step on all of them.
+def _step_on(config: ConfigDict, mesh: Mesh) -> tuple[TrainStep, TrainState, Batch]:
+    """The step of a run on a mesh, and the shapes that it takes."""
+    what = describe(config, mesh)
+    make_loss = finetuning.make_loss if config.model.method == "classifier" else pretraining.make_loss
+    # The numbers of the schedule change nothing.
+    step = build_step(config, what, make_loss(config, what.graph), warmup_steps=1, total_steps=2)
+    return step, what.state, abstract_batch(config, config.batch_size, batch_sharding(mesh))
+
+
+def count_flops(config: ConfigDict) -> float | None:
+    """Operations of a step on all chips together, by the program before it is compiled; None if that cannot be told."""
+    try:
+        mesh = make_mesh(1, jax.local_devices(backend="cpu")[:1])
+    except RuntimeError:  # JAX has been kept from using the CPU, and the compilers for accelerators do not tell
+        return None
+    lowered = lower_step(*_step_on(config, mesh), mesh)
+    # A loop's body is counted once; the optimiser, outside it, is next to nothing.
+    return (lowered.cost_analysis() or {}).get("flops", 0.0) * config.accumulate
+
+
+def compile_for(config: ConfigDict, target: Target) -> Account:
+    """Compile the step for a target.
 
     Raises:
         _DoesNotFit: if the memory of a chip does not suffice.
     """
     mesh = make_mesh(config.mesh.fsdp, target.devices)
-    what = describe(config, mesh)
-    make_loss = finetuning.make_loss if config.model.method == "classifier" else pretraining.make_loss
-    schedule = learning_rate_schedule(
-        config.optimizer, batch_size=config.batch_size, warmup_steps=1, total_steps=2
-    )  # its numbers change nothing
-    step = make_train_step(
-        make_loss(config, what.graph),
-        what.optimizer,
-        schedule,
-        accumulate=config.accumulate,
-        average=config.optimizer.average,
-        shardings=shardings_of(what.state.params),
-    )
-    batch = abstract_batch(config, config.batch_size, batch_sharding(mesh))
-    lowered = lower_step(step, what.state, batch, mesh)
+    lowered = lower_step(*_step_on(config, mesh), mesh)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -166,8 +173,7 @@ def compile_for(config: ConfigDict, target: Target) -> tuple[Account, float]:
     told = account(compiled, len(target.devices))
     if target.memory and told.peak > target.memory:  # XLA:GPU compiles what will not fit
         raise _DoesNotFit(f"needs {told.peak / GIB:.2f} GiB")
-    # A loop's body is counted once; the optimiser, outside it, is next to nothing.
-    return told, flops_of(lowered) * config.accumulate
+    return told
 
 
 def largest_batch(config: ConfigDict, target: Target, memory: float, first: Account | None) -> int:
@@ -189,7 +195,7 @@ def largest_batch(config: ConfigDict, target: Target, memory: float, first: Acco
         if batch not in known:
             trial.batch_size = batch * chips
             try:
-                known[batch] = compile_for(trial, target)[0]
+                known[batch] = compile_for(trial, target)
             except _DoesNotFit:
                 known[batch] = None
             cli.say(f"{target.name}: {batch} images a chip {'fit' if known[batch] else 'do not fit'}")
@@ -235,10 +241,10 @@ def make_plan(config: ConfigDict, target: Target, images: int, *, search: bool) 
     """
     chips = len(target.devices)
     check(config, chips)
+    chip, told, flops, needs = target.chip, None, count_flops(config), ""
     start = time.monotonic()
-    chip, told, flops, needs = target.chip, None, 0.0, ""
     try:
-        told, flops = compile_for(config, target)
+        told = compile_for(config, target)
     except _DoesNotFit as answer:
         needs = str(answer)
     seconds = time.monotonic() - start
@@ -254,7 +260,7 @@ def make_plan(config: ConfigDict, target: Target, images: int, *, search: bool) 
     step = None if scheduled is None or interconnect is None else scheduled + interconnect
     steps = resolve_steps(config, "total", images, config.batch_size)
     hours = None if step is None else steps * step / 3600
-    flops_limit = flops / chips / chip.flops if told and chip else None
+    flops_limit = flops / chips / chip.flops if flops and chip else None
     moved = told.bytes if told and config.accumulate == 1 else None  # which of them a loop repeats is not told
     bytes_limit = moved / chip.bandwidth if moved and chip else None
     return Plan(
@@ -268,7 +274,7 @@ def make_plan(config: ConfigDict, target: Target, images: int, *, search: bool) 
         arguments=told.arguments if told else None,
         temporaries=told.temporaries if told else None,
         peak=told.peak if told else None,
-        flops=flops / chips if told else None,
+        flops=flops / chips if flops else None,
         bytes=moved,
         cycles=told.cycles if told else None,
         collectives=collectives,

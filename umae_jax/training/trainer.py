@@ -4,7 +4,6 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ from umae_jax.config import CONFIG_FILE, differences, read_config, resolve_steps
 from umae_jax.data.loader import Loader, abstract_batch
 from umae_jax.data.sources import Source
 from umae_jax.errors import UserError, listing, require
-from umae_jax.files import write_whole
+from umae_jax.files import AnyPath, write_whole
 from umae_jax.training.agreement import AgreedStop, of_first
 from umae_jax.training.checkpoint import Checkpoints
 from umae_jax.training.loop import Action, train
@@ -24,7 +23,7 @@ from umae_jax.training.mesh import batch_sharding, shardings_of
 from umae_jax.training.metrics import duration, metrics_of
 from umae_jax.training.optimizer import learning_rate_schedule
 from umae_jax.training.runs import Run
-from umae_jax.training.step import LossFunction, TrainState, lower_step, make_train_step
+from umae_jax.training.step import LossFunction, TrainState, TrainStep, lower_step, make_train_step
 
 MOST_SAMPLES = 2**32  # sample indices are 32-bit
 
@@ -67,7 +66,7 @@ def durations(config: ConfigDict, images: int) -> tuple[int, int]:
     return total, min(warmup, total)
 
 
-def check_same_model(old: ConfigDict, new: ConfigDict, workdir: Path) -> None:
+def check_same_model(old: ConfigDict, new: ConfigDict, workdir: AnyPath) -> None:
     """Check that a run may continue in a directory; say what else has changed.
 
     Raises:
@@ -99,7 +98,7 @@ def check_same_model(old: ConfigDict, new: ConfigDict, workdir: Path) -> None:
         cli.say(f"continuing with {key} = {after} (was {before})")
 
 
-def open_workdir(config: ConfigDict, workdir: Path) -> Checkpoints:
+def open_workdir(config: ConfigDict, workdir: AnyPath) -> Checkpoints:
     """Make the directory this run's, and open its checkpoints.
 
     Raises:
@@ -120,7 +119,29 @@ def open_workdir(config: ConfigDict, workdir: Path) -> Checkpoints:
     return checkpoints
 
 
-def run_training(config: ConfigDict, workdir: Path, mesh: Mesh, task: Task, stop: AgreedStop) -> None:
+def build_step(config: ConfigDict, run: Run, loss: LossFunction, warmup_steps: int, total_steps: int) -> TrainStep:
+    """The training step of a configuration, not yet compiled.
+
+    Args:
+        config: of the run.
+        run: its model and state; the step splits what these shapes say is split.
+        loss: mean over a batch.
+        warmup_steps, total_steps: of the learning rate.
+    """
+    schedule = learning_rate_schedule(
+        config.optimizer, batch_size=config.batch_size, warmup_steps=warmup_steps, total_steps=total_steps
+    )
+    return make_train_step(
+        loss,
+        run.optimizer,
+        schedule,
+        accumulate=config.accumulate,
+        average=config.optimizer.average,
+        shardings=shardings_of(run.state.params),
+    )
+
+
+def run_training(config: ConfigDict, workdir: AnyPath, mesh: Mesh, task: Task, stop: AgreedStop) -> None:
     """Train to the end, from the newest whole checkpoint in the directory if there is one.
 
     Raises:
@@ -146,19 +167,9 @@ def run_training(config: ConfigDict, workdir: Path, mesh: Mesh, task: Task, stop
         # The loader reads ahead while the step compiles.
         loader = Loader.of(config, task.source, batch_sharding(mesh), first_sample=samples)
         resources.callback(loader.close)
-        schedule = learning_rate_schedule(
-            config.optimizer, batch_size=config.batch_size, warmup_steps=warmup_steps, total_steps=total_steps
-        )
-        step = make_train_step(
-            task.loss,
-            task.run.optimizer,
-            schedule,
-            accumulate=config.accumulate,
-            average=config.optimizer.average,
-            shardings=shardings_of(task.run.state.params),
-        )
         start = time.monotonic()
         batch = abstract_batch(config, config.batch_size, batch_sharding(mesh))
+        step = build_step(config, task.run, task.loss, warmup_steps, total_steps)
         compiled = lower_step(step, task.run.state, batch, mesh).compile()
         cli.say(f"compiled the step in {duration(time.monotonic() - start)}")
         train(
