@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, config_flags
 from umae_jax import processes
 from umae_jax.config import flat
 from umae_jax.errors import Interrupted, UserError, require
+from umae_jax.files import AnyPath
 
 T = TypeVar("T")
 
@@ -59,7 +60,7 @@ def define_processes() -> ProcessFlags:
     )
 
 
-def join(given: ProcessFlags, config: ConfigDict | None, workdir: Path | None) -> None:
+def join(given: ProcessFlags, config: ConfigDict | None, workdir: AnyPath | None) -> None:
     """Meet the other processes, if there are any; to be called before JAX is asked for its devices.
 
     Args:

@@ -9,13 +9,12 @@ model is told from the file's metadata or shapes, unless --config names it. Out:
 the PyTorch file that loads it; a ViT also in Hugging Face's names, `--output FOLDER/model.safetensors`.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from umae_jax import cli
 from umae_jax.config import check
 from umae_jax.errors import require
+from umae_jax.files import locate, locate_here
 from umae_jax.weights.exchange import REFERENCE, take_in, take_out
 from umae_jax.weights.huggingface import LAYOUTS, weights_in
 
@@ -34,15 +33,15 @@ _BEST = flags.DEFINE_boolean("best", False, "Out: the checkpoint that validation
 def main(source: str = "") -> None:
     """Convert in the direction that the argument says: a file comes in, a directory goes out."""
     require(bool(source), "name what to convert: a FILE of weights with --workdir, or a run's DIR with --output")
-    path = weights_in(Path(source).expanduser())
+    path = weights_in(locate(source))
     require(path.exists(), f"there is no file or directory {path}")
     if path.is_dir():
-        output = Path(cli.required(_OUTPUT, "the file to write, .safetensors or .pth")).expanduser()
+        output = locate_here(cli.required(_OUTPUT, "the file to write, .safetensors or .pth"), "--output")
         written = take_out(path, output, _LAYOUT.value, best=_BEST.value)
         cli.say(f"beside it: {', '.join(beside.name for beside in written[1:])}")
         print(output)  # noqa: T201 - the result
     else:
-        workdir = Path(cli.required(_WORKDIR, "the directory to make of the file")).expanduser()
+        workdir = locate_here(cli.required(_WORKDIR, "the directory to make of the file"), "--workdir")
         config = None
         if flags.FLAGS["config"].present:
             config = cli.read_config(_CONFIG)

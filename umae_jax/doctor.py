@@ -23,6 +23,7 @@ from umae_jax import cli
 from umae_jax.config import check
 from umae_jax.data.sources import open_source
 from umae_jax.errors import UserError, require
+from umae_jax.files import AnyPath, locate, write_whole
 from umae_jax.hardware import GIB
 from umae_jax.processes import versions
 from umae_jax.training.agreement import of_all
@@ -46,15 +47,15 @@ def fault_of(work: Callable[[], object]) -> str:
     return ""
 
 
-def write_and_remove(workdir: Path) -> None:
+def write_and_remove(workdir: AnyPath) -> None:
     """Check that a directory can be written to, by this process."""
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / f".doctor-{jax.process_index()}"
-    path.write_bytes(b"written by umae_jax.doctor")
+    write_whole(path, b"written by umae_jax.doctor")
     path.unlink()
 
 
-def examine(config: Any, workdir: Path | None) -> dict[str, Any]:  # noqa: ANN401 - a ConfigDict or None
+def examine(config: Any, workdir: AnyPath | None) -> dict[str, Any]:  # noqa: ANN401 - a ConfigDict or None
     """What this process finds where it runs."""
     device = jax.local_devices()[0]
     memory = (device.memory_stats() or {}).get("bytes_limit", 0)
@@ -142,7 +143,7 @@ def page(found: list[dict[str, Any]], clocks: list[float], collective: tuple[boo
 def main() -> None:
     """Examine, and print the page."""
     config = cli.read_config(_CONFIG) if flags.FLAGS["config"].present else None
-    workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else None
+    workdir = locate(_WORKDIR.value, "--workdir") if _WORKDIR.value else None
     cli.join(_PROCESSES, config, workdir)
     found = of_all(examine(config, workdir))
     clocks = of_all(time.time())

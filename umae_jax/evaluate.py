@@ -22,6 +22,7 @@ from umae_jax.data.on_device import normalize
 from umae_jax.data.sources import open_images, open_source
 from umae_jax.data.transforms import load_whole, reason
 from umae_jax.errors import listing, require
+from umae_jax.files import locate, locate_here
 from umae_jax.training.evaluation import make_evaluator, open_labelled_validation, open_validation
 from umae_jax.training.mesh import make_mesh
 from umae_jax.training.metrics import duration
@@ -128,7 +129,7 @@ def classify(run: StoredRun, path: Path) -> None:
 
 def main() -> None:
     """Judge a run by what the flags ask for."""
-    workdir = Path(cli.required(_WORKDIR, "the directory of a run")).expanduser()
+    workdir = locate(cli.required(_WORKDIR, "the directory of a run"), "--workdir")
     require(
         not (_PROBE.value and _IMAGES.value), "--probe and --images: one judges the model, one an image; choose one"
     )
@@ -155,7 +156,7 @@ def main() -> None:
         f"--workdir: {workdir} holds no classifier; add --probe knn or --probe linear, or fine-tune it first",
     )
     if _IMAGES.value:
-        classify(run, Path(_IMAGES.value).expanduser())
+        classify(run, locate_here(_IMAGES.value, "--images"))
     else:
         measure_accuracy(run, batch_size)
 

@@ -1,7 +1,6 @@
 """Features of whole images from pre-trained weights, wherever they come from."""
 
 import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from ml_collections import ConfigDict
 
 from umae_jax.data.on_device import normalize
 from umae_jax.errors import require
+from umae_jax.files import locate
 from umae_jax.models.build import build_encoder
 from umae_jax.models.encoder import Encoder, check_image_size
 from umae_jax.training.runs import read_run
@@ -106,7 +106,7 @@ def read_encoder(path: str | os.PathLike[str]) -> tuple[ConfigDict, nnx.State]:
     Raises:
         UserError: if there are no such weights.
     """
-    path = weights_in(Path(path).expanduser())
+    path = weights_in(locate(path))
     require(path.exists(), f"there is no file or directory {path}")
     if path.is_dir():
         stored = read_run(path)

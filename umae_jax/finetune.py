@@ -7,7 +7,6 @@ from scratch. The same command again continues from the newest whole checkpoint 
 """
 
 import contextlib
-from pathlib import Path
 
 from absl import flags
 from jax.sharding import Mesh
@@ -18,6 +17,7 @@ from umae_jax.config import check, steps_of_epochs
 from umae_jax.data.sources import Source, open_source
 from umae_jax.errors import require
 from umae_jax.features import read_encoder
+from umae_jax.files import AnyPath, locate
 from umae_jax.signals import StopSignals
 from umae_jax.training.agreement import AgreedStop, of_first
 from umae_jax.training.checkpoint import BEST, Checkpoints, newest_step
@@ -52,7 +52,7 @@ def make_validation(
     mesh: Mesh,
     training: Source,
     source: Source,
-    workdir: Path,
+    workdir: AnyPath,
     best: Checkpoints,
     stop: AgreedStop,
 ) -> Action:
@@ -80,7 +80,7 @@ def make_validation(
 def main() -> None:
     """Fine-tune, or continue."""
     config = cli.read_config(_CONFIG)
-    workdir = Path(cli.required(_WORKDIR, "a directory for what the run produces")).expanduser()
+    workdir = locate(cli.required(_WORKDIR, "a directory for what the run produces"), "--workdir")
     cli.join(_PROCESSES, config, workdir)  # before signals are remembered: waiting for others needs no saving
     with StopSignals() as signals, contextlib.ExitStack() as resources:
         check(config)

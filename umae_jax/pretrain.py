@@ -5,8 +5,6 @@
 The same command again continues from the newest whole checkpoint in DIR.
 """
 
-from pathlib import Path
-
 import jax
 from absl import flags
 from jax.sharding import Mesh
@@ -17,7 +15,7 @@ from umae_jax.config import check, steps_of_epochs
 from umae_jax.data.sources import Source, open_source
 from umae_jax.data.transforms import first_readable
 from umae_jax.errors import require
-from umae_jax.files import write_whole
+from umae_jax.files import AnyPath, locate, write_whole
 from umae_jax.pictures import make_illustrator
 from umae_jax.signals import StopSignals
 from umae_jax.training.agreement import AgreedStop
@@ -38,7 +36,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and 
 _PROCESSES = cli.define_processes()
 
 
-def make_artist(config: ConfigDict, what: Run, mesh: Mesh, source: Source, workdir: Path) -> Action:
+def make_artist(config: ConfigDict, what: Run, mesh: Mesh, source: Source, workdir: AnyPath) -> Action:
     """Draws the first images of the data, always under the same masks."""
     illustrate = make_illustrator(
         what.graph,
@@ -81,7 +79,7 @@ def make_prober(
 def main() -> None:
     """Pre-train, or continue."""
     config = cli.read_config(_CONFIG)
-    workdir = Path(cli.required(_WORKDIR, "a directory for what the run produces")).expanduser()
+    workdir = locate(cli.required(_WORKDIR, "a directory for what the run produces"), "--workdir")
     cli.join(_PROCESSES, config, workdir)  # before signals are remembered: waiting for others needs no saving
     with StopSignals() as signals:
         check(config)

@@ -27,6 +27,7 @@ import jax
 from jax._src import clusters  # finds Cloud TPU pods, SLURM and others; public only inside jax.distributed.initialize
 
 from umae_jax.errors import UserError, listing, require
+from umae_jax.files import AnyPath, write_whole
 
 BEAT = 1.0  # seconds between two signs of life
 TELL_EVERY = 10.0  # seconds between two lines about who is waited for
@@ -171,7 +172,7 @@ class Greeting(NamedTuple):
 
     place: Place
     doing: dict[str, Any]
-    workdir: Path | None = None
+    workdir: AnyPath | None = None
 
 
 def _name(index: int, came: dict[str, Any]) -> str:
@@ -304,7 +305,9 @@ class _Lobby:
         mark = workdir / f".shared-{secrets.token_hex(8)}"
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            mark.touch()
+            write_whole(mark, b"")
+        except UserError as error:
+            raise self.refuse(f"--workdir: {error}") from None
         except OSError as error:
             raise self.refuse(f"{error.filename}: {error.strerror}; mend that or name another --workdir") from None
         try:
@@ -549,7 +552,7 @@ def join(
     place: Place | None,
     doing: dict[str, Any],
     *,
-    workdir: Path | None = None,
+    workdir: AnyPath | None = None,
     wait: int,
     silence: float,
     say: Callable[[str], None],

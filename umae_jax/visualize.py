@@ -3,8 +3,6 @@
 python -m umae_jax.visualize --workdir DIR --images PATH --output FILE.png
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from umae_jax import cli
@@ -12,7 +10,7 @@ from umae_jax.config import MOST_SEED
 from umae_jax.data.sources import open_images
 from umae_jax.data.transforms import first_readable
 from umae_jax.errors import require
-from umae_jax.files import write_whole
+from umae_jax.files import locate, locate_here, write_whole
 from umae_jax.pictures import STATISTICS, make_illustrator
 from umae_jax.training.runs import read_run
 
@@ -31,9 +29,9 @@ _STATISTICS = flags.DEFINE_enum(
 
 def main() -> None:
     """Draw the picture."""
-    workdir = Path(cli.required(_WORKDIR, "the directory of a pre-training run")).expanduser()
-    path = Path(cli.required(_IMAGES, "an image file or a folder of them")).expanduser()
-    output = Path(cli.required(_OUTPUT, "the PNG to write")).expanduser()
+    workdir = locate(cli.required(_WORKDIR, "the directory of a pre-training run"), "--workdir")
+    path = locate_here(cli.required(_IMAGES, "an image file or a folder of them"), "--images")
+    output = locate_here(cli.required(_OUTPUT, "the PNG to write"), "--output")
     require(output.suffix.lower() == ".png", f"--output: a picture is written as PNG; end {output} in .png")
     source = open_images(path)
     run = read_run(workdir)

@@ -2,13 +2,14 @@
 
 import importlib.util
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from umae_jax.errors import UserError, listing
+from umae_jax.files import BUCKETS, AnyPath, locate, read_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 NO_LABEL = -1
@@ -83,7 +84,7 @@ class Files:
     def __getitem__(self, index: int) -> Record:
         path = os.fsdecode(self.paths[index])
         label = NO_LABEL if self.labels is None else int(self.labels[index])
-        return Record(path, Path(path).read_bytes(), label)
+        return Record(path, read_file(path), label)
 
 
 class TfdsImages:
@@ -152,32 +153,42 @@ def open_folder(path: str) -> Files:
         UserError: if the folder is missing or holds no images.
         OSError: if a part of it cannot be listed.
     """
-    root = Path(path).expanduser()
+    root = locate(path)
     if not root.is_dir():
         raise UserError(f"there is no folder {path}; write the path of one that holds images")
-    paths = []
-    visited = set()  # links may lead back
-
-    def tell(error: OSError) -> None:
-        raise error
-
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=tell):
-        place = os.stat(folder)
-        if (place.st_dev, place.st_ino) in visited:
-            subfolders.clear()
-            continue
-        visited.add((place.st_dev, place.st_ino))
-        subfolders.sort()
-        paths += [os.path.join(folder, file) for file in files if file.lower().endswith(SUFFIXES)]
+    paths = [file for file in _files_below(root) if file.lower().endswith(SUFFIXES)]
     if not paths:
         raise UserError(f"there is no image in {path} or below it; expected files ending in {listing(SUFFIXES)}")
     paths.sort()
-    parts = [Path(file).relative_to(root).parts for file in paths]
+    parts = [PurePath(file).relative_to(PurePath(str(root))).parts for file in paths]
     if any(len(part) == 1 for part in parts):
         return Files(paths)
     classes = sorted({part[0] for part in parts})
     number = {name: index for index, name in enumerate(classes)}
     return Files(paths, [number[part[0]] for part in parts], classes)
+
+
+def _files_below(root: AnyPath) -> Iterator[str]:
+    """The files of a tree."""
+
+    def tell(error: OSError) -> None:
+        raise error
+
+    if not isinstance(root, Path):
+        import fsspec  # lists all of them by one question, which etils cannot
+
+        system, place = fsspec.core.url_to_fs(str(root))
+        yield from (f"{BUCKETS}{file}" for file in system.find(place))
+        return
+    visited = set()  # links may lead back
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=tell):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in visited:
+            subfolders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        subfolders.sort()
+        yield from (os.path.join(folder, file) for file in files)
 
 
 def open_images(path: Path) -> Files:
@@ -197,13 +208,16 @@ def _open_tfds(name: str, split: str, data_dir: str | None, key: str) -> TfdsIma
     """A TFDS data set that has been prepared as ArrayRecord, by name or by the folder of one version."""
     import tensorflow_datasets as tfds  # slow to import, and needed by this source alone
 
+    if data_dir is not None:
+        data_dir = str(locate(data_dir, f"{key}.data_dir"))
     where = data_dir or "TFDS's default folder"
     unprepared = UserError(
         f"{key}.source: there is no prepared data set {name} in {where}; set data.data_dir to where it lies, "
         f"or prepare it with tfds build {name} --file_format=array_record"
     )
+    folder = locate(name, f"{key}.source").is_dir()
     try:
-        builder = tfds.builder_from_directory(name) if Path(name).is_dir() else tfds.builder(name, data_dir=data_dir)
+        builder = tfds.builder_from_directory(name) if folder else tfds.builder(name, data_dir=data_dir)
     except Exception:  # unknown, misspelt, not a data set's folder, or code that needs what only preparing needs
         raise unprepared from None
     if not builder.is_prepared():

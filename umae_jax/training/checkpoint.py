@@ -4,7 +4,6 @@ import functools
 import logging as std_logging
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from umae_jax.errors import UserError
+from umae_jax.files import AnyPath, move_folder
 from umae_jax.training.agreement import of_all, of_first
 from umae_jax.training.step import TrainState
 
@@ -70,10 +70,9 @@ def _read_alone(handler: Callable[..., Any], path: Path, wanted: Any) -> Any:  #
         return checkpointer.restore(path, args=wanted)
 
 
-def newest_step(workdir: Path) -> int:
-    """The step of a run's newest checkpoint, 0 if there is none."""
-    steps = [int(path.name) for path in (workdir / FOLDER).glob("*") if path.name.isdecimal()]
-    return max(steps, default=0)
+def newest_step(workdir: AnyPath) -> int:
+    """The step of a run's newest whole checkpoint, 0 if there is none."""
+    return max(ocp.path.step.checkpoint_steps(workdir / FOLDER), default=0)
 
 
 def _fields(state: TrainState) -> dict[str, Any]:
@@ -99,10 +98,16 @@ class Checkpoints:
     """
 
     def __init__(
-        self, workdir: Path, *, folder: str = FOLDER, keep: int | None = 1, keep_every: int = 0, read_only: bool = False
+        self,
+        workdir: AnyPath,
+        *,
+        folder: str = FOLDER,
+        keep: int | None = 1,
+        keep_every: int = 0,
+        read_only: bool = False,
     ) -> None:
         _say_failures_once()
-        self._folder = (workdir / folder).absolute()
+        self._folder = workdir.absolute() / folder if isinstance(workdir, Path) else workdir / folder
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_every or None,
@@ -233,9 +238,7 @@ class Checkpoints:
         for step, reason in broken.items():
             _warn("checkpoint %d cannot be read (%s); moved it to %s", step, reason, aside)
             if jax.process_index() == 0:
-                aside.mkdir(exist_ok=True)
-                shutil.rmtree(aside / str(step), ignore_errors=True)
-                shutil.move(self._folder / str(step), aside / str(step))
+                move_folder(self._folder / str(step), aside / str(step))
         if broken:
             of_all(None)  # they have been moved
             self._manager.reload()

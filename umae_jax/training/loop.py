@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
 from umae_jax.data.loader import Batch
 from umae_jax.errors import Interrupted, UserError
+from umae_jax.files import AnyPath
 from umae_jax.signals import StopAsked
 from umae_jax.training.agreement import AgreedStop
 from umae_jax.training.checkpoint import Checkpoints
@@ -69,7 +69,7 @@ def train(
     log_every: int,
     stop_after_bad_steps: int,
     stop: AgreedStop,
-    workdir: Path,
+    workdir: AnyPath,
     actions: Sequence[Action] = (),
     done: Collection[str] = (),
 ) -> TrainState:
@@ -136,6 +136,7 @@ def train(
                 signal = stop.received
                 save = number not in (0, saved)
             if save:
+                report.flush()  # whoever goes on from here finds the metrics up to here
                 checkpoints.save(number, state, samples)
                 saved = number
             if signal is not None:

@@ -10,21 +10,23 @@ from pathlib import Path
 from typing import TextIO
 
 import jax
+from etils import epath
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import register_writer_factory
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
-from umae_jax.files import write_whole
+from umae_jax.files import AnyPath, GrowingObject, write_whole
 
 METRICS_FILE = "metrics.jsonl"
 FLUSH_SECONDS = 30  # how late TensorBoard may see a line
 
 
-def _keep_up_to(path: Path, step: int) -> None:
+def _keep_up_to(path: AnyPath, step: int) -> bytes:
     """Drop the lines that a run wrote after the checkpoint it now continues from, and one that a kill cut short."""
     if not path.exists():
-        return
+        return b""
     kept = []
     for line in path.read_bytes().splitlines(keepends=True):
         try:
@@ -33,6 +35,7 @@ def _keep_up_to(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue
     write_whole(path, b"".join(kept))
+    return b"".join(kept)
 
 
 def duration(seconds: float) -> str:
@@ -44,7 +47,7 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def metrics_of(workdir: Path, step: int) -> set[str]:
+def metrics_of(workdir: AnyPath, step: int) -> set[str]:
     """The metrics that a run has written of a step."""
     path = workdir / METRICS_FILE
     there: set[str] = set()
@@ -55,8 +58,21 @@ def metrics_of(workdir: Path, step: int) -> set[str]:
     return there
 
 
+class _Buckets:
+    """How tensorboardX opens what lies in a bucket."""
+
+    def open(self, path: str) -> GrowingObject:
+        return GrowingObject(epath.Path(path))
+
+    def directory_check(self, path: str) -> None:
+        """There are no directories."""
+
+
+register_writer_factory("gs", _Buckets())
+
+
 class MetricsWriter:
-    """Writes one JSON object a line, each at once, and the same to TensorBoard.
+    """Writes one JSON object a line, each at once, and the same to TensorBoard; into a bucket both by `flush` alone.
 
     Everything is written by the calling thread, so that a disk that is full is told by the call that finds it so.
 
@@ -65,10 +81,13 @@ class MetricsWriter:
         step: the step from which the run goes on; lines of later steps are dropped, as they will be written again.
     """
 
-    def __init__(self, workdir: Path, step: int) -> None:
+    def __init__(self, workdir: AnyPath, step: int) -> None:
         self._path = workdir / METRICS_FILE
-        _keep_up_to(self._path, step)
-        self._file = self._path.open("ab", buffering=0)  # unbuffered: nothing is left to fail when it is closed
+        kept = _keep_up_to(self._path, step)
+        # Unbuffered: nothing is left to fail when it is closed.
+        self._file = (
+            self._path.open("ab", buffering=0) if isinstance(self._path, Path) else GrowingObject(self._path, kept)
+        )
         self._board_path = workdir / "tensorboard"
         self._board_path.mkdir(exist_ok=True)
         self._board = EventsWriter(str(self._board_path / "events"))
@@ -97,9 +116,21 @@ class MetricsWriter:
             for key, value in values.items():
                 event = event_pb2.Event(wall_time=time.time(), step=step, summary=scalar(key, value))
                 self._board.write_event(event)
-            if time.monotonic() - self._flushed > FLUSH_SECONDS:
-                self._board.flush()
-                self._flushed = time.monotonic()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._board_path)) from error
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Have what was written so far survive this process, and TensorBoard see it.
+
+        Raises:
+            OSError, UserError: naming what cannot be written.
+        """
+        self._flushed = time.monotonic()
+        self._file.flush()
+        try:
+            self._board.flush()
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._board_path)) from error
 
@@ -171,7 +202,7 @@ class Report:
         first, total: steps done before, and in all.
     """
 
-    def __init__(self, workdir: Path, first: int, total: int) -> None:
+    def __init__(self, workdir: AnyPath, first: int, total: int) -> None:
         self._speaks = jax.process_index() == 0
         if self._speaks:
             self._writer = MetricsWriter(workdir, first)
@@ -193,6 +224,11 @@ class Report:
         if self._speaks:
             self._writer.write(step, values)
             self._progress.tell(step, values)
+
+    def flush(self) -> None:
+        """Have what was told so far survive this process."""
+        if self._speaks:
+            self._writer.flush()
 
     def close(self) -> None:
         """Let go of the files and the terminal."""

@@ -1,6 +1,5 @@
 """A run: what a configuration trains, in shapes alone, freshly initialised, or as its directory holds it."""
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ from ml_collections import ConfigDict
 
 from umae_jax.config import CONFIG_FILE, read_config
 from umae_jax.errors import UserError, require
+from umae_jax.files import AnyPath
 from umae_jax.models.build import build_model
 from umae_jax.training.checkpoint import BEST, FOLDER, Checkpoints
 from umae_jax.training.mesh import make_mesh, shardings_of, state_shardings
@@ -102,7 +102,7 @@ class StoredRun(NamedTuple):
     step: int
 
 
-def read_run(workdir: Path, *, best: bool = False) -> StoredRun:
+def read_run(workdir: AnyPath, *, best: bool = False) -> StoredRun:
     """Read the newest whole checkpoint of a run, onto every device.
 
     Args:

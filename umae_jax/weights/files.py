@@ -1,10 +1,13 @@
 """Files of weights: `.safetensors`, `.pth` and `.npz`, read without running anything that lies in them."""
 
 import argparse
+import contextlib
 import io
 import pathlib
 import re
+import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +16,7 @@ import safetensors
 import safetensors.numpy
 
 from umae_jax.errors import UserError, require
+from umae_jax.files import AnyPath
 
 INSTALL_TORCH = 'install torch: pip install "umae_jax[torch]"'
 
@@ -24,7 +28,7 @@ class Weights(NamedTuple):
     metadata: dict[str, str]
 
 
-def read_weights(path: Path) -> Weights:
+def read_weights(path: AnyPath) -> Weights:
     """Read a file of weights, as float32.
 
     Raises:
@@ -37,9 +41,25 @@ def read_weights(path: Path) -> Weights:
     )
     with path.open("rb"):
         pass  # what the system refuses is told as such
-    tensors, metadata = _READERS[path.suffix](path)
+    with _on_disk(path) as file:
+        tensors, metadata = _READERS[path.suffix](file)
     require(bool(tensors), f"{path} holds no weights")
     return Weights({name: _single(array, f"{path}: {name}") for name, array in tensors.items()}, metadata)
+
+
+@contextlib.contextmanager
+def _on_disk(path: AnyPath) -> Iterator[Path]:
+    """A file where what reads weights can find it: one in a bucket is fetched."""
+    if isinstance(path, Path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        fetched = Path(folder) / path.name
+        fetched.write_bytes(path.read_bytes())
+        try:
+            yield fetched
+        except UserError as error:
+            raise UserError(str(error).replace(str(fetched), str(path))) from None
 
 
 def _single(array: np.ndarray, name: str) -> np.ndarray:

@@ -1,0 +1,172 @@
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from etils import epath
+
+from tests import commands
+from tests.images import write_folder
+from umae_jax import load_encoder
+from umae_jax.data.sources import open_folder
+from umae_jax.errors import UserError
+from umae_jax.files import GrowingObject, _prepare, locate, locate_here, read_file, write_whole
+
+COMMON = ("--config.total_steps=6", "--config.checkpoint_every=2", "--config.checkpoint_keep=2")
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """A bucket for this process and those it starts; answered by an emulator of the service."""
+    port = commands.free_port()
+    address = f"http://localhost:{port}"
+    settings = {
+        "STORAGE_EMULATOR_HOST": address,  # gcsfs
+        "TENSORSTORE_GCS_HTTP_URL": address,  # Orbax's arrays
+        "CLOUD_STORAGE_EMULATOR_ENDPOINT": address,  # ArrayRecord
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks for credentials, which the emulator has no use for
+    }
+    server = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("bucket_server.py"), str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        for _ in range(100):
+            try:
+                socket.create_connection(("localhost", port)).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield "gs://bucket"
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture(scope="module")
+def images(bucket, tmp_path_factory):
+    """The same images on disk and in the bucket."""
+    folder = write_folder(tmp_path_factory.mktemp("images"), 16, ("ants", "bees"), height=40, width=40)
+    there = locate(f"{bucket}/images")
+    for path in folder.rglob("*.jpg"):
+        (there / path.relative_to(folder)).write_bytes(path.read_bytes())
+    return folder, str(there)
+
+
+def test_a_path_is_here_or_in_a_bucket(bucket):
+    assert locate("~/x") == Path.home() / "x"
+    assert str(locate(f"{bucket}/x", "--workdir") / "y") == f"{bucket}/x/y"
+    with pytest.raises(UserError, match="--output: gs://bucket/x is in a bucket; name a path of this machine"):
+        locate_here(f"{bucket}/x", "--output")
+
+
+def test_what_keeps_from_a_bucket_is_one_sentence(bucket, monkeypatch):
+    def refuse(path):
+        raise ValueError("no credentials\nmore")
+
+    monkeypatch.setattr(type(epath.Path(bucket)), "exists", refuse)
+    with pytest.raises(UserError, match=r"--workdir: gs://bucket/x cannot be reached \(ValueError: no credentials\)"):
+        locate(f"{bucket}/x", "--workdir")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    _prepare.cache_clear()
+    with pytest.raises(UserError, match=r'install it with pip install "umae_jax\[gcs\]"'):
+        locate(f"{bucket}/x")
+
+
+def test_what_cannot_be_written_in_a_bucket_is_one_sentence(bucket):
+    with pytest.raises(UserError, match="gs://none/x could not be written"):
+        write_whole(locate("gs://none/x"), b"data")
+
+
+def test_a_file_in_a_bucket_grows(bucket):
+    path = locate(f"{bucket}/log")
+    log = GrowingObject(path, b"one ")
+    log.write(b"two ")
+    assert not path.exists()
+    log.flush()
+    assert read_file(str(path)) == b"one two "
+    log.write(b"three")
+    log.close()
+    assert path.read_bytes() == b"one two three"
+
+
+def test_a_folder_in_a_bucket_is_read_as_one_on_disk(images):
+    here, there = map(str, images)
+    ours, theirs = open_folder(here), open_folder(there)
+    assert theirs.classes == ours.classes == ("ants", "bees")
+    assert len(theirs) == len(ours) == 16
+    for number in range(16):
+        assert theirs[number].data == ours[number].data
+        assert theirs[number].label == ours[number].label
+        assert theirs[number].name == ours[number].name.replace(here, there)
+    with pytest.raises(UserError, match="there is no folder gs://bucket/nothing"):
+        open_folder("gs://bucket/nothing")
+
+
+def test_a_run_in_a_bucket_is_the_same_as_one_on_disk(images, tmp_path):
+    here, there = images
+    commands.pretrain(tmp_path / "run", f"--config.data.source=folder:{here}", *COMMON)
+    workdir = "gs://bucket/run"
+    arguments = ("--config", "tests/tiny.py", "--workdir", workdir, f"--config.data.source=folder:{there}", *COMMON)
+    process = commands.start("pretrain", *arguments, "--config.picture_every=6")
+    told = []
+    for line in process.stderr:
+        told.append(line)
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, (told, errors)
+    # What cannot be read of the newest checkpoint is set aside, and the run goes on from the one before.
+    newest = max(int(path.name) for path in (epath.Path(workdir) / "checkpoints").glob("*"))
+    (epath.Path(workdir) / "checkpoints" / str(newest) / "state" / "manifest.ocdbt").write_bytes(b"")
+    _, errors = commands.run("pretrain", *arguments, "--config.picture_every=6")
+    assert f"continuing at step {newest // 2 * 2 if newest % 2 else newest - 2} of 6" in errors
+    assert [path.name for path in (epath.Path(workdir) / "checkpoints_unreadable").glob("*")] == [str(newest)]
+
+    written = (epath.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    losses = [(line["step"], line["loss"]) for line in map(json.loads, written)]
+    assert losses == commands.losses(tmp_path / "run")
+    assert (epath.Path(workdir) / "reconstructions" / "0000006.png").read_bytes().startswith(b"\x89PNG")
+    assert any("tfevents" in path.name for path in (epath.Path(workdir) / "tensorboard").glob("*"))
+
+    # Weights come out of the bucket, and in from it.
+    commands.run("convert", workdir, "--output", tmp_path / "out.safetensors")
+    file = locate("gs://bucket/weights/out.safetensors")
+    file.write_bytes((tmp_path / "out.safetensors").read_bytes())
+    ours, theirs = load_encoder(str(tmp_path / "run")), load_encoder(str(file))
+    image = np.zeros((1, 32, 32, 3), np.uint8)
+    for one, other in zip(ours(image), theirs(image), strict=True):
+        np.testing.assert_array_equal(one, other)
+    file.write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=r"gs://bucket/weights/out\.safetensors is no whole safetensors file"):
+        load_encoder(str(file))
+
+
+def test_a_tfds_data_set_in_a_bucket_is_read(images, tmp_path):
+    here, _ = images
+    commands.run("data.prepare", "--source", f"folder:{here}", "--name=small", "--data_dir", tmp_path)
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            (epath.Path("gs://bucket/tfds") / path.relative_to(tmp_path)).write_bytes(path.read_bytes())
+    # In a process of its own: what reads ArrayRecord takes the emulator's address from the environment as it starts.
+    program = (
+        "from umae_jax.data.sources import open_source\n"
+        "source = open_source('tfds:small', data_dir='gs://bucket/tfds')\n"
+        "print(len(source), source.classes, source[3].data[:2], source[3].label)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ, capture_output=True, text=True, check=True, timeout=120
+    )
+    count, *classes, start, label = done.stdout.split()
+    assert (count, " ".join(classes)) == ("16", "('ants', 'bees')")
+    assert (start, int(label) in (0, 1)) == (r"b'\xff\xd8'", True)
