@@ -6,8 +6,8 @@
 #   launch/tpu_pod.sh [--dry-run] up|install|logs|down
 #   launch/tpu_pod.sh [--dry-run] run  -- umae_jax.pretrain ...
 #
-# DIR must be one that all workers share. The same command continues, so a preempted run is begun again where it was.
-# --dry-run prints the commands instead of running them.
+# DIR must be one that all workers share, such as gs://BUCKET/DIR. The same command continues, so a preempted run is
+# begun again where it was. --dry-run prints the commands instead of running them.
 #
 # Settings, by the environment: NAME, ZONE, PROJECT, TYPE (v5litepod-16 and the like), RUNTIME, SPOT=1 for spot capacity,
 # POLL (seconds between two looks at the pod).

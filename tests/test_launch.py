@@ -2,10 +2,13 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 
+import nbformat
 import pytest
 import yaml
+from nbclient import NotebookClient
 
 from tests.commands import ROOT
 
@@ -89,3 +92,37 @@ def test_the_container_and_the_task_name_what_is_there():
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
     assert (ROOT / task["envs"]["CONFIG"]).is_file()
     assert "umae_jax.pretrain" in task["run"]
+
+
+@pytest.fixture(scope="module")
+def notebook():
+    return nbformat.read(LAUNCH / "colab.ipynb", 4)
+
+
+def test_the_notebook_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
+    for folder in ("configs", "launch"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    for name in ("quickstart.py", "finetune_quickstart.py"):
+        path = tmp_path / "configs" / name
+        path.write_text(path.read_text().replace("(128, 128)", "(64, 64)"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    notebook = notebook.copy()
+    (settings,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    settings.source += "\nPRETRAIN_STEPS, CROPS, FINETUNE_EPOCHS = 2, 2, 1"
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path / "launch")}}).execute()
+    written = tmp_path / "umae_colab"
+    assert (written / "pretrained" / "reconstructions" / "0000002.png").is_file()
+    assert (written / "finetuned" / "checkpoints_best").is_dir()
+    assert {"encoder.safetensors", "umae_backbone.py", "README.md"} <= {
+        path.name for path in (written / "export").iterdir()
+    }
+
+
+def test_the_notebook_keeps_its_outputs_with_pictures(notebook):
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert all(output.output_type != "error" for output in outputs)
+    pictures = [output for output in outputs if {"image/png", "image/jpeg"} & set(output.get("data", ()))]
+    assert len(pictures) >= 5
+    assert all(cell.execution_count for cell in cells)

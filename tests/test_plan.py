@@ -1,5 +1,6 @@
 """Plans; those for TPUs need libtpu, which compiles on any machine."""
 
+import importlib.util
 import json
 
 import pytest
@@ -30,10 +31,21 @@ def test_a_plan_for_tpus(tmp_path):
     for plan in plans:
         assert plan["chips"] == 4
         assert plan["step"] == plan["scheduled"] + plan["interconnect"]
+        assert plan["flops"] > 1e6
         assert plan["images_per_second"] == pytest.approx(4 / plan["step"])
+        assert plan["communication"] == pytest.approx(plan["interconnect"] / plan["step"])
+        assert plan["reading_cores"] == pytest.approx(plan["images_per_second"] / 400)
         assert plan["chip_hours"] == pytest.approx(4 * 12 * plan["step"] / 3600)
     assert plans[1]["scheduled"] < plans[0]["scheduled"]
     assert "v5e:2x2" in table
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the plan extra is installed")
+def test_without_the_compiler_it_says_what_to_install():
+    _, errors = commands.run("plan", "--config", "tests/tiny.py", "--topology=v5e:2x4", status=2)
+    assert errors == (
+        'error: --topology: the compiler for TPUs is missing; install it with pip install "umae_jax[plan]"\n'
+    )
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ from umae_jax.training.trainer import build_step
 
 IMAGENET, CLASSES = 1_281_167, 1000  # training images and classes of ImageNet-1K
 MOST = 1 << 15  # images a chip; more is not looked for
+READ = 400  # images that a core of a host reads and crops a second, as the README has measured
 STEP = 8  # images a chip; the largest batch is searched for among multiples of this
 
 _CONFIG = cli.define_config()
@@ -74,7 +75,8 @@ class Plan:
     The compiler's: arguments, temporaries and peak (bytes of memory), bytes (moved to and from memory; where a batch is
     computed in parts it does not tell), cycles (scheduled, without collectives), collectives. Counted on the program
     before it is compiled: flops. Estimated: scheduled (seconds of these cycles), flops_limit and bytes_limit (seconds
-    at the chip's best), interconnect (seconds that collectives take at the links' best), step (seconds), and the rest.
+    at the chip's best), interconnect (seconds that collectives take at the links' best), step (seconds, with nothing
+    overlapped), communication (share of a step), reading_cores (of hosts, a chip), and the rest.
     """
 
     target: str
@@ -96,7 +98,9 @@ class Plan:
     bytes_limit: float | None
     interconnect: float | None
     step: float | None
+    communication: float | None
     images_per_second: float | None
+    reading_cores: float | None
     utilization: float | None
     steps: int
     hours: float | None
@@ -283,7 +287,9 @@ def make_plan(config: ConfigDict, target: Target, images: int, *, search: bool) 
         bytes_limit=bytes_limit,
         interconnect=interconnect,
         step=step,
+        communication=None if step is None or interconnect is None else interconnect / step,
         images_per_second=None if step is None else config.batch_size / chips / step,
+        reading_cores=None if step is None else config.batch_size / chips / step / READ,
         utilization=None if step is None or flops_limit is None else flops_limit / step,
         steps=steps,
         hours=hours,
@@ -335,6 +341,8 @@ def table(plans: Sequence[Plan]) -> str:
     row("  collectives at the links' best", *(_value(plan.interconnect, 1e-3, " ms", 2) for plan in plans))
     row("  step: scheduled and collectives", *(_value(plan.step, 1e-3, " ms") for plan in plans))
     row("  images/s/chip", *(_value(plan.images_per_second, 1, "", 0) for plan in plans))
+    row("  share of the collectives", *(_value(plan.communication, 0.01, "%") for plan in plans))
+    row("  host cores that read for a chip", *(_value(plan.reading_cores, 1, "") for plan in plans))
     row("  of the operations' best", *(_value(plan.utilization, 0.01, "%") for plan in plans))
     row("  steps of the schedule", *(f"{plan.steps:,}" for plan in plans))
     row("  hours", *(_value(plan.hours, 1, " h") for plan in plans))
