@@ -17,7 +17,7 @@ from umae_jax.errors import UserError
 from umae_jax.processes import Place, difference, find_place
 
 TINY = ("--config", "tests/tiny.py")
-ALONE = ("--config.picture_every=6", "--config.total_steps=12")
+ALONE = ("--config.picture_every=6", "--config.total_steps=7")
 GLOO = "[Gloo]"  # XLA's greeting on standard output, not ours
 
 
@@ -55,7 +55,7 @@ def together(tmp_path_factory):
 def test_two_processes_train_as_one(alone, together):
     workdir, ((output, errors), (_, others)) = together
     np.testing.assert_allclose(commands.losses(workdir), commands.losses(alone), rtol=1e-5)
-    assert output.splitlines()[-1] == str(workdir / "reconstructions" / "0000012.png")
+    assert output.splitlines()[-1] == str(workdir / "reconstructions" / "0000007.png")
     assert "8 cpu device(s)" in errors
     assert said(others) == []
     assert sorted(path.name for path in workdir.iterdir()) == sorted(path.name for path in alone.iterdir())
@@ -67,9 +67,9 @@ def test_two_processes_train_as_one(alone, together):
 def test_a_run_goes_on_with_other_processes_and_devices(alone, together, tmp_path, devices):
     workdir = tmp_path / "run"
     shutil.copytree(together[0], workdir)
-    shutil.rmtree(workdir / "checkpoints" / "12")
+    shutil.rmtree(workdir / "checkpoints" / "7")
     _, errors = commands.pretrain(workdir, *ALONE, devices=devices)
-    assert "continuing at step 10" in errors
+    assert "continuing at step 5" in errors
     np.testing.assert_allclose(commands.losses(workdir), commands.losses(alone), rtol=1e-5)
 
 
@@ -255,6 +255,7 @@ def test_who_is_waited_for_is_said(tmp_path):
 def test_fine_tuning_measures_and_keeps_what_one_process_does(tmp_path):
     folder = write_folder(tmp_path / "images", 20, classes=("a", "b"))
     options = [f"--config.data.source=folder:{folder}", f"--config.validation.source=folder:{folder}"]
+    options += ["--config.total_steps=6", "--config.validation.every_epochs=2"]
     arguments = ("finetune", "--config", "tests/tiny_classifier.py", *options, "--workdir")
     commands.run(*arguments, tmp_path / "alone")
     (output, _), _ = commands.end(commands.start_together(*arguments, tmp_path / "together"))

@@ -123,6 +123,8 @@ def find_target(name: str) -> Target:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # only who uses a TPU must be alone
+    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for others cannot be read back here
     described = topologies.get_topology_desc(platform="tpu", topology_name=name)
     return Target(name, described.devices, known.chip, known.chip.memory, known)
 
