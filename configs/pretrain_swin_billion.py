@@ -3,7 +3,7 @@
     python -m umae_jax.pretrain --config configs/pretrain_swin_billion.py --workdir DIR \
         --config.data.source=tfds:imagenet2012 --config.data.data_dir=TFDS_FOLDER
 
-Parameters and optimiser are split over 8 devices: whole, they are 12 GiB, and as many numbers come in each step.
+Parameters and optimiser are split over 8 devices: whole, they are 11.3 GiB, and the gradients 3.8 GiB more.
 """
 
 from ml_collections import ConfigDict

@@ -8,16 +8,18 @@ import sys
 import time
 from pathlib import Path
 
+import gcsfs
 import numpy as np
 import pytest
 from etils import epath
 
 from tests import commands
 from tests.images import write_folder
-from umae_jax import load_encoder
+from umae_jax import files, load_encoder
 from umae_jax.data.sources import open_folder
 from umae_jax.errors import UserError
-from umae_jax.files import GrowingObject, _prepare, locate, locate_here, read_file, write_whole
+from umae_jax.files import GrowingObject, explain, locate, locate_here, read_file, write_whole
+from umae_jax.training import metrics
 
 COMMON = ("--config.total_steps=6", "--config.checkpoint_every=2", "--config.checkpoint_keep=2")
 
@@ -32,7 +34,6 @@ def bucket():
         "TENSORSTORE_GCS_HTTP_URL": address,  # Orbax's arrays
         "CLOUD_STORAGE_EMULATOR_ENDPOINT": address,  # ArrayRecord
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks for credentials, which the emulator has no use for
     }
     server = subprocess.Popen(
         [sys.executable, Path(__file__).with_name("bucket_server.py"), str(port)],
@@ -48,6 +49,8 @@ def bucket():
                 break
             except OSError:
                 time.sleep(0.1)
+        else:
+            pytest.fail("the emulator does not answer")
         yield "gs://bucket"
     server.kill()
     server.wait()
@@ -57,14 +60,14 @@ def bucket():
 def images(bucket, tmp_path_factory):
     """The same images on disk and in the bucket."""
     folder = write_folder(tmp_path_factory.mktemp("images"), 16, ("ants", "bees"), height=40, width=40)
-    there = locate(f"{bucket}/images")
+    there = locate(f"{bucket}/images", "path")
     for path in folder.rglob("*.jpg"):
         (there / path.relative_to(folder)).write_bytes(path.read_bytes())
     return folder, str(there)
 
 
 def test_a_path_is_here_or_in_a_bucket(bucket):
-    assert locate("~/x") == Path.home() / "x"
+    assert locate("~/x", "path") == Path.home() / "x"
     assert str(locate(f"{bucket}/x", "--workdir") / "y") == f"{bucket}/x/y"
     with pytest.raises(UserError, match="--output: gs://bucket/x is in a bucket; name a path of this machine"):
         locate_here(f"{bucket}/x", "--output")
@@ -75,21 +78,73 @@ def test_what_keeps_from_a_bucket_is_one_sentence(bucket, monkeypatch):
         raise ValueError("no credentials\nmore")
 
     monkeypatch.setattr(type(epath.Path(bucket)), "exists", refuse)
-    with pytest.raises(UserError, match=r"--workdir: gs://bucket/x cannot be reached \(ValueError: no credentials\)"):
+    with pytest.raises(UserError, match=r"--workdir: gs://bucket/x: ValueError: no credentials"):
         locate(f"{bucket}/x", "--workdir")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    _prepare.cache_clear()
-    with pytest.raises(UserError, match=r'install it with pip install "umae_jax\[gcs\]"'):
-        locate(f"{bucket}/x")
+    with pytest.raises(UserError, match=r'init: gs:// needs .* pip install "umae_jax\[gcs\]"'):
+        locate(f"{bucket}/x", "init")
+
+
+def test_what_the_service_refuses_is_one_sentence(bucket, monkeypatch):
+    place = locate(f"{bucket}/x", "--workdir")
+
+    async def refuse(*arguments, **options):
+        raise OSError("Forbidden: x\nand more")
+
+    monkeypatch.setattr(gcsfs.core, "retry_request", refuse)
+    monkeypatch.setattr(gcsfs.GCSFileSystem, "_request", refuse)
+    with pytest.raises(OSError, match="Forbidden") as failed:
+        place.read_bytes()
+    assert explain(failed.value).startswith("what lies in a bucket cannot be reached (OSError: Forbidden: x); check")
+    assert explain(OSError("another")) is None
+
+
+def test_what_lies_elsewhere_is_refused():
+    with pytest.raises(
+        UserError, match="--workdir: s3://x/y is neither of this machine nor in a bucket; write gs://BUCKET/PATH"
+    ):
+        locate("s3://x/y", "--workdir")
+
+
+def test_tensorflow_is_not_asked(bucket, tmp_path):
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow" / "__init__.py").write_text("raise RuntimeError('imported')")
+    program = "from umae_jax.files import locate; print(locate('gs://bucket/x', 'x').exists())"
+    environment = {**os.environ, "PYTHONPATH": f"{commands.ROOT}{os.pathsep}{tmp_path}"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_metrics_outlive_a_bucket_that_fails_for_a_while(bucket, monkeypatch):
+    workdir = locate(f"{bucket}/failing", "--workdir")
+    monkeypatch.setattr(metrics, "FLUSH_SECONDS", 0)
+    writer = metrics.MetricsWriter(workdir, 0)
+
+    def fail(path, data):
+        raise UserError("no network")
+
+    monkeypatch.setattr(files, "write_whole", fail)
+    writer.write(1, {"loss": 1.0})  # is told, and tried again
+    with pytest.raises(UserError, match="no network"):
+        writer.flush()  # before a checkpoint there is no way around it
+    writer.close()
+    monkeypatch.undo()
+    writer = metrics.MetricsWriter(workdir, 0)
+    writer.write(1, {"loss": 1.0})
+    writer.flush()
+    assert json.loads((workdir / "metrics.jsonl").read_text()) == {"step": 1, "loss": 1.0}
+    writer.close()
 
 
 def test_what_cannot_be_written_in_a_bucket_is_one_sentence(bucket):
     with pytest.raises(UserError, match="gs://none/x could not be written"):
-        write_whole(locate("gs://none/x"), b"data")
+        write_whole(locate("gs://none/x", "path"), b"data")
 
 
 def test_a_file_in_a_bucket_grows(bucket):
-    path = locate(f"{bucket}/log")
+    path = locate(f"{bucket}/log", "path")
     log = GrowingObject(path, b"one ")
     log.write(b"two ")
     assert not path.exists()
@@ -141,7 +196,7 @@ def test_a_run_in_a_bucket_is_the_same_as_one_on_disk(images, tmp_path):
 
     # Weights come out of the bucket, and in from it.
     commands.run("convert", workdir, "--output", tmp_path / "out.safetensors")
-    file = locate("gs://bucket/weights/out.safetensors")
+    file = locate("gs://bucket/weights/out.safetensors", "path")
     file.write_bytes((tmp_path / "out.safetensors").read_bytes())
     ours, theirs = load_encoder(str(tmp_path / "run")), load_encoder(str(file))
     image = np.zeros((1, 32, 32, 3), np.uint8)

@@ -1,7 +1,8 @@
 """Plans; those for TPUs need libtpu, which compiles on any machine."""
 
-import importlib.util
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -22,7 +23,7 @@ def test_a_plan_for_the_devices_that_are_there(tmp_path):
 
 
 def test_a_plan_for_tpus(tmp_path):
-    pytest.importorskip("libtpu", reason="the plan extra is not installed")
+    pytest.importorskip("libtpu", reason="the plan extra is not installed")  # part of the test extra
     path = tmp_path / "plan.json"
     arguments = ("--config", "tests/tiny.py", "--config.mesh.fsdp=2", "--topology=v5e:2x2", "--topology=v6e:2x2")
     table, _ = commands.run("plan", *arguments, "--nolargest", "--json", path)
@@ -30,6 +31,10 @@ def test_a_plan_for_tpus(tmp_path):
     assert [plan["target"] for plan in plans] == ["v5e:2x2", "v6e:2x2"]
     for plan in plans:
         assert plan["chips"] == 4
+        # Kernels are gathered, their gradients summed; passed around in loops they would cost more.
+        kinds = {one["kind"] for one in plan["collectives"]}
+        assert "all-gather" in kinds
+        assert "collective-permute" not in kinds
         assert plan["step"] == plan["scheduled"] + plan["interconnect"]
         assert plan["flops"] > 1e6
         assert plan["images_per_second"] == pytest.approx(4 / plan["step"])
@@ -40,10 +45,20 @@ def test_a_plan_for_tpus(tmp_path):
     assert "v5e:2x2" in table
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the plan extra is installed")
 def test_without_the_compiler_it_says_what_to_install():
-    _, errors = commands.run("plan", "--config", "tests/tiny.py", "--topology=v5e:2x4", status=2)
-    assert errors == (
+    program = (
+        "import importlib.util as util\n"
+        "find = util.find_spec\n"
+        "util.find_spec = lambda name, *more: None if name == 'libtpu' else find(name, *more)\n"
+        "from umae_jax import cli, plan\n"
+        "cli.run(plan.main)"
+    )
+    arguments = ["--config", "tests/tiny.py", "--topology=v5e:2x4"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=commands.ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
         'error: --topology: the compiler for TPUs is missing; install it with pip install "umae_jax[plan]"\n'
     )
 
@@ -51,6 +66,10 @@ def test_without_the_compiler_it_says_what_to_install():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ("--topology=h100",),
+            "--topology: a h100 is planned for where it is, and here is 8 x cpu",
+        ),
         (("--topology=v5e:3x3",), "--topology: there is no v5e:3x3; choose one of v5e:1x1"),
         (("--config.batch_size=12",), "batch_size: 12 does not divide among 8 devices"),
     ],

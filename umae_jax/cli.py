@@ -1,6 +1,5 @@
 """What every command shares: flags, and errors that are one sentence."""
 
-import errno
 import functools
 import sys
 import traceback
@@ -14,24 +13,9 @@ from ml_collections import ConfigDict, config_flags
 from umae_jax import processes
 from umae_jax.config import flat
 from umae_jax.errors import Interrupted, UserError, require
-from umae_jax.files import AnyPath
+from umae_jax.files import AnyPath, explain
 
 T = TypeVar("T")
-
-# Failures of the file system that are the user's to mend, and say so themselves.
-_FILE_ERRORS = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EEXIST,
-    errno.EROFS,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ENAMETOOLONG,
-)
 
 
 def define_config() -> flags.FlagHolder[ConfigDict]:
@@ -156,11 +140,8 @@ def read_config(flag: flags.FlagHolder[ConfigDict]) -> ConfigDict:
 
 def _mendable(error: Exception) -> tuple[str, int] | None:
     """The sentence and the exit status of an error that the user can mend."""
-    if isinstance(error, UserError):
-        return str(error), 2
-    if isinstance(error, OSError) and error.errno in _FILE_ERRORS:
-        return f"{error.filename or 'a file'}: {error.strerror}; mend that or name another place", 1
-    return None
+    sentence = explain(error)
+    return None if sentence is None else (sentence, 2 if isinstance(error, UserError) else 1)
 
 
 def run(main: Callable[..., None], *, arguments: int = 0) -> None:

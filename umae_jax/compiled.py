@@ -59,22 +59,22 @@ class Account(NamedTuple):
     collectives: tuple[Collective, ...]
 
 
-class _Computation:
-    def __init__(self) -> None:
-        self.cycles = 0
-        self.collectives: Counter[_One] = Counter()
-        self.called: list[str] = []
-        self.loops: list[tuple[str, str, int | None]] = []  # condition, body, how often if the program says it
-        self.limit = 1
-
-
-class _One(NamedTuple):
+class _Occurrence(NamedTuple):
     """A collective: kind, devices of a group, bytes, and what its pieces have in common where it was cut into such."""
 
     kind: str
     devices: int
     bytes: int
     chain: str
+
+
+class _Computation:
+    def __init__(self) -> None:
+        self.cycles = 0
+        self.collectives: Counter[_Occurrence] = Counter()
+        self.called: list[str] = []
+        self.loops: list[tuple[str, str, int | None]] = []  # condition, body, how often if the program says it
+        self.limit = 1
 
 
 def _size(shape: str) -> list[int]:
@@ -98,7 +98,7 @@ def _group(line: str, devices: int) -> int:
     return devices
 
 
-def _collective(line: str, name: str, devices: int) -> _One | None:
+def _collective(line: str, name: str, devices: int) -> _Occurrence | None:
     found = _COLLECTIVE.search(line)
     if found is None:
         return None
@@ -106,7 +106,7 @@ def _collective(line: str, name: str, devices: int) -> _One | None:
     sizes = _size(shape)
     group = _group(line, devices)
     if kind == "collective-permute":
-        return _One(kind, group, sizes[0], "")
+        return _Occurrence(kind, group, sizes[0], "")
     if start and kind in ("all-gather", "reduce-scatter"):
         sizes = sizes[len(sizes) // 2 :] if kind == "all-gather" else sizes[: len(sizes) // 2]  # operands, results
     elif kind == "reduce-scatter":
@@ -114,7 +114,7 @@ def _collective(line: str, name: str, devices: int) -> _One | None:
     if kind == "all-reduce" and "all-reduce-scatter" in name:  # XLA:TPU's fused form
         kind = "reduce-scatter"
     chain = re.search(r'(channel_id=\d+).*(chain_id="\d+")', line)
-    return _One(kind, group, sum(sizes), "".join(chain.groups()) if chain else "")
+    return _Occurrence(kind, group, sum(sizes), "".join(chain.groups()) if chain else "")
 
 
 def read_program(text: str, devices: int) -> tuple[int | None, tuple[Collective, ...]]:
@@ -145,7 +145,7 @@ def read_program(text: str, devices: int) -> tuple[int | None, tuple[Collective,
             here.called += _CALLED.findall(line)
 
     cycles_of: Counter[str] = Counter()
-    collectives: Counter[_One] = Counter()
+    collectives: Counter[_Occurrence] = Counter()
 
     def add(name: str, times: int) -> None:
         here = computations[name]

@@ -1,7 +1,6 @@
 """Every key a configuration has, its default and its unit. The files in `configs/` start from here."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ from ml_collections import ConfigDict, config_dict
 
 from umae_jax.data.on_device import IMAGENET_MEAN, IMAGENET_STD
 from umae_jax.errors import UserError, listing, require
+from umae_jax.files import AnyPath
 from umae_jax.models import presets
 
 CONFIG_FILE = "config.json"  # in a run's directory
@@ -279,7 +279,7 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
-def read_config(path: Path) -> ConfigDict:
+def read_config(path: AnyPath) -> ConfigDict:
     """The configuration that a run wrote into its directory.
 
     Raises:

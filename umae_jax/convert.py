@@ -33,7 +33,7 @@ _BEST = flags.DEFINE_boolean("best", False, "Out: the checkpoint that validation
 def main(source: str = "") -> None:
     """Convert in the direction that the argument says: a file comes in, a directory goes out."""
     require(bool(source), "name what to convert: a FILE of weights with --workdir, or a run's DIR with --output")
-    path = weights_in(locate(source))
+    path = weights_in(locate(source, "FILE or DIR"))
     require(path.exists(), f"there is no file or directory {path}")
     if path.is_dir():
         output = locate_here(cli.required(_OUTPUT, "the file to write, .safetensors or .pth"), "--output")

@@ -22,8 +22,8 @@ from absl import flags
 from umae_jax import cli
 from umae_jax.config import check
 from umae_jax.data.sources import open_source
-from umae_jax.errors import UserError, require
-from umae_jax.files import AnyPath, locate, write_whole
+from umae_jax.errors import require
+from umae_jax.files import AnyPath, explain, locate, write_whole
 from umae_jax.hardware import GIB
 from umae_jax.processes import versions
 from umae_jax.training.agreement import of_all
@@ -42,8 +42,10 @@ def fault_of(work: Callable[[], object]) -> str:
     """Why something cannot be done; "" if it can."""
     try:
         work()
-    except (UserError, OSError) as error:
-        return str(error)
+    except Exception as error:
+        if (sentence := explain(error)) is None:
+            raise
+        return sentence
     return ""
 
 

@@ -97,23 +97,24 @@ def load_encoder(
     return PretrainedEncoder(nnx.merge(graph, jax.tree.map(jnp.asarray, params)), config)
 
 
-def read_encoder(path: str | os.PathLike[str]) -> tuple[ConfigDict, nnx.State]:
+def read_encoder(path: str | os.PathLike[str], name: str = "path") -> tuple[ConfigDict, nnx.State]:
     """The parameters of an encoder, on the host, and the configuration of the model that it was part of.
 
     Args:
         path: as for `load_encoder`.
+        name: of the key that it comes from.
 
     Raises:
         UserError: if there are no such weights.
     """
-    path = weights_in(locate(path))
-    require(path.exists(), f"there is no file or directory {path}")
-    if path.is_dir():
-        stored = read_run(path)
+    place = weights_in(locate(path, name))
+    require(place.exists(), f"there is no file or directory {place}")
+    if place.is_dir():
+        stored = read_run(place)
         return stored.config, jax.device_get(stored.params["encoder"])
-    config, tensors = read_model(path, encoder_only=True)
+    config, tensors = read_model(place, encoder_only=True)
     _, shapes = _shapes(config, final_norm="norm.weight" in tensors)
-    params = from_reference(config, nnx.State({"encoder": shapes}), tensors, name=str(path), only="encoder.")
+    params = from_reference(config, nnx.State({"encoder": shapes}), tensors, name=str(place), only="encoder.")
     return config, params["encoder"]
 
 

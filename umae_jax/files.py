@@ -1,58 +1,56 @@
 """Where files lie: on this machine or in a bucket, gs://BUCKET/PATH. They are written whole or not at all."""
 
+import errno
 import functools
 import importlib.util
 import logging
 import os
+import re
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 
+import fsspec
 from etils import epath
 
 from umae_jax.errors import UserError, require
 
+# Read when a path in a bucket is first used: etils takes TensorFlow for these where that is installed.
+os.environ.setdefault("EPATH_USE_TF", "false")
+
 BUCKETS = "gs://"
 AnyPath: TypeAlias = Path | epath.Path  # the second where it lies in a bucket
 
+# Failures of the file system that are the user's to mend, and say so themselves.
+_MENDABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EEXIST, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+)
 
-def locate(text: str | os.PathLike[str], name: str = "") -> AnyPath:
-    """The path that a user means: of this machine, with ~ for home, or in a bucket.
 
-    Args:
-        text: the path.
-        name: of the flag or key that it comes from.
+def explain(error: BaseException) -> str | None:
+    """What a failure to read or write means to the user, as a sentence; None if it is none, or not the user's to mend.
 
-    Raises:
-        UserError: if it names a bucket that cannot be reached, or what reaches buckets is not installed.
+    What reaches buckets raises errors of many kinds, of the network, of credentials, of the service; they are known by
+    where they come from.
     """
-    if not in_bucket(text):
-        return Path(text).expanduser()
-    where = f"{name}: " if name else ""
-    path = _in_bucket(os.fspath(text), where)
-    try:
-        path.exists()
-    except Exception as error:  # of the network, of credentials, of the service
-        raise UserError(
-            f"{where}{path} cannot be reached ({_first_line(error)}); check its name and the network, and log in with "
-            "gcloud auth application-default login"
-        ) from None
-    return path
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _MENDABLE:
+        return f"{error.filename or 'a file'}: {error.strerror}; mend that or name another place"
+    frames = traceback.walk_tb(error.__traceback__)
+    if any(frame.f_globals.get("__name__", "").partition(".")[0] == "gcsfs" for frame, _ in frames):
+        return (
+            f"what lies in a bucket cannot be reached ({_first_line(error)}); check its name, the network, and that "
+            "you may read and write there, and log in with gcloud auth application-default login"
+        )
+    return None
 
 
-def read_file(path: str) -> bytes:
-    """All of a file, here or in a bucket."""
-    return (_in_bucket(path, "") if in_bucket(path) else Path(path)).read_bytes()
-
-
-def locate_here(text: str | os.PathLike[str], name: str) -> Path:
-    """The path of something that only this machine's disk can hold.
-
-    Raises:
-        UserError: if it names a bucket.
-    """
-    require(not in_bucket(text), f"{name}: {text} is in a bucket; name a path of this machine")
-    return Path(text).expanduser()
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}"[:200] if lines else type(error).__name__
 
 
 def in_bucket(path: str | os.PathLike[str]) -> bool:
@@ -60,28 +58,69 @@ def in_bucket(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).startswith(BUCKETS)
 
 
+def locate(text: str | os.PathLike[str], name: str) -> AnyPath:
+    """The path that a user means: of this machine, with ~ for home, or in a bucket.
+
+    Args:
+        text: the path.
+        name: of the flag or key that it comes from.
+
+    Raises:
+        UserError: if it lies elsewhere, in a bucket that cannot be reached, or what reaches buckets is not installed.
+    """
+    if not in_bucket(text):
+        scheme = re.match(r"(\w+):/", os.fspath(text))
+        require(
+            scheme is None, f"{name}: {text} is neither of this machine nor in a bucket; write {BUCKETS}BUCKET/PATH"
+        )
+        return Path(text).expanduser()
+    _set_up_buckets(name)
+    path = epath.Path(text)
+    try:
+        path.exists()
+    except Exception as error:  # whatever is wrong with it
+        raise UserError(f"{name}: {path}: {explain(error) or _first_line(error)}") from None
+    return path
+
+
+def locate_here(text: str | os.PathLike[str], name: str) -> Path:
+    """The path of something that only this machine's disk can hold.
+
+    Raises:
+        UserError: if it lies elsewhere.
+    """
+    require(not in_bucket(text), f"{name}: {text} is in a bucket; name a path of this machine")
+    path = locate(text, name)
+    assert isinstance(path, Path)
+    return path
+
+
 @functools.cache
-def _prepare(where: str) -> None:
+def _set_up_buckets(name: str) -> None:
     """Set up, once in a process, what reaches buckets."""
     require(
         importlib.util.find_spec("gcsfs") is not None,
-        f'{where}{BUCKETS} needs what reaches buckets; install it with pip install "umae_jax[gcs]"',
+        f'{name}: {BUCKETS} needs what reaches buckets; install it with pip install "umae_jax[gcs]"',
     )
-    import fsspec
-
     # Others write there too: what was listed a moment ago says nothing of what is there now.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for more rights than reading needs
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # prints the traceback of what it raises as well
 
 
-def _in_bucket(path: str, where: str) -> epath.Path:
-    _prepare(where)
-    return epath.Path(path)
+def read_file(path: str) -> bytes:
+    """All of a file, here or in a bucket, under the name that `files_in_bucket` gave."""
+    if not in_bucket(path):
+        return Path(path).read_bytes()
+    _set_up_buckets(path)
+    system, key = fsspec.core.url_to_fs(path)
+    return system.cat_file(key)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}"[:200] if lines else type(error).__name__
+def files_in_bucket(folder: epath.Path) -> list[str]:
+    """The names of all files below a folder, by one question; etils would ask for each folder."""
+    system, key = fsspec.core.url_to_fs(str(folder))
+    return [f"{BUCKETS}{file}" for file in system.find(key)]
 
 
 def write_whole(path: AnyPath, data: bytes) -> None:
@@ -97,10 +136,7 @@ def write_whole(path: AnyPath, data: bytes) -> None:
     try:
         path.write_bytes(data)  # an object appears when all of it has come
     except Exception as error:
-        raise UserError(
-            f"{path} could not be written ({_first_line(error)}); check that the bucket is there and that you may "
-            "write to it, or name another place"
-        ) from error
+        raise UserError(f"{path} could not be written: {explain(error) or _first_line(error)}") from error
 
 
 def write_together(files: Mapping[Path, bytes]) -> None:
@@ -123,8 +159,6 @@ def write_together(files: Mapping[Path, bytes]) -> None:
 
 def move_folder(folder: AnyPath, to: AnyPath) -> None:
     """Move a folder; what was there in its place is lost."""
-    import fsspec
-
     to.parent.mkdir(parents=True, exist_ok=True)
     system, place = fsspec.core.url_to_fs(str(to))
     if system.exists(place):

@@ -41,7 +41,7 @@ def begin(config: ConfigDict, what: Run) -> TrainState:
     if config.init is None:
         cli.say("init is not set: training from scratch")
         return initialize(config, what)
-    pretrained, encoder = read_encoder(config.init)
+    pretrained, encoder = read_encoder(config.init, "init")
     wanted = what.state.params["encoder"]
     return initialize(config, what, fit_encoder(config, wanted, pretrained, encoder, config.init))
 

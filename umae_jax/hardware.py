@@ -46,6 +46,8 @@ KINDS = {
     "NVIDIA H200": Chip(989e12, 141e9, 4800e9),
 }
 
+GPUS = ("a100", "h100", "h200")  # may be named for those that are there; there is no compiler for others
+
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _SMALL_CUBES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 _MOST_CUBE = (16, 16, 24)

@@ -13,7 +13,6 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,8 +27,8 @@ from umae_jax.config import check, resolve_steps
 from umae_jax.data.loader import Batch, abstract_batch
 from umae_jax.data.sources import open_source
 from umae_jax.errors import UserError, require
-from umae_jax.files import write_whole
-from umae_jax.hardware import GIB, KINDS, Chip, Topology, topology
+from umae_jax.files import locate_here, write_whole
+from umae_jax.hardware import GIB, GPUS, KINDS, Chip, Topology, topology
 from umae_jax.training import finetuning, pretraining
 from umae_jax.training.mesh import batch_sharding, make_mesh
 from umae_jax.training.metrics import duration
@@ -109,11 +108,19 @@ class Plan:
 
 
 def find_target(name: str) -> Target:
-    """The target of a topology's name.
+    """The target of a topology's name, or of that of a GPU that is there.
 
     Raises:
         UserError: if there is none, or its compiler is missing.
     """
+    if name.lower() in GPUS:
+        there = local_target()
+        require(
+            name.lower() in there.name.lower(),
+            f"--topology: a {name} is planned for where it is, and here is {there.name}; name a slice of TPUs, or run "
+            "this on that machine",
+        )
+        return there
     known = topology(name)
     require(
         importlib.util.find_spec("libtpu") is not None,
@@ -233,13 +240,14 @@ def largest_batch(config: ConfigDict, target: Target, memory: float, first: Acco
     return low
 
 
-def make_plan(config: ConfigDict, target: Target, images: int, *, search: bool) -> Plan:
+def make_plan(config: ConfigDict, target: Target, images: int, flops: float | None, *, search: bool) -> Plan:
     """Plan a run on a target.
 
     Args:
         config: of the run.
         target: what it is for.
         images: of an epoch.
+        flops: of a step, on all chips together, if they are known.
         search: whether to search for the largest batch.
 
     Raises:
@@ -247,7 +255,7 @@ def make_plan(config: ConfigDict, target: Target, images: int, *, search: bool) 
     """
     chips = len(target.devices)
     check(config, chips)
-    chip, told, flops, needs = target.chip, None, count_flops(config), ""
+    chip, told, needs = target.chip, None, ""
     start = time.monotonic()
     try:
         told = compile_for(config, target)
@@ -335,8 +343,9 @@ def table(plans: Sequence[Plan]) -> str:
             f"  {kind} over {devices}",
             *("-" if one is None else f"{one['count']} of {one['bytes'] / 1e6:,.1f} MB in all" for one in found),
         )
+    section("Counted on the program before it is compiled:")
+    row("  operations of a step", *(_value(plan.flops, 1e12, " TFLOP", 3) for plan in plans))
     section("Estimated from these and from what is published of the chip:")
-    row("  operations of the model", *(_value(plan.flops, 1e12, " TFLOP", 3) for plan in plans))
     row("  scheduled, without collectives", *(_value(plan.scheduled, 1e-3, " ms") for plan in plans))
     row("  operations at the chip's best", *(_value(plan.flops_limit, 1e-3, " ms") for plan in plans))
     row("  bytes at the memory's best", *(_value(plan.bytes_limit, 1e-3, " ms") for plan in plans))
@@ -374,19 +383,21 @@ def main() -> None:
     """Plan, and print what was found."""
     config = cli.read_config(_CONFIG)
     for name in _TOPOLOGY.value:
-        topology(name)  # before the first takes its time
-    path = Path(_JSON.value).expanduser() if _JSON.value else None
+        if name.lower() not in GPUS:
+            topology(name)  # before the first takes its time
+    path = locate_here(_JSON.value, "--json") if _JSON.value else None
     require(
         path is None or path.parent.is_dir(), f"--json: there is no folder for {path}; make it or name another file"
     )
     images = count_images(config)
     targets = [find_target(name) for name in _TOPOLOGY.value] or [local_target()]
     plans = []
+    flops = count_flops(config)
     for target in targets:
         check(config, len(target.devices))
     for target in targets:
         cli.say(f"{target.name}: compiling, which takes minutes for large models")
-        plans.append(make_plan(config, target, images, search=_LARGEST.value))
+        plans.append(make_plan(config, target, images, flops, search=_LARGEST.value))
         cli.say(f"{target.name}: compiled in {duration(plans[-1].compile_seconds)}")
     cli.result(table(plans))
     if path:

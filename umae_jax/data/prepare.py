@@ -16,6 +16,7 @@ from absl import flags
 from umae_jax import cli
 from umae_jax.data.sources import FILE_NAME, NO_LABEL, Source, open_source
 from umae_jax.errors import require
+from umae_jax.files import locate_here
 
 VERSION = "1.0.0"
 
@@ -41,7 +42,8 @@ def write_data_set(source: Source, name: str, data_dir: str, split: str = "train
         re.fullmatch(r"[A-Za-z0-9_]+", split) is not None and split != "all",
         f"--split: {split!r} will not do; use letters, digits and underscores, such as train or validation",
     )
-    folder = Path(data_dir).expanduser() / name / VERSION
+    root = locate_here(data_dir, "--data_dir")
+    folder = root / name / VERSION
     require(not folder.exists(), f"--name: {folder} exists already; choose another name or remove it first")
     folder.parent.mkdir(parents=True, exist_ok=True)  # fails before TFDS says a word
     features: dict[str, Any] = {"image": tfds.features.Image(), FILE_NAME: tfds.features.Text()}
@@ -68,7 +70,7 @@ def write_data_set(source: Source, name: str, data_dir: str, split: str = "train
                 example: dict[str, Any] = {"image": io.BytesIO(data), FILE_NAME: Path(path).name}
                 yield number, example if label == NO_LABEL else {**example, "label": label}
 
-    builder = FolderBuilder(data_dir=str(Path(data_dir).expanduser()), file_format="array_record")
+    builder = FolderBuilder(data_dir=str(root), file_format="array_record")
     builder.download_and_prepare()
     return folder
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from umae_jax.errors import UserError, listing
-from umae_jax.files import BUCKETS, AnyPath, locate, read_file
+from umae_jax.files import AnyPath, files_in_bucket, locate, read_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 NO_LABEL = -1
@@ -128,7 +128,7 @@ def open_source(name: str, *, split: str = "train", data_dir: str | None = None,
     if name == "photos":
         return _photographs()
     if kind == "folder" and rest:
-        return open_folder(rest)
+        return open_folder(rest, f"{key}.source")
     if kind == "tfds" and rest:
         return _open_tfds(rest, split, data_dir, key)
     raise UserError(f"{key}.source: unknown source {name!r}; write photos, folder:PATH or tfds:NAME")
@@ -146,14 +146,14 @@ def _photographs() -> Files:
     return Files(paths)
 
 
-def open_folder(path: str) -> Files:
+def open_folder(path: str, key: str = "data.source") -> Files:
     """A tree of image files; the subfolders directly below it, if every file lies in one, are the classes.
 
     Raises:
         UserError: if the folder is missing or holds no images.
         OSError: if a part of it cannot be listed.
     """
-    root = locate(path)
+    root = locate(path, key)
     if not root.is_dir():
         raise UserError(f"there is no folder {path}; write the path of one that holds images")
     paths = [file for file in _files_below(root) if file.lower().endswith(SUFFIXES)]
@@ -175,10 +175,7 @@ def _files_below(root: AnyPath) -> Iterator[str]:
         raise error
 
     if not isinstance(root, Path):
-        import fsspec  # lists all of them by one question, which etils cannot
-
-        system, place = fsspec.core.url_to_fs(str(root))
-        yield from (f"{BUCKETS}{file}" for file in system.find(place))
+        yield from files_in_bucket(root)
         return
     visited = set()  # links may lead back
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=tell):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from umae_jax.errors import UserError, listing
-from umae_jax.files import AnyPath, write_whole
+from umae_jax.files import AnyPath, explain, write_whole
 from umae_jax.processes.line import GRACE, Line
 from umae_jax.processes.place import Place
 
@@ -188,22 +188,25 @@ class Lobby:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             write_whole(mark, b"")
-        except UserError as error:
-            raise self.refuse(f"--workdir: {error}") from None
-        except OSError as error:
-            raise self.refuse(f"{error.filename}: {error.strerror}; mend that or name another --workdir") from None
+        except Exception as error:
+            if (sentence := explain(error)) is None:
+                raise
+            raise self.refuse(f"--workdir: {sentence}") from None
         try:
             for line in self.lines.values():
                 line.send(look=mark.name)
             for index, line in self.lines.items():
                 line.connection.settimeout(2 * LOOK)
-                if not line.next().get("seen"):
+                answer = line.next()
+                if not answer.get("seen"):
+                    why = f" ({answer['why']})" if answer.get("why") else ""
                     raise self.refuse(
-                        f"{_name(index, self.came[index])} does not see what process 0 writes into {workdir}; "
+                        f"{_name(index, self.came[index])} does not see what process 0 writes into {workdir}{why}; "
                         "name a --workdir that all of them share"
                     )
         finally:
-            mark.unlink(missing_ok=True)
+            with contextlib.suppress(Exception):  # it is in nobody's way
+                mark.unlink(missing_ok=True)
 
 
 def reach(greeting: Greeting, wait: float, silence: float, say: Callable[[str], None]) -> tuple[Line, int]:
@@ -233,17 +236,22 @@ def reach(greeting: Greeting, wait: float, silence: float, say: Callable[[str], 
         while "go" not in (message := line.next()):
             if "error" in message:
                 raise Told(message["error"])
-            line.send(seen=_appears((greeting.workdir or Path()) / str(message.get("look"))))
+            seen, why = _appears((greeting.workdir or Path()) / str(message.get("look")))
+            line.send(seen=seen, why=why)
     except OSError:
         raise UserError(f"process 0 at {where} left before all processes had come; see why in its own log") from None
     line.connection.settimeout(silence)
     return line, int(message["go"])
 
 
-def _appears(path: Path) -> bool:
+def _appears(path: AnyPath) -> tuple[bool, str]:
+    """Whether a file comes to be seen here, and what keeps this process from looking, if something does."""
     end = time.monotonic() + LOOK
-    while not path.exists():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.1)
-    return True
+    try:
+        while not path.exists():
+            if time.monotonic() > end:
+                return False, ""
+            time.sleep(0.1)
+    except Exception as error:  # of the file system, or of whatever reaches a bucket
+        return False, explain(error) or f"{type(error).__name__}: {error}"
+    return True, ""

@@ -60,7 +60,7 @@ def _warn(*message: object) -> None:
         logging.warning(*message)
 
 
-def _read_alone(handler: Callable[..., Any], path: Path, wanted: Any) -> Any:  # noqa: ANN401 - Orbax's arguments
+def _read_alone(handler: Callable[..., Any], path: AnyPath, wanted: Any) -> Any:  # noqa: ANN401 - Orbax's arguments
     """Read an item without waiting for other processes: one that cannot read leaves the others waiting else."""
     here = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(
@@ -238,7 +238,7 @@ class Checkpoints:
         for step, reason in broken.items():
             _warn("checkpoint %d cannot be read (%s); moved it to %s", step, reason, aside)
             if jax.process_index() == 0:
-                move_folder(self._folder / str(step), aside / str(step))
+                self._guard(functools.partial(move_folder, self._folder / str(step), aside / str(step)))
         if broken:
             of_all(None)  # they have been moved
             self._manager.reload()

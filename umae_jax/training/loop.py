@@ -153,6 +153,7 @@ def train(
                 read(*pending)
             pending = (number, metrics_of_step)
         checkpoints.wait()
+        report.flush()
     finally:
         report.close()
     return state

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 import jax
+from absl import logging
 from etils import epath
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
@@ -17,6 +18,7 @@ from tensorboardX.record_writer import register_writer_factory
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
+from umae_jax.errors import UserError
 from umae_jax.files import AnyPath, GrowingObject, write_whole
 
 METRICS_FILE = "metrics.jsonl"
@@ -119,7 +121,10 @@ class MetricsWriter:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._board_path)) from error
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self.flush()
+            try:
+                self.flush()
+            except UserError as error:  # of a bucket; there is time until the next checkpoint
+                logging.warning("%s; trying again in %d s", error, FLUSH_SECONDS)
 
     def flush(self) -> None:
         """Have what was written so far survive this process, and TensorBoard see it.
@@ -135,10 +140,10 @@ class MetricsWriter:
             raise OSError(error.errno, error.strerror, str(self._board_path)) from error
 
     def close(self) -> None:
-        """Flush everything."""
-        self._file.close()
-        with contextlib.suppress(OSError):  # a full disk; the lines are in metrics.jsonl, or its failure has been told
-            self._board.close()
+        """Let go of everything; what could not be written has been told by `flush`, or does not tell why a run ends."""
+        for file in (self._file, self._board):
+            with contextlib.suppress(OSError, UserError):
+                file.close()
 
 
 class Progress:

@@ -1,13 +1,13 @@
 """Hugging Face's names for a ViT, as one table over the reference's, and the files that transformers wants beside."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 import umae_jax
+from umae_jax.files import AnyPath
 from umae_jax.models.autoencoder import DECODER_MLP_RATIO
 from umae_jax.training.checkpoint import FOLDER
 
@@ -82,7 +82,7 @@ def from_huggingface(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
     return found | left
 
 
-def weights_in(path: Path) -> Path:
+def weights_in(path: AnyPath) -> AnyPath:
     """The file of weights in a folder that transformers saved; any other path comes back as it is."""
     inside = path / TRANSFORMERS_FILE
     return inside if inside.is_file() and not (path / FOLDER).exists() else path

@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ from ml_collections import ConfigDict
 
 from umae_jax.config import default_config, from_json
 from umae_jax.errors import UserError, require
+from umae_jax.files import AnyPath
 from umae_jax.models.presets import SIZES
 from umae_jax.weights.files import read_weights
 from umae_jax.weights.huggingface import from_huggingface
@@ -163,7 +163,7 @@ class Identified(NamedTuple):
     tensors: Mapping[str, np.ndarray]
 
 
-def read_model(path: Path, config: ConfigDict | None = None, *, encoder_only: bool = False) -> Identified:
+def read_model(path: AnyPath, config: ConfigDict | None = None, *, encoder_only: bool = False) -> Identified:
     """Read a file of weights, in the reference's names or Hugging Face's, and find out of which model it is.
 
     Args:
