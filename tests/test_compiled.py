@@ -18,8 +18,8 @@ PROGRAM = """HloModule jit_step, num_partitions=8
 %body (p: s32[]) -> s32[] {
   %fusion.1 = f32[8]{0} fusion(%p), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"100"}
   %gather = bf16[512,512]{1,0} all-gather(%x), replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_0'}, dimensions={0}
-  %start = bf16[256,512]{1,0} all-gather(%y), channel_id=9, replica_groups=[1,8]<=[8], frontend_attributes={chain_id="3"}
-  %go_on = bf16[256,512]{1,0} all-gather(%y), channel_id=9, replica_groups=[1,8]<=[8], frontend_attributes={chain_id="3"}
+  %s0 = bf16[256,512]{1,0} all-gather(%y), channel_id=9, replica_groups=[1,8]<=[8], frontend_attributes={chain_id="3"}
+  %s1 = bf16[256,512]{1,0} all-gather(%y), channel_id=9, replica_groups=[1,8]<=[8], frontend_attributes={chain_id="3"}
   %move = (bf16[48,12]{1,0}, bf16[48,12]{1,0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}
   %fused.2 = bf16[96,2048]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.8
 }
