@@ -1,9 +1,13 @@
+import math
+import runpy
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tests import tiny
+from tests.commands import ROOT
 from umae_jax.config import default_config
 from umae_jax.models.presets import SIZES
 from umae_jax.training.mesh import make_mesh, spec_of, state_shardings
@@ -55,3 +59,12 @@ def test_a_state_is_born_in_parts():
     assert kernels
     for kernel in kernels:
         assert {shard.data.size for shard in kernel.addressable_shards} == {kernel.size // 8}
+
+
+def test_a_billion_parameters_are_split_over_eight_devices():
+    config = runpy.run_path(str(ROOT / "configs" / "pretrain_swin_billion.py"))["get_config"]()
+    state = describe(config, make_mesh(config.mesh.fsdp)).state
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) > 1e9
+    leaves = jax.tree.leaves(state)
+    whole = sum(leaf.size for leaf in leaves)
+    assert sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves) < 1.02 * whole / 8
