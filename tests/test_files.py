@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import gcsfs
 import numpy as np
 import pytest
 from etils import epath
@@ -86,6 +85,8 @@ def test_what_keeps_from_a_bucket_is_one_sentence(bucket, monkeypatch):
 
 
 def test_what_the_service_refuses_is_one_sentence(bucket, monkeypatch):
+    import gcsfs
+
     place = locate(f"{bucket}/x", "--workdir")
 
     async def refuse(*arguments, **options):

@@ -68,9 +68,10 @@ def test_without_the_compiler_it_says_what_to_install():
     [
         (
             ("--topology=h100",),
-            "--topology: a h100 is planned for where it is, and here is 8 x cpu",
+            "--topology: h100 can be planned for only where it is, and here is 8 x cpu",
         ),
         (("--topology=v5e:3x3",), "--topology: there is no v5e:3x3; choose one of v5e:1x1"),
+        (("--config.accumulate=3",), "batch_size: 16 does not divide among 8 devices x 3 accumulated parts"),
         (("--config.batch_size=12",), "batch_size: 12 does not divide among 8 devices"),
     ],
 )

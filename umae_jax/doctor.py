@@ -43,7 +43,8 @@ def fault_of(work: Callable[[], object]) -> str:
     try:
         work()
     except Exception as error:
-        if (sentence := explain(error)) is None:
+        sentence = explain(error) or (str(error) if isinstance(error, OSError) else "")
+        if not sentence:
             raise
         return sentence
     return ""
@@ -80,7 +81,9 @@ def examine(config: Any, workdir: AnyPath | None) -> dict[str, Any]:  # noqa: AN
             found["images"] = len(source)
             found["first"] = source[0].name
 
-        found["faults"] += [f"data.source: {fault}"] if (fault := fault_of(read)) else []
+        found["faults"] += (
+            [fault if fault.startswith("data.") else f"data.source: {fault}"] if (fault := fault_of(read)) else []
+        )
         found["faults"] += [fault] if (fault := fault_of(lambda: check(config))) else []
     if workdir is not None:
         fault = fault_of(lambda: write_and_remove(workdir))

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import re
+import shutil
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +17,9 @@ from etils import epath
 
 from umae_jax.errors import UserError, require
 
-# Read when a path in a bucket is first used: etils takes TensorFlow for these where that is installed.
+# etils takes TensorFlow for buckets where that is installed; gcsfs asks for more rights than reading needs.
 os.environ.setdefault("EPATH_USE_TF", "false")
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 BUCKETS = "gs://"
 AnyPath: TypeAlias = Path | epath.Path  # the second where it lies in a bucket
@@ -25,27 +27,36 @@ AnyPath: TypeAlias = Path | epath.Path  # the second where it lies in a bucket
 # Failures of the file system that are the user's to mend, and say so themselves.
 _MENDABLE = (
     *(errno.EACCES, errno.EPERM, errno.EEXIST, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE),
 )
 
 
 def explain(error: BaseException) -> str | None:
-    """What a failure to read or write means to the user, as a sentence; None if it is none, or not the user's to mend.
-
-    What reaches buckets raises errors of many kinds, of the network, of credentials, of the service; they are known by
-    where they come from.
-    """
+    """What a failure to read or write means to the user, as a sentence; None if it is not the user's to mend."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in _MENDABLE:
-        return f"{error.filename or 'a file'}: {error.strerror}; mend that or name another place"
-    frames = traceback.walk_tb(error.__traceback__)
-    if any(frame.f_globals.get("__name__", "").partition(".")[0] == "gcsfs" for frame, _ in frames):
+    if of_bucket(error):
         return (
             f"what lies in a bucket cannot be reached ({_first_line(error)}); check its name, the network, and that "
             "you may read and write there, and log in with gcloud auth application-default login"
         )
+    if isinstance(error, OSError) and error.errno in _MENDABLE:
+        return f"{error.filename or 'a file'}: {error.strerror}; mend that or name another place"
     return None
+
+
+def of_bucket(error: BaseException | None) -> bool:
+    """Whether a bucket could not be reached.
+
+    There are errors of many kinds, of the network, of credentials, of the service; they are known by where they come
+    from.
+    """
+    while error is not None:
+        modules = {frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)}
+        if any(module.partition(".")[0] == "gcsfs" for module in modules):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _first_line(error: BaseException) -> str:
@@ -69,12 +80,16 @@ def locate(text: str | os.PathLike[str], name: str) -> AnyPath:
         UserError: if it lies elsewhere, in a bucket that cannot be reached, or what reaches buckets is not installed.
     """
     if not in_bucket(text):
-        scheme = re.match(r"(\w+):/", os.fspath(text))
+        scheme = re.match(r"\w+://|gs:/", os.fspath(text))
         require(
             scheme is None, f"{name}: {text} is neither of this machine nor in a bucket; write {BUCKETS}BUCKET/PATH"
         )
         return Path(text).expanduser()
-    _set_up_buckets(name)
+    require(
+        importlib.util.find_spec("gcsfs") is not None,
+        f'{name}: {BUCKETS} needs what reaches buckets; install it with pip install "umae_jax[gcs]"',
+    )
+    _buckets()
     path = epath.Path(text)
     try:
         path.exists()
@@ -96,31 +111,25 @@ def locate_here(text: str | os.PathLike[str], name: str) -> Path:
 
 
 @functools.cache
-def _set_up_buckets(name: str) -> None:
-    """Set up, once in a process, what reaches buckets."""
-    require(
-        importlib.util.find_spec("gcsfs") is not None,
-        f'{name}: {BUCKETS} needs what reaches buckets; install it with pip install "umae_jax[gcs]"',
-    )
-    # Others write there too: what was listed a moment ago says nothing of what is there now.
-    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for more rights than reading needs
+def _buckets() -> fsspec.AbstractFileSystem:
+    """What reaches buckets, set up once in a process; etils uses the same."""
+    settings = fsspec.config.conf.setdefault("gcs", {})
+    settings["use_listings_cache"] = False  # others write there too
+    settings["requests_timeout"] = 60  # seconds; there is none else
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # prints the traceback of what it raises as well
+    return fsspec.filesystem("gcs")
 
 
 def read_file(path: str) -> bytes:
     """All of a file, here or in a bucket, under the name that `files_in_bucket` gave."""
     if not in_bucket(path):
         return Path(path).read_bytes()
-    _set_up_buckets(path)
-    system, key = fsspec.core.url_to_fs(path)
-    return system.cat_file(key)
+    return _buckets().cat_file(path.removeprefix(BUCKETS))
 
 
 def files_in_bucket(folder: epath.Path) -> list[str]:
     """The names of all files below a folder, by one question; etils would ask for each folder."""
-    system, key = fsspec.core.url_to_fs(str(folder))
-    return [f"{BUCKETS}{file}" for file in system.find(key)]
+    return [f"{BUCKETS}{file}" for file in _buckets().find(str(folder).removeprefix(BUCKETS))]
 
 
 def write_whole(path: AnyPath, data: bytes) -> None:
@@ -159,11 +168,14 @@ def write_together(files: Mapping[Path, bytes]) -> None:
 
 def move_folder(folder: AnyPath, to: AnyPath) -> None:
     """Move a folder; what was there in its place is lost."""
-    to.parent.mkdir(parents=True, exist_ok=True)
-    system, place = fsspec.core.url_to_fs(str(to))
-    if system.exists(place):
-        system.rm(place, recursive=True)
-    system.mv(str(folder), str(to), recursive=True)
+    if isinstance(to, Path):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(to, ignore_errors=True)
+        shutil.move(folder, to)
+        return
+    if to.exists():
+        to.rmtree()
+    _buckets().mv(str(folder).removeprefix(BUCKETS), str(to).removeprefix(BUCKETS), recursive=True)
 
 
 class GrowingObject:

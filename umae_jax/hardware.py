@@ -97,7 +97,11 @@ def topology(name: str) -> Topology:
         UserError: if there is none.
     """
     generation, _, shape = name.partition(":")
-    require(generation in TPUS, f"--topology: {name!r} begins with none of {', '.join(TPUS)}; write v5e:4x4, say")
+    require(
+        generation in TPUS,
+        f"--topology: {name!r} begins with none of {', '.join(TPUS)} and is none of {', '.join(GPUS)}; "
+        "write v5e:4x4, say",
+    )
     sides = tuple(int(side) for side in shape.split("x") if side.isdecimal())
     if generation in ("v5e", "v6e"):
         exists = sides in _FLAT

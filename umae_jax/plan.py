@@ -2,8 +2,8 @@
 
     python -m umae_jax.plan --config configs/pretrain_swin_large.py --topology v5e:16x16 [--topology v6e:16x16 ...]
 
-The real training step is compiled for each topology by the compiler that a TPU would use, on any machine (pip install
-"umae_jax[plan]"); without --topology, for the devices that are there.
+The real training step is compiled for each topology by the compiler that a TPU would use, on any x86-64 machine with
+Linux (pip install "umae_jax[plan]"); without --topology, for the devices that are there.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ READ = 400  # images that a core of a host reads and crops a second, as the READ
 STEP = 8  # images a chip; the largest batch is searched for among multiples of this
 
 _CONFIG = cli.define_config()
-_TOPOLOGY = flags.DEFINE_multi_string("topology", [], "Such as v5e:16x16; several are compared.")
+_TOPOLOGY = flags.DEFINE_multi_string("topology", [], "Such as v5e:16x16, or h100 where it is; several are compared.")
 _IMAGES = flags.DEFINE_integer("images", None, "Images of an epoch, where the data are elsewhere.", lower_bound=1)
 _LARGEST = flags.DEFINE_boolean("largest", True, "Search for the largest batch that fits; takes some compilations.")
 _JSON = flags.DEFINE_string("json", None, "A file to write the numbers to.")
@@ -117,8 +117,8 @@ def find_target(name: str) -> Target:
         there = local_target()
         require(
             name.lower() in there.name.lower(),
-            f"--topology: a {name} is planned for where it is, and here is {there.name}; name a slice of TPUs, or run "
-            "this on that machine",
+            f"--topology: {name} can be planned for only where it is, and here is {there.name}; name a TPU slice, or "
+            "run this on that machine",
         )
         return there
     known = topology(name)
@@ -392,9 +392,9 @@ def main() -> None:
     images = count_images(config)
     targets = [find_target(name) for name in _TOPOLOGY.value] or [local_target()]
     plans = []
-    flops = count_flops(config)
     for target in targets:
         check(config, len(target.devices))
+    flops = count_flops(config)
     for target in targets:
         cli.say(f"{target.name}: compiling, which takes minutes for large models")
         plans.append(make_plan(config, target, images, flops, search=_LARGEST.value))

@@ -206,7 +206,7 @@ def _open_tfds(name: str, split: str, data_dir: str | None, key: str) -> TfdsIma
     import tensorflow_datasets as tfds  # slow to import, and needed by this source alone
 
     if data_dir is not None:
-        data_dir = str(locate(data_dir, f"{key}.data_dir"))
+        data_dir = str(locate(data_dir, "data.data_dir"))
     where = data_dir or "TFDS's default folder"
     unprepared = UserError(
         f"{key}.source: there is no prepared data set {name} in {where}; set data.data_dir to where it lies, "

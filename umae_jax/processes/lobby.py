@@ -189,7 +189,8 @@ class Lobby:
             workdir.mkdir(parents=True, exist_ok=True)
             write_whole(mark, b"")
         except Exception as error:
-            if (sentence := explain(error)) is None:
+            sentence = explain(error) or (str(error) if isinstance(error, OSError) else "")
+            if not sentence:
                 raise
             raise self.refuse(f"--workdir: {sentence}") from None
         try:

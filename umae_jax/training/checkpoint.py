@@ -5,6 +5,7 @@ import logging as std_logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from umae_jax.errors import UserError
-from umae_jax.files import AnyPath, move_folder
+from umae_jax.files import AnyPath, explain, move_folder, of_bucket
 from umae_jax.training.agreement import of_all, of_first
 from umae_jax.training.step import TrainState
 
@@ -30,8 +31,10 @@ def _say_failures_once() -> None:
     """Keep off the terminal what the libraries print of a failure that they raise as well, and that is told here.
 
     When one array of a checkpoint cannot be read or written, Orbax logs the traceback, and the callbacks of all the
-    others still pending find their event loop closed, and each prints one as unraisable or in asyncio's log.
+    others still pending find their event loop closed, and each prints one as unraisable or in asyncio's log; and those
+    not yet begun are told to have been forgotten.
     """
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
     std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
     logging.get_absl_logger().addFilter(_not_from_orbax)
     inherited = sys.unraisablehook
@@ -226,6 +229,8 @@ class Checkpoints:
             try:
                 found = read(step)
             except Exception as error:  # whatever a broken file makes the libraries raise
+                if of_bucket(error) and not isinstance(error, FileNotFoundError):  # nothing is broken
+                    raise UserError(f"{self._folder}: {explain(error)}") from error
                 broken[step] = _reason(error)
             if not (reasons := [reason for reason in of_all(broken.get(step)) if reason]):
                 return found, broken
