@@ -112,7 +112,7 @@ def locate_here(text: str | os.PathLike[str], name: str) -> Path:
 
 @functools.cache
 def _buckets() -> fsspec.AbstractFileSystem:
-    """What reaches buckets, set up once in a process; etils uses the same."""
+    """What reaches buckets, set up once in a process; what etils makes for itself takes the same settings."""
     settings = fsspec.config.conf.setdefault("gcs", {})
     settings["use_listings_cache"] = False  # others write there too
     settings["requests_timeout"] = 60  # seconds; there is none else
