@@ -169,9 +169,29 @@ def test_a_folder_in_a_bucket_is_read_as_one_on_disk(images):
         open_folder("gs://bucket/nothing")
 
 
-def test_a_run_in_a_bucket_is_the_same_as_one_on_disk(images, tmp_path):
-    here, there = images
-    commands.pretrain(tmp_path / "run", f"--config.data.source=folder:{here}", *COMMON)
+@pytest.fixture(scope="module")
+def on_disk(images, tmp_path_factory):
+    """A run on disk."""
+    workdir = tmp_path_factory.mktemp("run")
+    commands.pretrain(workdir, f"--config.data.source=folder:{images[0]}", *COMMON)
+    return workdir
+
+
+def losses_in(workdir):
+    written = (epath.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    return [(line["step"], line["loss"]) for line in map(json.loads, written)]
+
+
+def test_two_processes_share_a_bucket(images, on_disk):
+    workdir = "gs://bucket/together"
+    arguments = ("--config", "tests/tiny.py", "--workdir", workdir, f"--config.data.source=folder:{images[1]}", *COMMON)
+    commands.end(commands.start_together("pretrain", *arguments, "--config.mesh.fsdp=8"))
+    np.testing.assert_allclose(losses_in(workdir), commands.losses(on_disk), rtol=1e-5)
+    assert load_encoder(workdir).widths == (8, 16)
+
+
+def test_a_run_in_a_bucket_is_the_same_as_one_on_disk(images, on_disk, tmp_path):
+    there = images[1]
     workdir = "gs://bucket/run"
     arguments = ("--config", "tests/tiny.py", "--workdir", workdir, f"--config.data.source=folder:{there}", *COMMON)
     process = commands.start("pretrain", *arguments, "--config.picture_every=6")
@@ -189,9 +209,7 @@ def test_a_run_in_a_bucket_is_the_same_as_one_on_disk(images, tmp_path):
     assert f"continuing at step {newest // 2 * 2 if newest % 2 else newest - 2} of 6" in errors
     assert [path.name for path in (epath.Path(workdir) / "checkpoints_unreadable").glob("*")] == [str(newest)]
 
-    written = (epath.Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    losses = [(line["step"], line["loss"]) for line in map(json.loads, written)]
-    assert losses == commands.losses(tmp_path / "run")
+    assert losses_in(workdir) == commands.losses(on_disk)
     assert (epath.Path(workdir) / "reconstructions" / "0000006.png").read_bytes().startswith(b"\x89PNG")
     assert any("tfevents" in path.name for path in (epath.Path(workdir) / "tensorboard").glob("*"))
 
@@ -199,7 +217,7 @@ def test_a_run_in_a_bucket_is_the_same_as_one_on_disk(images, tmp_path):
     commands.run("convert", workdir, "--output", tmp_path / "out.safetensors")
     file = locate("gs://bucket/weights/out.safetensors", "path")
     file.write_bytes((tmp_path / "out.safetensors").read_bytes())
-    ours, theirs = load_encoder(str(tmp_path / "run")), load_encoder(str(file))
+    ours, theirs = load_encoder(str(on_disk)), load_encoder(str(file))
     image = np.zeros((1, 32, 32, 3), np.uint8)
     for one, other in zip(ours(image), theirs(image), strict=True):
         np.testing.assert_array_equal(one, other)
