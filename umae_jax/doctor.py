@@ -23,7 +23,7 @@ from umae_jax import cli
 from umae_jax.config import check
 from umae_jax.data.sources import open_source
 from umae_jax.errors import require
-from umae_jax.files import AnyPath, explain, locate, write_whole
+from umae_jax.files import AnyPath, locate, reason, write_whole
 from umae_jax.hardware import GIB
 from umae_jax.processes import versions
 from umae_jax.training.agreement import of_all
@@ -43,10 +43,7 @@ def fault_of(work: Callable[[], object]) -> str:
     try:
         work()
     except Exception as error:
-        sentence = explain(error) or (str(error) if isinstance(error, OSError) else "")
-        if not sentence:
-            raise
-        return sentence
+        return reason(error)
     return ""
 
 

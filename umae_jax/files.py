@@ -45,6 +45,18 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
+def reason(error: Exception) -> str:
+    """Why a place that is tried out will not do, whatever the system says of it.
+
+    Raises:
+        Exception: the error itself, if it is no failure to read or write.
+    """
+    sentence = explain(error) or (str(error) if isinstance(error, OSError) else "")
+    if not sentence:
+        raise error
+    return sentence
+
+
 def of_bucket(error: BaseException | None) -> bool:
     """Whether a bucket could not be reached.
 

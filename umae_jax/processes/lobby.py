@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from umae_jax.errors import UserError, listing
-from umae_jax.files import AnyPath, explain, write_whole
+from umae_jax.files import AnyPath, explain, reason, write_whole
 from umae_jax.processes.line import GRACE, Line
 from umae_jax.processes.place import Place
 
@@ -189,10 +189,7 @@ class Lobby:
             workdir.mkdir(parents=True, exist_ok=True)
             write_whole(mark, b"")
         except Exception as error:
-            sentence = explain(error) or (str(error) if isinstance(error, OSError) else "")
-            if not sentence:
-                raise
-            raise self.refuse(f"--workdir: {sentence}") from None
+            raise self.refuse(f"--workdir: {reason(error)}") from None
         try:
             for line in self.lines.values():
                 line.send(look=mark.name)
