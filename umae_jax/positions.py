@@ -31,7 +31,7 @@ def _along_axis(size: int, starts: np.ndarray, unit_side: float | None, steps: n
     place = starts[:, None] + np.arange(size)
     if unit_side is not None:
         place = place + place // unit_side * unit_side
-    difference = place[:, None, None, :] - place[:, None, :, None]
+    difference = place[:, None, :, None] - place[:, None, None, :]
     if (difference == difference[:1]).all():
         difference = difference[:1]
     return difference + steps[:, None, None] * (unit_side or 0)
@@ -53,16 +53,16 @@ def window_differences(
         unit_side: tokens on a mask unit's side at this stage (1/2 where a token spans 2 units); None on a whole image.
 
     Returns:
-        float32 [cases, 1 or windows, N, N, 2], N = rows * columns of a window: sign(d) * log(1 + |d|) for row and
-        column. Case 3 * (row step + 1) + (column step + 1) of 9, or the only one on a whole image. The windows share
-        their differences unless they cut the units at different places.
+        float32 [cases, 1 or windows, N keys, N queries, 2], N = rows * columns of a window: sign(d) * log(1 + |d|) for
+        row and column. Case 3 * (row step + 1) + (column step + 1) of 9, or the only one on a whole image. The windows
+        share their differences unless they cut the units at different places.
     """
     steps = np.zeros(1) if unit_side is None else np.array([-1, 0, 1])
     rows, columns = (
         _along_axis(window[axis], np.arange(shift[axis], grid[axis] + shift[axis], window[axis]), unit_side, steps)
         for axis in (0, 1)
     )
-    # -> [row steps, column steps, window rows, window columns, query row, query column, key row, key column]
+    # -> [row steps, column steps, window rows, window columns, key row, key column, query row, query column]
     rows = rows.transpose(1, 0, 2, 3)[:, None, :, None, :, None, :, None]
     columns = columns.transpose(1, 0, 2, 3)[None, :, None, :, None, :, None, :]
     difference = np.stack(np.broadcast_arrays(rows, columns), axis=-1)
@@ -75,7 +75,7 @@ def select_case(tables: jax.Array, row_step: jax.Array, column_step: jax.Array) 
     """Choose each pair's value among the nine cases, by nested selects: a gather would move far more memory.
 
     Args:
-        tables: [9, 1 or windows, heads, N, N], in the order of `window_differences`.
+        tables: [9, 1 or windows, heads, N, N], keys before queries, in the order of `window_differences`.
         row_step, column_step: integers in {-1, 0, 1}, [B, windows, N, N].
 
     Returns:

@@ -29,7 +29,7 @@ def direct_bias(position, windows, offset, grid):
         every = int(1 / tokens_a_cell)
         coordinates = masking.original_coordinates(offset, 1)[:, ::every, ::every].astype(jnp.float32) / every
     cut = windows.cut(coordinates)
-    return position_bias(position, cut[:, :, None, :, :] - cut[:, :, :, None, :]).transpose(0, 1, 4, 2, 3)
+    return position_bias(position, cut[:, :, :, None, :] - cut[:, :, None, :, :]).transpose(0, 1, 4, 2, 3)
 
 
 @pytest.mark.parametrize("shifted", [False, True])
@@ -68,7 +68,7 @@ def test_the_bias_on_a_whole_image_is_the_direct_one():
     windows = make_windows((8, 8), 4, shifted=False, offset=None)
     place = jnp.arange(4, dtype=jnp.float32)
     coordinates = jnp.stack(jnp.meshgrid(place, place, indexing="ij"), -1).reshape(-1, 2)
-    direct = position_bias(position, coordinates[None, :] - coordinates[:, None]).transpose(2, 0, 1)
+    direct = position_bias(position, coordinates[:, None] - coordinates[None, :]).transpose(2, 0, 1)
     np.testing.assert_allclose(position(windows)[0, 0], direct, atol=1e-5)
 
 

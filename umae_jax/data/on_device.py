@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -29,7 +30,7 @@ def random_flip(images: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """uint8 0..255 to float32 of zero mean and unit variance, channel by channel: [..., C]."""
+    """uint8 0..255 to float32 of zero mean and unit variance, channel by channel: [..., C], or patches [..., n * C]."""
     return (images.astype(jnp.float32) / 255 - _channels(mean, images)) / _channels(std, images)
 
 
@@ -125,5 +126,6 @@ def _with_neighbor(values: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def _channels(values: Sequence[float], images: jax.Array) -> jax.Array:
-    """One number a channel, shaped to meet [..., C]."""
-    return jnp.asarray(values, jnp.float32).reshape((1,) * (images.ndim - 1) + (-1,))
+    """One number a channel, shaped to meet [..., C], or patches of n pixels, [..., n * C]."""
+    repeated = np.tile(np.asarray(values, np.float32), images.shape[-1] // len(values))
+    return jnp.asarray(repeated).reshape((1,) * (images.ndim - 1) + (-1,))

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from umae_jax.errors import nearest_multiples, require
 from umae_jax.masking import Mask, UniformMask
 from umae_jax.models import layers
-from umae_jax.models.encoder import Encoder, Features
+from umae_jax.models.encoder import Encoder, Features, Normalize, already_normalized
 from umae_jax.models.masked import MaskedImageModel
 from umae_jax.patches import pixel_shuffle
 from umae_jax.positions import sincos_table
@@ -84,20 +84,24 @@ class MaskedAutoencoder(MaskedImageModel):
         self.decoder_norm = layers.layer_norm(decoder_width, rngs=rngs)
         self.decoder_prediction = layers.linear(decoder_width, self.unit**2 * encoder.channels, dtype=dtype, rngs=rngs)
 
-    def __call__(self, images: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, images: jax.Array, mask: Mask, normalize: Normalize = already_normalized
+    ) -> tuple[jax.Array, jax.Array]:
         """See `MaskedImageModel.__call__`; the loss is the mean squared error."""
-        prediction = self.decode(self.encode(images, mask), mask)
-        return jnp.mean(jnp.square(prediction - self.target(images, mask))), prediction
+        prediction = self.decode(self.encode(images, mask, normalize), mask)
+        with jax.named_scope("loss"):
+            return jnp.mean(jnp.square(prediction - self.target(images, mask, normalize))), prediction
 
-    def encode(self, images: jax.Array, mask: Mask) -> Features:
+    def encode(self, images: jax.Array, mask: Mask, normalize: Normalize = already_normalized) -> Features:
         """Encode the sampled units: [B, H, W, C] -> the encoder's features of the compact grid.
 
         Units are dropped before the patch embedding: nothing that was not sampled is ever computed.
         """
-        sampled = mask.compact(images)
+        with jax.named_scope("images"):
+            sampled = mask.compact(images)
         token = None if self.mask_token is None else self.mask_token[...]
         with jax.named_scope("encoder"):
-            tokens = self.encoder.embed(sampled, None if token is None else mask.hidden, token)
+            tokens = self.encoder.embed(sampled, None if token is None else mask.hidden, token, normalize)
             return self.encoder(tokens, mask)
 
     def decoder_tokens(self, features: Features, mask: Mask) -> jax.Array:

@@ -1,6 +1,6 @@
 """What every encoder is to those who use it: patches in, a map for every stage out (SPEC 3 to 5)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,6 +12,13 @@ from umae_jax.errors import nearest_multiples, require
 from umae_jax.masking import Mask, UniformMask, expand
 from umae_jax.models import layers
 from umae_jax.patches import patchify
+
+Normalize = Callable[[jax.Array], jax.Array]
+
+
+def already_normalized(pixels: jax.Array) -> jax.Array:
+    """What stands for a normalisation where images come normalised."""
+    return pixels
 
 
 class Sizes(NamedTuple):
@@ -121,20 +128,26 @@ class Encoder(nnx.Module):
         """
 
     def embed(
-        self, pixels: jax.Array, hidden: jax.Array | None = None, mask_token: jax.Array | None = None
+        self,
+        pixels: jax.Array,
+        hidden: jax.Array | None = None,
+        mask_token: jax.Array | None = None,
+        normalize: Normalize = already_normalized,
     ) -> jax.Array:
         """Pixels [B, H, W, channels] to tokens [B, H / patch, W / patch, width], content only.
 
         Args:
-            pixels: a whole image or the compact map of its sampled units.
+            pixels: a whole image or the compact map of its sampled units, float32 and normalised or uint8.
             hidden: bool [B, cell rows, cell columns], the units whose content the encoder must not see.
             mask_token: [1, 1, width], takes the place of their tokens and goes through the same norm as they do.
+            normalize: uint8 pixels [..., n * channels] to normalised float32.
         """
-        x = self.patch_embed(patchify(pixels, self.patch))
-        if hidden is not None and mask_token is not None:
-            hidden = expand(hidden, x.shape[1] // hidden.shape[1])[..., None]
-            x = jnp.where(hidden, mask_token.astype(x.dtype)[None], x)
-        return x if self.patch_norm is None else self.patch_norm(x).astype(self.dtype)
+        with jax.named_scope("patch_embedding"):
+            x = self.patch_embed(normalize(patchify(pixels, self.patch)))
+            if hidden is not None and mask_token is not None:
+                hidden = expand(hidden, x.shape[1] // hidden.shape[1])[..., None]
+                x = jnp.where(hidden, mask_token.astype(x.dtype)[None], x)
+            return x if self.patch_norm is None else self.patch_norm(x).astype(self.dtype)
 
     def __call__(self, tokens: jax.Array, mask: Mask | None = None, drop_keys: jax.Array | None = None) -> Features:
         """Tokens from `embed` to features.

@@ -8,7 +8,7 @@ from flax import nnx
 
 from umae_jax.errors import require
 from umae_jax.masking import Mask, sample_random_mask, sample_uniform_mask, visible_count
-from umae_jax.models.encoder import Encoder, check_image_size
+from umae_jax.models.encoder import Encoder, Normalize, already_normalized, check_image_size
 from umae_jax.patches import patchify
 
 Sampler = Callable[[jax.Array, int, tuple[int, int], float], Mask]
@@ -71,12 +71,16 @@ class MaskedImageModel(nnx.Module):
         """Draw a mask for each image from its key, [B]."""
         return SAMPLERS[self.sampling](keys, keys.shape[0], self.cells, self.secondary_ratio)
 
-    def __call__(self, images: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, images: jax.Array, mask: Mask, normalize: Normalize = already_normalized
+    ) -> tuple[jax.Array, jax.Array]:
         """Loss and prediction of a batch.
 
         Args:
-            images: float32 [B, H, W, C], normalised.
+            images: [B, H, W, C], float32 and normalised, or uint8.
             mask: as `sample_mask` draws it.
+            normalize: uint8 pixels [..., n * C] to normalised float32. Pixels are picked and put in order before it is
+                called, while each takes a byte.
 
         Returns:
             The loss, a float32 scalar, over the units that were not sampled; and the prediction of those units, float32
@@ -84,9 +88,9 @@ class MaskedImageModel(nnx.Module):
         """
         raise NotImplementedError
 
-    def target(self, images: jax.Array, mask: Mask) -> jax.Array:
+    def target(self, images: jax.Array, mask: Mask, normalize: Normalize = already_normalized) -> jax.Array:
         """The pixels of the units that were not sampled, ordered (row, column, channel), shaped as the prediction."""
-        target = self.masked_pixels(images, mask)
+        target = normalize(self.masked_pixels(images, mask))
         if self.normalize_target:
             mean = target.mean(axis=-1, keepdims=True)
             variance = target.var(axis=-1, keepdims=True, ddof=1)  # the reference's is the unbiased one
@@ -95,6 +99,4 @@ class MaskedImageModel(nnx.Module):
 
     def masked_pixels(self, images: jax.Array, mask: Mask) -> jax.Array:
         """The units that were not sampled, as they are: [B, H, W, C] -> [B, 3, cell rows, cell columns, pixels]."""
-        masked = mask.masked_units(images)  # [B, 3, H / 2, W / 2, C]
-        units = patchify(masked.reshape(-1, *masked.shape[2:]), self.unit)
-        return units.reshape(*masked.shape[:2], *units.shape[1:])
+        return mask.masked_units(patchify(images, self.unit))

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from umae_jax.errors import UserError, require
 from umae_jax.masking import Mask
 from umae_jax.models import layers
+from umae_jax.models.attention import attend, merge_heads, split_heads
 from umae_jax.models.encoder import Encoder, Features, Sizes, uniform
 from umae_jax.models.layers import DropPath
 from umae_jax.patches import patchify
@@ -30,11 +31,11 @@ class PooledAttention(nnx.Module):
     def __call__(self, x: jax.Array, reduction: int) -> jax.Array:
         """[B, H, W, C] -> [B, H, W, C], the keys and values being H / reduction x W / reduction."""
         batch, height, width, channels = x.shape
-        (q,) = layers.split_heads(self.q(x).reshape(batch, -1, channels), 1, self.heads)
+        (q,) = split_heads(self.q, x.reshape(batch, -1, channels), 1, self.heads)  # [B, heads, d, Q]
         pooled = x.reshape(batch, height // reduction, reduction, width // reduction, reduction, channels)
         pooled = self.norm(self.reduce(pooled.mean((2, 4)))).reshape(batch, -1, channels)
-        k, v = layers.split_heads(self.kv(pooled), 2, self.heads)
-        return self.proj(layers.attend(q, k, v)).reshape(x.shape)
+        k, v = split_heads(self.kv, pooled, 2, self.heads)  # [B, heads, d, K]
+        return merge_heads(self.proj, attend(q, k, v)).reshape(x.shape)
 
 
 class PvtBlock(nnx.Module):
@@ -51,8 +52,10 @@ class PvtBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, reduction: int, drop_keys: jax.Array | None) -> jax.Array:
         """[B, H, W, C] -> [B, H, W, C]."""
-        x = x + self.drop(self.attention(self.norm1(x), reduction), drop_keys, 0)
-        return x + self.drop(self.mlp(self.norm2(x)), drop_keys, 1)
+        with jax.named_scope("attention"):
+            x = x + self.drop(self.attention(self.norm1(x), reduction), drop_keys, 0)
+        with jax.named_scope("mlp"):
+            return x + self.drop(self.mlp(self.norm2(x)), drop_keys, 1)
 
 
 class PvtStage(nnx.Module):
@@ -79,7 +82,8 @@ class PvtStage(nnx.Module):
     def __call__(self, x: jax.Array, reduction: int, drop_keys: jax.Array | None) -> jax.Array:
         """[B, H, W, C] -> [B, H', W', C'], half the size behind a convolution."""
         if self.merge is not None:
-            x = self.merge(patchify(x, 2))
+            with jax.named_scope("merge"):
+                x = self.merge(patchify(x, 2))
         for block in self.blocks:
             x = block(x, reduction, drop_keys)
         return x
@@ -143,8 +147,11 @@ class Pvt(Encoder):
         self.check_grid((tokens.shape[1], tokens.shape[2]), compact=mask is not None)
         x = tokens + self.positions(tokens, mask)
         maps = []
-        for stage, reduction in zip(self.stages, self._reductions(mask is not None), strict=True):
-            x = stage(x, reduction, drop_keys)
+        for number, (stage, reduction) in enumerate(
+            zip(self.stages, self._reductions(mask is not None), strict=True), 1
+        ):
+            with jax.named_scope(f"stage_{number}"):
+                x = stage(x, reduction, drop_keys)
             maps.append(x)
         if self.norm is not None:
             maps[-1] = self.norm(maps[-1])

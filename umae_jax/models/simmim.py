@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 
 from umae_jax.masking import Mask, expand
 from umae_jax.models import layers
-from umae_jax.models.encoder import Encoder
+from umae_jax.models.encoder import Encoder, Normalize, already_normalized
 from umae_jax.models.masked import MaskedImageModel
 from umae_jax.patches import pixel_shuffle
 
@@ -48,17 +48,20 @@ class SimMIM(MaskedImageModel):
         outputs = decoder_factor**2 * self.unit**2 * encoder.channels
         self.decoder_prediction = layers.linear(encoder.widths[-1], outputs, dtype=dtype, rngs=rngs)
 
-    def __call__(self, images: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, images: jax.Array, mask: Mask, normalize: Normalize = already_normalized
+    ) -> tuple[jax.Array, jax.Array]:
         """See `MaskedImageModel.__call__`."""
-        prediction = mask.masked_units(self.predict(self.encode(images, mask)))
-        return jnp.mean(jnp.abs(prediction - self.target(images, mask))), prediction
+        prediction = mask.masked_units(self.predict(self.encode(images, mask, normalize)))
+        with jax.named_scope("loss"):
+            return jnp.mean(jnp.abs(prediction - self.target(images, mask, normalize))), prediction
 
-    def encode(self, images: jax.Array, mask: Mask) -> jax.Array:
+    def encode(self, images: jax.Array, mask: Mask, normalize: Normalize = already_normalized) -> jax.Array:
         """Encode the image, its masked patches replaced: [B, H, W, C] -> the encoder's last map [B, h, w, C']."""
         sampled, masked = (jnp.full((images.shape[0], *self.cells, 1), value) for value in (False, True))
         masked = mask.assemble(sampled, masked[:, None])[..., 0]  # bool [B, unit rows, unit columns]
         with jax.named_scope("encoder"):
-            tokens = self.encoder.embed(images)
+            tokens = self.encoder.embed(images, normalize=normalize)
             masked = expand(masked, self.unit // self.encoder.patch)[..., None]
             tokens = jnp.where(masked, self.mask_token[...].astype(tokens.dtype)[None], tokens)
             return self.encoder(tokens).maps[-1]

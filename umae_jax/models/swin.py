@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from umae_jax.errors import UserError, require
 from umae_jax.masking import Mask
 from umae_jax.models import layers
+from umae_jax.models.attention import attend, merge_heads, split_heads
 from umae_jax.models.encoder import Encoder, Features, Sizes, uniform
 from umae_jax.models.layers import DropPath
 from umae_jax.models.windows import Windows, make_windows
@@ -29,7 +30,7 @@ class PositionBias(nnx.Module):
         self.fc2 = small(hidden, heads)
 
     def __call__(self, windows: Windows) -> jax.Array:
-        """The bias of every pair of every window, [B or 1, windows or 1, heads, N, N].
+        """The bias of every pair of every window, [B or 1, windows or 1, heads, N keys, N queries].
 
         The MLP runs once over each case of each pair of places, never over the pairs of every window of every image.
         """
@@ -69,10 +70,13 @@ class SwinBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, windows: Windows, drop_keys: jax.Array | None) -> jax.Array:
         """[B, H, W, C] -> [B, H, W, C]."""
-        q, k, v = layers.split_heads(self.qkv(windows.cut(self.norm1(x))), 3, self.heads)  # [B, windows, N, heads, d]
-        attended = self.proj(layers.attend(q, k, v, self.position(windows)))
-        x = x + self.drop(windows.join(attended, x.shape[1:3]), drop_keys, 0)
-        return x + self.drop(self.mlp(self.norm2(x)), drop_keys, 1)
+        with jax.named_scope("attention"):
+            normed = self.norm1(x).astype(self.qkv.dtype)
+            q, k, v = split_heads(self.qkv, windows.cut(normed), 3, self.heads)  # [B, windows, heads, d, N]
+            attended = merge_heads(self.proj, attend(q, k, v, self.position(windows)))
+            x = x + self.drop(windows.join(attended, x.shape[1:3]), drop_keys, 0)
+        with jax.named_scope("mlp"):
+            return x + self.drop(self.mlp(self.norm2(x)), drop_keys, 1)
 
 
 class Merge(nnx.Module):
@@ -85,7 +89,8 @@ class Merge(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, H / 2, W / 2, C']."""
-        return self.proj(patchify(self.norm(x), 2))
+        with jax.named_scope("merge"):
+            return self.proj(patchify(self.norm(x), 2))
 
 
 class SwinStage(nnx.Module):
@@ -180,8 +185,9 @@ class Swin(Encoder):
         self.check_grid((tokens.shape[1], tokens.shape[2]), compact=mask is not None)
         window, offset = (self.window, None) if mask is None else (self.window // 2, mask.offset)
         maps = []
-        for stage in self.stages:
-            tokens = stage(tokens, window, offset, drop_keys)
+        for number, stage in enumerate(self.stages, 1):
+            with jax.named_scope(f"stage_{number}"):
+                tokens = stage(tokens, window, offset, drop_keys)
             maps.append(tokens)
         if self.norm is not None:
             maps[-1] = self.norm(maps[-1])

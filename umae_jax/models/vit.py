@@ -50,8 +50,9 @@ class Vit(Encoder):
         class_token = self.class_token[...] + self.positions.of_class_token()
         class_token = jnp.broadcast_to(class_token.astype(x.dtype), (batch, 1, width))
         x = jnp.concatenate([class_token, x], axis=1)  # [B, 1 + N, C]
-        for block in self.blocks:
-            x = block(x, drop_keys=drop_keys)
+        with jax.named_scope("stage_1"):
+            for block in self.blocks:
+                x = block(x, drop_keys=drop_keys)
         if self.norm is not None:
             x = self.norm(x)
         return Features((x[:, 1:].reshape(batch, rows, columns, width),), x[:, :1])

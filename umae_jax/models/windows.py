@@ -22,10 +22,11 @@ class Windows:
         shift: rows and columns by which the grid is rolled towards the origin before it is cut.
         padding: rows and columns of nothing that are put below and to the right of the grid before that, so that
             windows tile it; no token sees them.
-        differences: float32 [9 or 1, 1 or windows, N, N, 2], the log-scaled coordinate differences of each case.
+        differences: float32 [9 or 1, 1 or windows, N keys, N queries, 2], the log-scaled coordinate differences of each
+            case.
         mask: float32 [windows, N, N], 0 or ACROSS_BORDERS; None without a shift and padding.
-        row_step, column_step: int8 [B, windows, N, N], the difference of the two units' dy and dx, key minus query;
-            None on a whole image.
+        row_step, column_step: int8 [B, windows, N keys, N queries], the difference of the two units' dy and dx, key
+            minus query; None on a whole image.
     """
 
     size: tuple[int, int]
@@ -86,10 +87,10 @@ def _border_mask(
 
 
 def _pair_steps(component: jax.Array, size: tuple[int, int], shift: tuple[int, int]) -> jax.Array:
-    """Each token's dy (or dx), [B, H, W], to differences in its window, key minus query: [B, windows, N, N]."""
+    """Each token's dy (or dx), [B, H, W], to its differences from others: [B, windows, N keys, N queries]."""
     component = jnp.roll(component, (-shift[0], -shift[1]), axis=(1, 2))
     component = _cut(component[..., None], size)[..., 0]  # [B, windows, N]
-    return component[:, :, None, :] - component[:, :, :, None]
+    return component[:, :, :, None] - component[:, :, None, :]
 
 
 def make_windows(

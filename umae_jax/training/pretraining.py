@@ -1,5 +1,7 @@
 """What pre-training adds to a run: the loss of a masked image model on a batch of uint8 images."""
 
+import functools
+
 import jax
 from flax import nnx
 from ml_collections import ConfigDict
@@ -10,17 +12,18 @@ from umae_jax.training.step import LossFunction, Params
 
 
 def make_loss(config: ConfigDict, graph: nnx.GraphDef) -> LossFunction:
-    """The loss of parameters on a batch: flip, normalise and mask by each sample's own key, then the model's loss.
+    """The loss of parameters on a batch: flip and mask by each sample's own key, then the model's loss.
 
     Args:
         graph: of a `MaskedImageModel`.
     """
-    mean, std = config.data.mean, config.data.std
+    normalized = functools.partial(normalize, mean=config.data.mean, std=config.data.std)
 
     def loss(params: Params, batch: Batch) -> jax.Array:
         model = nnx.merge(graph, params)
-        keys = jax.vmap(jax.random.split)(sample_keys(config.seed, batch.sample_index))
-        images = normalize(random_flip(batch.image, keys[:, 0]), mean, std)
-        return model(images, model.sample_mask(keys[:, 1]))[0]
+        with jax.named_scope("images"):
+            keys = jax.vmap(jax.random.split)(sample_keys(config.seed, batch.sample_index))
+            images, mask = random_flip(batch.image, keys[:, 0]), model.sample_mask(keys[:, 1])
+        return model(images, mask, normalized)[0]
 
     return loss

@@ -1,0 +1,95 @@
+"""Softmax attention, laid out and differentiated so that the compiler moves as little as it can.
+
+Tokens are the last axis throughout, [..., heads, d, N]: matrix products then give and take arrays whose last axis fills
+the lanes of a TPU, and none is transposed. The backward pass is written out, because it needs less than JAX would
+save and sum: of the softmax, its exponentials in the products' dtype; of the gradient's sum over keys, one over d.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def split_heads(linear: nnx.Linear, x: jax.Array, parts: int, heads: int) -> tuple[jax.Array, ...]:
+    """A linear layer whose output is so many arrays: [..., N, C] -> parts of [..., heads, d, N].
+
+    One product a part: each is written where attention reads it, which one product for all would not be.
+    """
+    kernel = linear.kernel[...].reshape(x.shape[-1], parts, heads, -1).astype(linear.dtype)
+    bias = _bias(linear).reshape(parts, *(1,) * (x.ndim - 2), heads, -1, 1)
+    x = x.astype(linear.dtype)
+    return tuple(jnp.einsum("...nc,chd->...hdn", x, kernel[:, part]) + bias[part] for part in range(parts))
+
+
+def merge_heads(linear: nnx.Linear, x: jax.Array) -> jax.Array:
+    """A linear layer over the heads together: [..., heads, d, N] -> [..., N, C]."""
+    kernel = linear.kernel[...].reshape(*x.shape[-3:-1], -1).astype(linear.dtype)
+    bias = _bias(linear).reshape(*(1,) * (x.ndim - 2), -1)
+    return jnp.einsum("...hdn,hdc->...nc", x.astype(linear.dtype), kernel) + bias
+
+
+def _bias(linear: nnx.Linear) -> jax.Array:
+    return linear.bias[...].astype(linear.dtype)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """Softmax attention: queries [..., heads, d, Q], keys and values [..., heads, d, K] -> [..., heads, d, Q].
+
+    `bias`, float32, is added before the softmax, which is computed in float32; it broadcasts to [..., heads, K, Q].
+    """
+    q = q * jnp.asarray(q.shape[-2] ** -0.5, q.dtype)
+    if bias is None:
+        bias = jnp.zeros((1,) * q.ndim, jnp.float32)
+    return _attend(q, k, v, jnp.broadcast_to(bias, (*q.shape[:-2], k.shape[-1], q.shape[-1])))
+
+
+@jax.custom_vjp
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
+    return _forward(q, k, v, bias)[0]
+
+
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    exponentials = jax.lax.platform_dependent(q, k, bias, tpu=_exponentials_on_tpu, default=_exponentials)
+    scale = 1 / exponentials.sum(axis=-2, keepdims=True)  # [..., heads, 1, Q]
+    exponentials = exponentials.astype(v.dtype)
+    attended = jnp.einsum("...dk,...kq->...dq", v, exponentials, preferred_element_type=jnp.float32)
+    attended = (attended * scale).astype(v.dtype)
+    return attended, (q, k, v, exponentials, scale, attended)
+
+
+def _backward(residuals: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, ...]:
+    q, k, v, exponentials, scale, attended = residuals
+    wide = jnp.float32
+    gradient = (gradient.astype(wide) * scale).astype(v.dtype)
+    # What a query's weights sum to in the gradient of a softmax, sum_k w_k dw_k, is also the sum over d of o_d do_d.
+    mean = jnp.sum(attended.astype(wide) * gradient.astype(wide), axis=-2, keepdims=True)  # [..., heads, 1, Q]
+    of_v = jnp.einsum("...dq,...kq->...dk", gradient, exponentials)
+    of_weights = jnp.einsum("...dk,...dq->...kq", v, gradient, preferred_element_type=wide)
+    of_logits = (exponentials.astype(wide) * (of_weights - mean)).astype(v.dtype)
+    of_q = jnp.einsum("...dk,...kq->...dq", k, of_logits)
+    of_k = jnp.einsum("...dq,...kq->...dk", q, of_logits)
+    return of_q, of_k, of_v, of_logits.astype(wide)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _logits(q: jax.Array, k: jax.Array, bias: jax.Array) -> jax.Array:
+    """float32 [..., heads, K, Q]."""
+    return jnp.einsum("...dk,...dq->...kq", k, q, preferred_element_type=jnp.float32) + bias
+
+
+def _exponentials(q: jax.Array, k: jax.Array, bias: jax.Array) -> jax.Array:
+    """Those of the softmax over keys, at most 1: float32 [..., heads, K, Q]."""
+    logits = _logits(q, k, bias)
+    return jnp.exp(logits - logits.max(axis=-2, keepdims=True))
+
+
+def _exponentials_on_tpu(q: jax.Array, k: jax.Array, bias: jax.Array) -> jax.Array:
+    """The same where a matrix product costs less than to write and read its result.
+
+    The logits are computed twice, once for their maximum and once for their exponentials, each fused into the product;
+    barriers keep the compiler from computing them once and storing them.
+    """
+    most = _logits(jax.lax.optimization_barrier(q), k, bias).max(axis=-2, keepdims=True)
+    return jnp.exp(_logits(q, k, bias) - jax.lax.optimization_barrier(most))
