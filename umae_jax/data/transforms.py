@@ -1,4 +1,4 @@
-"""On the host: from encoded bytes to uint8 pixels of one size, with Pillow. Imports nothing of JAX."""
+"""On the host: from encoded bytes to uint8 pixels of one size. Imports nothing of JAX."""
 
 import io
 import math
@@ -10,6 +10,8 @@ from absl import logging
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from umae_jax.data.augment import RandAugment
+from umae_jax.data.jpeg import decode_upper
+from umae_jax.data.resize import Box, reach, resize
 from umae_jax.data.sources import NO_LABEL, Source
 from umae_jax.errors import require
 
@@ -18,8 +20,6 @@ AREA_TRIES = 10  # torchvision's number, after which a random resized crop falls
 READ_TRIES = 32
 # A JPEG is decoded at a reduced scale only where that leaves this many pixels for each one wanted, on either axis.
 DRAFT_MARGIN = 2.0
-
-Box = tuple[float, float, float, float]  # left, upper, right, lower
 
 
 def random_crop(rng: np.random.Generator, width: int, height: int, size: tuple[int, int], area: float) -> Box:
@@ -79,6 +79,7 @@ class EncodedImage:
     """
 
     def __init__(self, data: bytes) -> None:
+        self._data = data
         self._image = Image.open(io.BytesIO(data))
         self._orientation = self._image.getexif().get(ExifTags.Base.Orientation, 1)
         width, height = self._image.size
@@ -93,20 +94,24 @@ class EncodedImage:
             channels: 3, or 1 for grayscale.
         """
         image: Image.Image = self._image
-        if self._image.format == "JPEG":
-            # Let the decoder shrink by 2, 4 or 8 what would be shrunk as much anyway.
-            scale = DRAFT_MARGIN * max(size[1] / (box[2] - box[0]), size[0] / (box[3] - box[1]))
-            if scale < 1:
-                self._image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
-        mode = "RGB" if channels == 3 else "L"
-        if self._orientation > 1:
+        jpeg, upright = image.format == "JPEG", self._orientation <= 1
+        # Let the decoder shrink by 2, 4 or 8 what would be shrunk as much anyway.
+        scale = DRAFT_MARGIN * max(size[1] / (box[2] - box[0]), size[0] / (box[3] - box[1]))
+        if jpeg and upright and scale >= 1 and (image.mode == "L" or (image.mode, channels) == ("RGB", 3)):
+            pixels = decode_upper(self._data, math.ceil(box[3]) + reach(box[3] - box[1], size[0]), channels)
+            if pixels is not None:
+                return resize(pixels, box, size)
+        if jpeg and scale < 1:
+            self._image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+        if not upright:
             image = ImageOps.exif_transpose(image)
-        image = to_mode(image, mode)
-        shrunk = (image.width / self.size[0], image.height / self.size[1])
+        pixels = np.asarray(to_mode(image, "RGB" if channels == 3 else "L"))
+        if channels == 1:
+            pixels = pixels[..., None]
+        height, width = pixels.shape[:2]
+        shrunk = (width / self.size[0], height / self.size[1])
         box = (box[0] * shrunk[0], box[1] * shrunk[1], box[2] * shrunk[0], box[3] * shrunk[1])
-        box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
-        pixels = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box))
-        return pixels if channels == 3 else pixels[..., None]
+        return resize(pixels, (box[0], box[1], min(box[2], width), min(box[3], height)), size)
 
 
 def load_whole(data: bytes, size: tuple[int, int], channels: int, share: float = 1.0) -> np.ndarray:
