@@ -1,7 +1,7 @@
 """Decodes only the upper part of a JPEG, as far down as a crop reaches.
 
-Most of the time goes into reading the entropy code, in which no row can be found but by reading all above it. What
-lies below a crop need not be read at all: the same file with a smaller height in its header is a JPEG of its upper part.
+Most of the time goes into the entropy code, in which no row can be found but by reading all above it. What lies below a
+crop need not be read: the same file with a smaller height in its header is a JPEG of its upper part.
 """
 
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 
-_SIZED = 0xC0, 0xC1  # start of frame: Huffman coded, and all rows in one pass
+_IN_ORDER = (0xC0, 0xC1)  # start of a frame that is Huffman coded, not progressive
 _OTHER_FRAMES = {*range(0xC2, 0xD0)} - {0xC4, 0xC8, 0xCC}  # such as progressive
 _SCAN = 0xDA
 _END = b"\xff\xd9"  # never within the entropy code
@@ -28,19 +28,19 @@ class _Layout(NamedTuple):
 def _layout(data: bytes) -> _Layout | None:
     """The layout of a JPEG whose rows are coded in order, in 8 bits; None for any other."""
     at, frame, height, unit, components = 2, 0, 0, 0, 0
-    while at + 4 <= len(data) and data[at] == 0xFF:
+    while at + 10 <= len(data) and data[at] == 0xFF:
         marker, body = data[at + 1], at + 4
-        if marker in _SIZED:
+        if marker in _IN_ORDER:
             precision, height, components = data[body], int.from_bytes(data[body + 1 : body + 3]), data[body + 5]
-            if precision != 8 or not height or len(data) < body + 6 + 3 * components:
+            factors = data[body + 7 : body + 7 + 3 * components : 3]  # a component's samples to either side
+            frame, unit = body, _BLOCK * max((factor & 15 for factor in factors), default=0)
+            if precision != 8 or not height or not unit:
                 return None
-            frame, unit = body, _BLOCK * max(data[body + 7 + 3 * place] & 15 for place in range(components))
         elif marker == _SCAN:
-            one_pass = frame and data[body] == components
-            return _Layout(frame + 1, height, unit, at) if one_pass else None
+            return _Layout(frame + 1, height, unit, at) if frame and data[body] == components else None
         elif marker in _OTHER_FRAMES:
             return None
-        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+        at += 2 + int.from_bytes(data[at + 2 : body])
     return None
 
 
