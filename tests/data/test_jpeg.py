@@ -63,3 +63,18 @@ def test_no_damage_raises():
         assert upper is None or upper.shape[-1] == 3
     for end in range(start + 20):
         assert decode_upper(data[:end], 40, 3) is None
+
+
+@pytest.mark.parametrize("subsampling", SUBSAMPLINGS)
+@pytest.mark.parametrize("shrink", [2, 4, 8])
+def test_the_decoder_shrinks_as_pillows_does(subsampling, shrink):
+    data = encode(photograph(261, 195), "JPEG", subsampling=subsampling)
+    image = Image.open(io.BytesIO(data))
+    image.draft(None, (image.width // shrink, image.height // shrink))
+    whole = np.asarray(image)
+    assert whole.shape == (-(-261 // shrink), -(-195 // shrink), 3)
+    for rows in (1, 60, 150, 261):
+        upper = decode_upper(data, rows, 3, shrink)
+        wanted = -(-rows // shrink)
+        assert len(upper) < len(whole) or rows == 261
+        np.testing.assert_array_equal(upper[:wanted], whole[:wanted])

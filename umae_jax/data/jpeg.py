@@ -4,6 +4,7 @@ Most of the time goes into the entropy code, in which no row can be found but by
 crop need not be read: the same file with a smaller height in its header is a JPEG of its upper part.
 """
 
+import struct
 from typing import NamedTuple
 
 import numpy as np
@@ -21,39 +22,42 @@ class _Layout(NamedTuple):
 
     height_at: int  # two bytes
     height: int
+    width: int
     unit: int  # rows that are coded together
     scan_at: int
 
 
 def _layout(data: bytes) -> _Layout | None:
     """The layout of a JPEG whose rows are coded in order, in 8 bits; None for any other."""
-    at, frame, height, unit, components = 2, 0, 0, 0, 0
+    at, frame, height, width, unit, components = 2, 0, 0, 0, 0, 0
     while at + 10 <= len(data) and data[at] == 0xFF:
         marker, body = data[at + 1], at + 4
         if marker in _IN_ORDER:
-            precision, height, components = data[body], int.from_bytes(data[body + 1 : body + 3]), data[body + 5]
+            precision, height, width, components = struct.unpack_from(">BHHB", data, body)
             factors = data[body + 7 : body + 7 + 3 * components : 3]  # a component's samples to either side
             frame, unit = body, _BLOCK * max((factor & 15 for factor in factors), default=0)
-            if precision != 8 or not height or not unit:
+            if precision != 8 or 0 in (height, width, unit):
                 return None
         elif marker == _SCAN:
-            return _Layout(frame + 1, height, unit, at) if frame and data[body] == components else None
+            return _Layout(frame + 1, height, width, unit, at) if frame and data[body] == components else None
         elif marker in _OTHER_FRAMES:
             return None
         at += 2 + int.from_bytes(data[at + 2 : body])
     return None
 
 
-def decode_upper(data: bytes, rows: int, channels: int) -> np.ndarray | None:
-    """The upper rows of a JPEG, exactly as Pillow decodes them: uint8 [at least `rows`, width, channels].
+def decode_upper(data: bytes, rows: int, channels: int, shrink: int = 1) -> np.ndarray | None:
+    """The upper rows of a JPEG, exactly as Pillow decodes them.
 
     Args:
         data: the file.
-        rows: wanted, counted from the top; all where the image has fewer.
+        rows: wanted, counted from the top before they are shrunk; all where the image has fewer.
         channels: 3; or 1, of a JPEG that is grayscale.
+        shrink: both sides by 1, 2, 4 or 8, rounded up.
 
     Returns:
-        None where the file is progressive, cut off or otherwise not plain: Pillow then says what to make of it.
+        uint8 [at least rows / shrink, width / shrink, channels]; None where the file is progressive, cut off or
+        otherwise not plain: Pillow then says what to make of it.
     """
     layout = _layout(data)
     if layout is None or data.rfind(_END, layout.scan_at) < 0:
@@ -63,8 +67,11 @@ def decode_upper(data: bytes, rows: int, channels: int) -> np.ndarray | None:
     if kept < layout.height:
         height_at = layout.height_at
         data = b"".join((data[:height_at], kept.to_bytes(2), data[height_at + 2 :]))
+    least = -(-min(kept, layout.height) // shrink), -(-layout.width // shrink)
     try:
         # Not strict, like Pillow: what is wrong in the entropy code shows in the pixels.
-        return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY", strict=False)
+        return simplejpeg.decode_jpeg(
+            data, "RGB" if channels == 3 else "GRAY", min_height=least[0], min_width=least[1], strict=False
+        )
     except ValueError:
         return None

@@ -18,8 +18,8 @@ from umae_jax.errors import require
 AREA_TRIES = 10  # torchvision's number, after which a random resized crop falls back to a central one
 # After so many records that cannot be read, a sample gives up; the loader then stops the run.
 READ_TRIES = 32
-# A JPEG is decoded at a reduced scale only where that leaves this many pixels for each one wanted, on either axis.
-DRAFT_MARGIN = 2.0
+# A JPEG's decoder shrinks what would be shrunk anyway, but leaves this many pixels for each one wanted, on either axis.
+SHRINK_MARGIN = 2.0
 
 
 def random_crop(rng: np.random.Generator, width: int, height: int, size: tuple[int, int], area: float) -> Box:
@@ -93,25 +93,36 @@ class EncodedImage:
             size: height and width of the output.
             channels: 3, or 1 for grayscale.
         """
+        width, height = box[2] - box[0], box[3] - box[1]
+        most = min(width / size[1], height / size[0]) / SHRINK_MARGIN
+        shrink = next((factor for factor in (8, 4, 2) if factor <= most), 1) if self._image.format == "JPEG" else 1
+        rows = math.ceil(box[3]) + shrink * reach(height / shrink, size[0])
+        pixels = self._decode(rows, channels, shrink)
+        shrunk = tuple(-(-side // shrink) for side in self.size)  # decoders round up
+        across, down = shrunk[0] / self.size[0], shrunk[1] / self.size[1]
+        box = (box[0] * across, box[1] * down, min(box[2] * across, shrunk[0]), min(box[3] * down, shrunk[1]))
+        return resize(pixels, box, size)
+
+    def _decode(self, rows: int, channels: int, shrink: int) -> np.ndarray:
+        """The pixels the right way up, at least as many of the uppermost rows: uint8 [height, width, channels].
+
+        Args:
+            rows: counted before they are shrunk.
+            channels: 3, or 1 for grayscale.
+            shrink: both sides by 2, 4 or 8, of a JPEG; 1 for the image as it is.
+        """
         image: Image.Image = self._image
-        jpeg, upright = image.format == "JPEG", self._orientation <= 1
-        # Let the decoder shrink by 2, 4 or 8 what would be shrunk as much anyway.
-        scale = DRAFT_MARGIN * max(size[1] / (box[2] - box[0]), size[0] / (box[3] - box[1]))
-        if jpeg and upright and scale >= 1 and (image.mode == "L" or (image.mode, channels) == ("RGB", 3)):
-            pixels = decode_upper(self._data, math.ceil(box[3]) + reach(box[3] - box[1], size[0]), channels)
-            if pixels is not None:
-                return resize(pixels, box, size)
-        if jpeg and scale < 1:
-            self._image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
-        if not upright:
+        if image.format == "JPEG":
+            upright = self._orientation <= 1
+            if upright and (image.mode == "L" or (image.mode, channels) == ("RGB", 3)):
+                pixels = decode_upper(self._data, rows, channels, shrink)
+                if pixels is not None:
+                    return pixels
+            self._image.draft(None, (image.width // shrink, image.height // shrink))
+        if self._orientation > 1:
             image = ImageOps.exif_transpose(image)
         pixels = np.asarray(to_mode(image, "RGB" if channels == 3 else "L"))
-        if channels == 1:
-            pixels = pixels[..., None]
-        height, width = pixels.shape[:2]
-        shrunk = (width / self.size[0], height / self.size[1])
-        box = (box[0] * shrunk[0], box[1] * shrunk[1], box[2] * shrunk[0], box[3] * shrunk[1])
-        return resize(pixels, (box[0], box[1], min(box[2], width), min(box[3], height)), size)
+        return pixels if channels == 3 else pixels[..., None]
 
 
 def load_whole(data: bytes, size: tuple[int, int], channels: int, share: float = 1.0) -> np.ndarray:
