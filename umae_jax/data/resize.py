@@ -26,7 +26,10 @@ def reach(extent: float, length: int) -> int:
 
 
 def resize(pixels: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
-    """What Pillow's `resize` with BICUBIC and a box gives, but for rounding: see tests/data/test_resize.py.
+    """What Pillow's `resize` with BICUBIC and a box gives, but for rounding.
+
+    Both round to 8 bits between the two directions, which they take in another order. Their results lie 0.16 levels of
+    255 apart on average, and each 0.30 from the exact sums; tests/data/test_resize.py bounds the difference.
 
     Args:
         pixels: uint8 [height, width, 3 or 1].
