@@ -1,5 +1,6 @@
 """Small image files for tests."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,13 @@ def picture(seed=0, height=60, width=80):
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
     return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def encode(image, kind="PNG", **options):
+    """The bytes of an image file."""
+    data = io.BytesIO()
+    image.save(data, kind, **options)
+    return data.getvalue()
 
 
 def write_folder(folder: Path, count=12, classes=(), height=60, width=80):

@@ -72,8 +72,8 @@ def default_config(size: str = "swin_tiny", method: str = "um_mae") -> ConfigDic
     data.mean = IMAGENET_MEAN
     data.std = IMAGENET_STD
     data.class_names = ()  # classifier: written by fine-tuning, from the training data
-    data.threads = 16  # that read and decode, in each process or worker
-    data.workers = 0  # processes that read and decode; 0: the threads of this one suffice
+    data.threads = config_dict.placeholder(int)  # that read and decode, in each process or worker; None: by its cores
+    data.workers = config_dict.placeholder(int)  # processes that read and decode; None: by the host's cores, 0: none
 
     # What accuracy is measured on, each image once, resized and cropped in the middle. Pre-training runs a kNN probe.
     validation = config.validation = ConfigDict()
@@ -175,6 +175,7 @@ _WHOLE_FROM_1 = (
     *("model.decoder_factor", "model.decoder_width", "model.decoder_depth", "model.decoder_heads"),
 )
 _WHOLE_FROM_0 = ("picture_every", "checkpoint_keep_every", "data.workers", "augment.operations")
+_OR_NONE = ("data.threads", "data.workers")
 _SEQUENCES_FROM_1 = (
     *("image_size", "model.widths", "model.depths", "model.heads", "model.mlp_ratios", "model.reductions"),
 )
@@ -228,7 +229,8 @@ def check_values(config: ConfigDict) -> None:
     values = flat(config)
     for keys, least in ((_WHOLE_FROM_1, 1), (_WHOLE_FROM_0, 0)):
         for key in keys:
-            require(_is_whole(values[key], least), f"{key} must be a whole number from {least}, not {values[key]}")
+            right = _is_whole(values[key], least) or (key in _OR_NONE and values[key] is None)
+            require(right, f"{key} must be a whole number from {least}, not {values[key]}")
     for key in _SEQUENCES_FROM_1:
         right = isinstance(values[key], tuple) and all(_is_whole(value, 1) for value in values[key])
         require(right, f"{key} must be whole numbers from 1, such as (2, 2), not {values[key]}")

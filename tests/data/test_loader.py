@@ -1,11 +1,14 @@
 import logging
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from tests.images import write_folder
-from umae_jax.data.loader import Loader, OnePass
+from umae_jax.config import default_config
+from umae_jax.data import loader
+from umae_jax.data.loader import Loader, OnePass, readers
 from umae_jax.data.sources import NO_LABEL, open_source
 from umae_jax.data.transforms import load_whole
 from umae_jax.errors import UserError
@@ -210,3 +213,33 @@ def test_labels_that_are_missing_or_out_of_range_are_told(folder, label, message
     with pytest.raises(UserError, match=f"data.source: .*{message}"):
         next(loader)
     loader.close()
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "workers", "expected"),
+    [
+        (2, None, None, (4, 0)),
+        (8, None, None, (16, 0)),
+        (16, None, None, (16, 2)),
+        (112, None, None, (16, 14)),
+        (112, 16, 0, (16, 0)),  # what runs before this was chosen have in their files
+        (112, 4, None, (4, 0)),
+        (112, None, 0, (224, 0)),
+        (8, None, 4, (4, 4)),
+    ],
+)
+def test_readers_are_chosen_by_the_cores_unless_the_configuration_says(monkeypatch, cores, threads, workers, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr("os.path.isdir", lambda _: False)
+    config = default_config()
+    config.data.update(threads=threads, workers=workers)
+    assert readers(config) == expected
+
+
+def test_workers_are_no_more_than_shared_memory_holds(monkeypatch, tmp_path):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(112)), raising=False)
+    monkeypatch.setattr(loader, "SHARED_MEMORY", str(tmp_path))
+    chunk = 16 * 256 * 256 * 3
+    for free, workers in ((64 * 2**20, 5), (4 * chunk - 1, 0), (2**40, 14)):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        assert readers(default_config()).workers == workers

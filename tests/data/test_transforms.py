@@ -4,15 +4,11 @@ import numpy as np
 import pytest
 import scipy.stats
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
-from tests.images import picture
+from tests.images import encode, picture
+from umae_jax.data.sources import open_source
 from umae_jax.data.transforms import EncodedImage, central_crop, load_whole, random_crop
-
-
-def encode(image, kind="PNG", **options):
-    data = io.BytesIO()
-    image.save(data, kind, **options)
-    return data.getvalue()
 
 
 def whole(data, channels=3):
@@ -84,6 +80,50 @@ def test_exif_rotation_is_undone(orientation):
 
 def test_grayscale_models_get_one_channel():
     assert load_whole(encode(Image.fromarray(picture())), (20, 30), 1).shape == (20, 30, 1)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=["plain", "progressive"])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+def test_crops_of_photographs_are_those_of_plain_pillow(subsampling, options):
+    rng = np.random.default_rng(0)
+    for record in open_source("photos"):
+        photograph = Image.open(io.BytesIO(record.data)).convert("RGB").resize((403, 317))
+        data = encode(photograph, "JPEG", quality=int(rng.integers(60, 99)), subsampling=subsampling, **options)
+        for area in (0.05, 0.2, 1.0):
+            box = random_crop(rng, *photograph.size, (96, 96), area)
+            ours = EncodedImage(data).crop(box, (96, 96), 3).astype(int)
+            theirs = Image.open(io.BytesIO(data)).resize((96, 96), Image.Resampling.BICUBIC, box)
+            difference = np.abs(ours - np.asarray(theirs))
+            assert difference.mean() < 0.3
+            assert difference.max() <= 12
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 3), ("L", 1)])
+def test_pillow_does_not_decode_plain_jpegs(monkeypatch, mode, channels):
+    data = encode(Image.fromarray(picture()).convert(mode), "JPEG")
+    expected = whole(data, channels)
+
+    def load(self):
+        raise AssertionError("decoded by Pillow")
+
+    monkeypatch.setattr(JpegImageFile, "load", load)
+    np.testing.assert_array_equal(whole(data, channels), expected)
+    progressive = encode(Image.fromarray(picture()).convert(mode), "JPEG", progressive=True)
+    with pytest.raises(AssertionError, match="decoded by Pillow"):
+        whole(progressive, channels)
+
+
+def test_colour_becomes_gray_as_with_pillow():
+    data = encode(Image.fromarray(picture()), "JPEG")
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("L"))
+    np.testing.assert_array_equal(whole(data, 1)[..., 0], expected)
+
+
+def test_a_truncated_jpeg_is_refused_wherever_the_crop_lies():
+    data = encode(Image.fromarray(picture(height=300, width=200)), "JPEG", quality=95)
+    assert EncodedImage(data).crop((0, 0, 50, 20), (16, 16), 3).shape == (16, 16, 3)
+    with pytest.raises(OSError, match="truncated"):
+        EncodedImage(data[: len(data) * 3 // 4]).crop((0, 0, 50, 20), (16, 16), 3)
 
 
 def test_a_large_jpeg_decoded_small_looks_the_same():

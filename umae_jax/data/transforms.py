@@ -1,4 +1,4 @@
-"""On the host: from encoded bytes to uint8 pixels of one size, with Pillow. Imports nothing of JAX."""
+"""On the host: from encoded bytes to uint8 pixels of one size. Imports nothing of JAX."""
 
 import io
 import math
@@ -10,16 +10,16 @@ from absl import logging
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from umae_jax.data.augment import RandAugment
+from umae_jax.data.jpeg import decode_upper
+from umae_jax.data.resize import Box, reach, resize
 from umae_jax.data.sources import NO_LABEL, Source
 from umae_jax.errors import require
 
 AREA_TRIES = 10  # torchvision's number, after which a random resized crop falls back to a central one
 # After so many records that cannot be read, a sample gives up; the loader then stops the run.
 READ_TRIES = 32
-# A JPEG is decoded at a reduced scale only where that leaves this many pixels for each one wanted, on either axis.
-DRAFT_MARGIN = 2.0
-
-Box = tuple[float, float, float, float]  # left, upper, right, lower
+# A JPEG's decoder shrinks what would be shrunk anyway, but leaves this many pixels for each one wanted, on either axis.
+SHRINK_MARGIN = 2.0
 
 
 def random_crop(rng: np.random.Generator, width: int, height: int, size: tuple[int, int], area: float) -> Box:
@@ -79,6 +79,7 @@ class EncodedImage:
     """
 
     def __init__(self, data: bytes) -> None:
+        self._data = data
         self._image = Image.open(io.BytesIO(data))
         self._orientation = self._image.getexif().get(ExifTags.Base.Orientation, 1)
         width, height = self._image.size
@@ -92,20 +93,35 @@ class EncodedImage:
             size: height and width of the output.
             channels: 3, or 1 for grayscale.
         """
+        width, height = box[2] - box[0], box[3] - box[1]
+        most = min(width / size[1], height / size[0]) / SHRINK_MARGIN
+        shrink = next((factor for factor in (8, 4, 2) if factor <= most), 1) if self._image.format == "JPEG" else 1
+        rows = math.ceil(box[3]) + shrink * reach(height / shrink, size[0])
+        pixels = self._decode(rows, channels, shrink)
+        shrunk = tuple(-(-side // shrink) for side in self.size)  # decoders round up
+        across, down = shrunk[0] / self.size[0], shrunk[1] / self.size[1]
+        box = (box[0] * across, box[1] * down, min(box[2] * across, shrunk[0]), min(box[3] * down, shrunk[1]))
+        return resize(pixels, box, size)
+
+    def _decode(self, rows: int, channels: int, shrink: int) -> np.ndarray:
+        """The pixels the right way up, at least as many of the uppermost rows: uint8 [height, width, channels].
+
+        Args:
+            rows: counted before they are shrunk.
+            channels: 3, or 1 for grayscale.
+            shrink: both sides by 2, 4 or 8, of a JPEG; 1 for the image as it is.
+        """
         image: Image.Image = self._image
-        if self._image.format == "JPEG":
-            # Let the decoder shrink by 2, 4 or 8 what would be shrunk as much anyway.
-            scale = DRAFT_MARGIN * max(size[1] / (box[2] - box[0]), size[0] / (box[3] - box[1]))
-            if scale < 1:
-                self._image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
-        mode = "RGB" if channels == 3 else "L"
+        if image.format == "JPEG":
+            upright = self._orientation <= 1
+            if upright and (image.mode == "L" or (image.mode, channels) == ("RGB", 3)):
+                pixels = decode_upper(self._data, rows, channels, shrink)
+                if pixels is not None:
+                    return pixels
+            self._image.draft(None, (image.width // shrink, image.height // shrink))
         if self._orientation > 1:
             image = ImageOps.exif_transpose(image)
-        image = to_mode(image, mode)
-        shrunk = (image.width / self.size[0], image.height / self.size[1])
-        box = (box[0] * shrunk[0], box[1] * shrunk[1], box[2] * shrunk[0], box[3] * shrunk[1])
-        box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
-        pixels = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box))
+        pixels = np.asarray(to_mode(image, "RGB" if channels == 3 else "L"))
         return pixels if channels == 3 else pixels[..., None]
 
 
