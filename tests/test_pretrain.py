@@ -264,7 +264,7 @@ import os, resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 os.execv(sys.executable, [sys.executable, *{arguments}])
 """
-    environment = {**os.environ, "PYTHONPATH": str(commands.ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(commands.ROOT), "XDG_CACHE_HOME": str(tmp_path / "home")}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -278,6 +278,7 @@ os.execv(sys.executable, [sys.executable, *{arguments}])
     assert done.returncode in (1, 2), done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+    assert "compilation cache" not in done.stderr  # which found no room either
 
 
 def test_visualize_draws_files_and_folders(finished, tmp_path):

@@ -1,11 +1,13 @@
 """UM-MAE: masked pre-training of pyramid vision transformers, in JAX."""
 
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from umae_jax.features import load_encoder
 
 __version__ = "0.1.0"
+STARTED = time.monotonic()  # before anything else is imported; see umae_jax/beginning.py
 __all__ = ["load_encoder"]
 
 

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from umae_jax import processes
+from umae_jax import beginning, compilation_cache, processes
 from umae_jax.config import flat
 from umae_jax.errors import Interrupted, UserError, require
 from umae_jax.files import AnyPath, explain
@@ -65,6 +66,12 @@ def join(given: ProcessFlags, config: ConfigDict | None, workdir: AnyPath | None
     processes.join(
         place, doing, workdir=workdir, wait=given.wait.value, silence=given.lost_after.value, say=_print_error
     )
+    if processes.joined():
+        # All read what process 0 writes, or some would wait for it to compile with them what it has read. On processors
+        # the programs of several processes have another key each time.
+        shared = None if workdir is None or jax.default_backend() == "cpu" else workdir / compilation_cache.FOLDER
+        compilation_cache.keep(shared)
+        beginning.spent("meeting the others")
 
 
 def required(flag: flags.FlagHolder[T | None], what: str) -> T:
@@ -154,6 +161,8 @@ def run(main: Callable[..., None], *, arguments: int = 0) -> None:
 
     def guarded(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)
+        beginning.spent("imports")
+        compilation_cache.keep_for_user()
         status = 0
         try:
             main(*argv[1:])

@@ -190,6 +190,6 @@ def make_illustrator(
     def illustrate(params: nnx.State, title: str) -> bytes:
         panels = compute(params, images)
         how = STATISTICS[statistics] if nnx.merge(graph, params).normalize_target else PLAIN
-        return draw(panels, f"{title}  |  error {float(np.mean(panels.error)):.4f}  |  {how}")
+        return draw(panels, f"{title}  |  error {np.asarray(panels.error).mean():.4f}  |  {how}")
 
     return illustrate

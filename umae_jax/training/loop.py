@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 
+from umae_jax import beginning, cli
 from umae_jax.data.loader import Batch
 from umae_jax.errors import Interrupted, UserError
 from umae_jax.files import AnyPath
@@ -101,6 +102,9 @@ def train(
         values = jax.device_get(metrics)
         clock.count(batch_size)
         report.advance(number)
+        if number == first_step + 1:
+            beginning.spent("the step")
+            cli.say(beginning.summary())
         if values.bad_steps >= stop_after_bad_steps:
             raise UserError(
                 f"the loss or gradient was not finite in {values.bad_steps} steps in a row, up to step {number} "
@@ -146,7 +150,12 @@ def train(
                 clock.restart()
             if last:
                 break
-            state, metrics_of_step = step(state, clock.next(batches))
+            if number == first_step:
+                beginning.spent("what is measured before")
+            batch = clock.next(batches)
+            if number == first_step:
+                beginning.spent("the first batch")
+            state, metrics_of_step = step(state, batch)
             samples += batch_size
             number += 1
             if pending:

@@ -7,19 +7,27 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import TextIO
 
 import jax
 from absl import logging
 from etils import epath
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2
-from tensorboardX.record_writer import register_writer_factory
-from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from umae_jax.errors import UserError
 from umae_jax.files import AnyPath, GrowingObject, write_whole
+
+# tensorboardX imports torch where that is installed, for what is not used here; it would be half of all imports.
+_modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
+_modules.setdefault("torch", None)  # which Python takes for a module that is not there
+from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
+from tensorboardX.proto import event_pb2  # noqa: E402
+from tensorboardX.record_writer import register_writer_factory  # noqa: E402
+from tensorboardX.summary import scalar  # noqa: E402
+
+if _modules["torch"] is None:
+    del _modules["torch"]
 
 METRICS_FILE = "metrics.jsonl"
 FLUSH_SECONDS = 30  # how late TensorBoard may see a line

@@ -1,6 +1,6 @@
 """A run: what a configuration trains, in shapes alone, freshly initialised, or as its directory holds it."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -33,8 +33,24 @@ class Run(NamedTuple):
     state: TrainState
 
 
+class _Keys:
+    """The keys of `nnx.Rngs(seed)`, but Python counts them: where it is traced, that takes most of the building."""
+
+    def __init__(self, seed: int) -> None:
+        self._key = jax.random.key(seed)
+        self._given = 0
+
+    def params(self) -> jax.Array:
+        self._given += 1
+        return jax.random.fold_in(self._key, self._given - 1)
+
+
+def _build(config: ConfigDict) -> nnx.Module:
+    return build_model(config, cast(nnx.Rngs, _Keys(config.seed)))
+
+
 def _initial_params(config: ConfigDict) -> Params:
-    return nnx.state(build_model(config, nnx.Rngs(config.seed)), nnx.Param)
+    return nnx.state(_build(config), nnx.Param)
 
 
 def describe(config: ConfigDict, mesh: Mesh) -> Run:
@@ -43,7 +59,7 @@ def describe(config: ConfigDict, mesh: Mesh) -> Run:
     Raises:
         UserError: if the model's numbers do not fit together.
     """
-    graph, params = nnx.split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))), nnx.Param)
+    graph, params = nnx.split(nnx.eval_shape(lambda: _build(config)), nnx.Param)
     optimizer = make_optimizer(config)
     average = config.optimizer.average is not None
     state = jax.eval_shape(lambda params: init_state(params, optimizer, average=average), params)

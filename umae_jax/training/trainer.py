@@ -1,7 +1,6 @@
 """A run from its directory to its end, whatever it trains: open the directory, continue or begin, compile, train."""
 
 import contextlib
-import time
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import NamedTuple
@@ -10,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from umae_jax import cli
+from umae_jax import beginning, cli
 from umae_jax.config import CONFIG_FILE, differences, read_config, resolve_steps, to_json
 from umae_jax.data.loader import Loader, abstract_batch
 from umae_jax.data.sources import Source
@@ -20,7 +19,7 @@ from umae_jax.training.agreement import AgreedStop, of_first
 from umae_jax.training.checkpoint import Checkpoints
 from umae_jax.training.loop import Action, train
 from umae_jax.training.mesh import batch_sharding, shardings_of
-from umae_jax.training.metrics import duration, metrics_of
+from umae_jax.training.metrics import metrics_of
 from umae_jax.training.optimizer import learning_rate_schedule
 from umae_jax.training.runs import Run
 from umae_jax.training.step import LossFunction, TrainState, TrainStep, lower_step, make_train_step
@@ -152,7 +151,9 @@ def run_training(config: ConfigDict, workdir: AnyPath, mesh: Mesh, task: Task, s
         total_steps, warmup_steps = durations(config, len(task.source))
         checkpoints = open_workdir(config, workdir)
         resources.callback(checkpoints.close)
+        beginning.spent("data and model")
         state, samples = checkpoints.restore(task.run.state) or (task.begin(), 0)
+        beginning.spent("the state")
         first_step = int(state.step)
         parameters = sum(array.size for array in jax.tree.leaves(state.params))
         devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
@@ -167,11 +168,10 @@ def run_training(config: ConfigDict, workdir: AnyPath, mesh: Mesh, task: Task, s
         # The loader reads ahead while the step compiles.
         loader = Loader.of(config, task.source, batch_sharding(mesh), first_sample=samples)
         resources.callback(loader.close)
-        start = time.monotonic()
         batch = abstract_batch(config, config.batch_size, batch_sharding(mesh))
         step = build_step(config, task.run, task.loss, warmup_steps, total_steps)
         compiled = lower_step(step, task.run.state, batch, mesh).compile()
-        cli.say(f"compiled the step in {duration(time.monotonic() - start)}")
+        beginning.spent("compiling")
         train(
             state,
             step=compiled,
