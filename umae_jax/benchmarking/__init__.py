@@ -1,0 +1,1 @@
+"""What our training step is measured beside."""

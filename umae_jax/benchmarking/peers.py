@@ -1,0 +1,241 @@
+"""The training steps in PyTorch that ours is timed against: the same sizes, precision and batch.
+
+A step is forward, backward and AdamW, on images that already lie on the device, normalised, in float32; a new mask is
+drawn each time. They are run as PyTorch runs them: eagerly, with as many threads as it takes by itself, in its own
+memory formats, without `torch.compile`. In bfloat16 the forward pass is under `torch.autocast`, with parameters in
+float32. What a configuration has beside (flips, clipping, accumulation, averages, a schedule) is left out, at a peer's
+advantage.
+
+They need `pip install "umae_jax[peers]"`; nothing here imports PyTorch before a peer is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from flax import nnx
+from ml_collections import ConfigDict
+
+from umae_jax.errors import UserError, require
+from umae_jax.models.autoencoder import DECODER_MLP_RATIO
+from umae_jax.models.build import build_model
+from umae_jax.models.layers import NORM_EPSILON
+
+if TYPE_CHECKING:
+    import torch
+
+INSTALL = 'install torch and transformers: pip install "umae_jax[peers]"'
+# The encoder and the method that each is the peer of.
+PEER_OF = {
+    "torch_um_mae": ("swin", "um_mae"),
+    "hf_vit_mae": ("vit", "mae"),
+    "hf_swin_simmim": ("swin", "simmim"),
+}
+
+
+class Network(NamedTuple):
+    """What a peer trains.
+
+    Attributes:
+        module: holds the parameters.
+        loss: of images [B, C, H, W], float32.
+    """
+
+    module: torch.nn.Module
+    loss: Callable[[torch.Tensor], torch.Tensor]
+
+
+class Peer:
+    """A training step in PyTorch, with its state and its one batch, on the first GPU or else the CPU.
+
+    Attributes:
+        name: a key of PEERS.
+        device: the device's name, such as "cpu" or that of a GPU.
+        parameters: how many are trained.
+        loss: of the last step; nan before the first.
+    """
+
+    def __init__(self, name: str, network: Network, config: ConfigDict, batch: int) -> None:
+        import torch
+
+        self.name, self._network = name, network
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu"
+        network.module.to(self._device).train()
+        self._images = torch.randn(batch, config.model.channels, *config.image_size, device=self._device)
+        trained = [parameter for parameter in network.module.parameters() if parameter.requires_grad]
+        self.parameters = sum(parameter.numel() for parameter in trained)
+        recipe = config.optimizer
+        groups: list[dict[str, Any]] = [
+            {"params": [parameter for parameter in trained if parameter.ndim > 1]},
+            {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self._optimizer = torch.optim.AdamW(
+            groups,
+            lr=recipe.base_learning_rate * batch / 256,
+            betas=(recipe.beta1, recipe.beta2),
+            weight_decay=recipe.weight_decay,
+            fused=True,
+        )
+        self._autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+        self.loss = float("nan")
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def step(self) -> None:
+        """One whole step; returns when it is done."""
+        import torch
+
+        self._optimizer.zero_grad()
+        with self._autocast:
+            loss = self._network.loss(self._images)
+        loss.backward()
+        self._optimizer.step()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        self.loss = loss.item()
+
+    def peak_memory(self) -> int | None:
+        """The most bytes that tensors have taken since the peer was made; None on a CPU, which does not tell."""
+        import torch
+
+        return torch.cuda.max_memory_allocated() if self._device.type == "cuda" else None
+
+
+def make_peer(name: str, config: ConfigDict, batch: int) -> Peer:
+    """The peer of a configuration, with random weights and images.
+
+    Args:
+        name: a key of PEERS.
+        config: what our own step is made of.
+        batch: images a step.
+
+    Raises:
+        UserError: if there is no such peer, it is of another model, it has not all that the configuration asks for, or
+            what it needs is not installed.
+    """
+    require(name in PEERS, f"there is no peer {name!r}; choose {', '.join(PEERS)}")
+    kind = (config.model.encoder, config.model.method)
+    if kind != PEER_OF[name]:
+        right = next((f"choose {peer}" for peer, other in PEER_OF.items() if other == kind), "there is none for it")
+        encoder, method = PEER_OF[name]
+        raise UserError(
+            f"{name} is the peer of a {encoder} for {method}, not of a {kind[0]} for {kind[1]} as in model.encoder and "
+            f"model.method; {right}"
+        )
+    nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)))  # checks that the numbers fit together
+    try:
+        network = PEERS[name](config)
+    except ImportError as error:
+        raise UserError(f"{name} cannot be made ({error}); {INSTALL}") from None
+    return Peer(name, network, config, batch)
+
+
+def torch_um_mae(config: ConfigDict) -> Network:
+    """UM-MAE of a Swin, plainly written in PyTorch: see `torch_um_mae.py`."""
+    from umae_jax.benchmarking.torch_um_mae import TorchUmMae
+
+    require(not config.model.reference_order, "model.reference_order: torch_um_mae has our own; set it to False")
+    module = TorchUmMae(config)
+    return Network(module, lambda images: module(images, module.sample_mask(len(images))))
+
+
+def hf_vit_mae(config: ConfigDict) -> Network:
+    """`ViTMAEForPreTraining` of Hugging Face: the same model, with as many parameters.
+
+    Its decoder predicts all units, not only those in the loss.
+    """
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    model = config.model
+    side = _square(config, "hf_vit_mae")
+    require(model.secondary_ratio == 0, "model.secondary_ratio: hf_vit_mae has no secondary masking; set it to 0")
+    module = ViTMAEForPreTraining(
+        ViTMAEConfig(
+            image_size=side,
+            patch_size=model.patch,
+            num_channels=model.channels,
+            hidden_size=model.widths[0],
+            num_hidden_layers=model.depths[0],
+            num_attention_heads=model.heads[0],
+            intermediate_size=model.mlp_ratios[0] * model.widths[0],
+            layer_norm_eps=NORM_EPSILON,
+            decoder_hidden_size=model.decoder_width,
+            decoder_num_hidden_layers=model.decoder_depth,
+            decoder_num_attention_heads=model.decoder_heads,
+            decoder_intermediate_size=DECODER_MLP_RATIO * model.decoder_width,
+            mask_ratio=0.75,
+            norm_pix_loss=model.normalize_target,
+        )
+    )
+    return Network(module, lambda images: module(images).loss)
+
+
+def hf_swin_simmim(config: ConfigDict) -> Network:
+    """`SwinForMaskedImageModeling` of Hugging Face: Microsoft's Swin, which is not quite ours.
+
+    Each block has a table of relative position biases, not a small MLP; merges norm four tokens together, in front of a
+    linear layer without a bias. Windows have `model.window` tokens on a side as here; where a stage is smaller than
+    that, Hugging Face makes the window the stage but leaves its table too large for it, and stops at the first step, so
+    that such a stage is given tables of its size. The whole image is predicted, and the loss masked.
+    """
+    import torch
+    from transformers import SwinConfig, SwinForMaskedImageModeling
+
+    model = config.model
+    side = _square(config, "hf_swin_simmim")
+    stages = range(len(model.depths))
+    require(
+        all(model.widths[stage] == model.widths[0] * 2**stage for stage in stages),
+        f"model.widths: hf_swin_simmim doubles its width from stage to stage; choose such, not {model.widths}",
+    )
+    require(
+        len(set(model.mlp_ratios)) == 1,
+        f"model.mlp_ratios: hf_swin_simmim has one for all stages; choose such, not {model.mlp_ratios}",
+    )
+    require(not model.normalize_target, "model.normalize_target: hf_swin_simmim predicts plain pixels; set it to False")
+    module: Any = SwinForMaskedImageModeling(
+        SwinConfig(
+            image_size=side,
+            patch_size=model.patch,
+            num_channels=model.channels,
+            embed_dim=model.widths[0],
+            depths=model.depths,
+            num_heads=model.heads,
+            window_size=model.window,
+            mlp_ratio=model.mlp_ratios[0],
+            drop_path_rate=0.0,
+            encoder_stride=model.patch * 2 ** (len(model.depths) - 1),
+        )
+    )
+    for stage in stages:
+        window = min(model.window, side // model.patch // 2**stage)
+        for block in module.swin.encoder.layers[stage].blocks:
+            attention = block.attention
+            attention.relative_position_bias = type(attention.relative_position_bias)(
+                model.heads[stage], (window, window)
+            )
+    unit = model.patch * 2 ** (len(model.depths) - 1) // model.decoder_factor
+    units, repeats = side // unit, unit // model.patch
+
+    def loss(images: torch.Tensor) -> torch.Tensor:
+        order = torch.rand(len(images), units**2, device=images.device).argsort(1)
+        masked = (order >= units**2 // 4).view(-1, units, units)
+        masked = masked.repeat_interleave(repeats, 1).repeat_interleave(repeats, 2)
+        return module(images, bool_masked_pos=masked.flatten(1)).loss
+
+    return Network(module, loss)
+
+
+def _square(config: ConfigDict, name: str) -> int:
+    height, width = config.image_size
+    require(height == width, f"image_size: {name} takes square images, not {height} x {width}; make the two equal")
+    return height
+
+
+PEERS: dict[str, Callable[[ConfigDict], Network]] = {
+    "torch_um_mae": torch_um_mae,
+    "hf_vit_mae": hf_vit_mae,
+    "hf_swin_simmim": hf_swin_simmim,
+}
