@@ -22,7 +22,7 @@ from PIL import Image
 
 from umae_jax import cli
 from umae_jax.config import check
-from umae_jax.data.loader import Loader
+from umae_jax.data.loader import Loader, readers
 from umae_jax.data.sources import Source, open_source
 from umae_jax.data.transforms import random_crop
 from umae_jax.errors import require
@@ -73,7 +73,8 @@ def main() -> None:
     config = cli.read_config(_CONFIG)
     config.batch_size, config.accumulate = 32 * jax.device_count(), 1  # what counts is the image
     check(config)
-    require(config.data.workers == 0, "data.workers: the benchmark counts this process's time; set it to 0")
+    require(not config.data.workers, "data.workers: the benchmark counts this process's time; set it to 0")
+    config.data.workers = 0
     source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
     turn = -(-_IMAGES.value // config.batch_size) * config.batch_size
     rates: dict[str, list[Rate]] = {"loader": [], "plain Pillow": []}
@@ -97,7 +98,7 @@ def main() -> None:
     print(f"{len(source)} images of {config.data.source} to {size}, {_ROUNDS.value} rounds of {turn}")  # noqa: T201
     print(f"{'':14}{'images/s/core':>16}{'images/s':>12}{'threads':>10}")  # noqa: T201
     for name, rate in result.items():
-        threads = config.data.threads if name == "loader" else 1
+        threads = readers(config).threads if name == "loader" else 1
         print(f"{name:14}{rate['per_core']:16.1f}{rate['per_second']:12.1f}{threads:10}")  # noqa: T201
     print(f"loader over plain Pillow, a core: {ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})")  # noqa: T201
 
