@@ -5,6 +5,8 @@ the lanes of a TPU, and none is transposed. The backward pass is written out, be
 save and sum: of the softmax, its exponentials in the products' dtype; of the gradient's sum over keys, one over d.
 """
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -29,7 +31,7 @@ def merge_heads(linear: nnx.Linear, x: jax.Array) -> jax.Array:
 
 
 def _bias(linear: nnx.Linear) -> jax.Array:
-    return linear.bias[...].astype(linear.dtype)
+    return cast(nnx.Param[jax.Array], linear.bias)[...].astype(linear.dtype)  # all layers here have one
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
