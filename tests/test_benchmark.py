@@ -1,12 +1,16 @@
 import json
 
+import pytest
+
 from tests import commands
 from tests.images import write_folder
+
+TINY = ("--config", "tests/tiny.py")
 
 
 def test_the_loader_is_measured_beside_plain_pillow(tmp_path):
     folder = write_folder(tmp_path, 8, height=600, width=800)  # large enough that decoding counts
-    arguments = ["--config", "tests/tiny.py", f"--config.data.source=folder:{folder}", "--images=256", "--rounds=2"]
+    arguments = [*TINY, f"--config.data.source=folder:{folder}", "--loader", "--images=256", "--rounds=2"]
     printed, _ = commands.run("benchmark", *arguments, "--json")
     result = json.loads(printed)
     assert result["loader"]["per_core"] > 0
@@ -14,3 +18,47 @@ def test_the_loader_is_measured_beside_plain_pillow(tmp_path):
     # Grossly wrong accounting, such as work that the other did, would show.
     assert 0.1 < result["ratio"]["median"] < 4
     assert result["ratio"]["least"] <= result["ratio"]["median"] <= result["ratio"]["most"]
+
+
+def test_steps_take_turns():
+    printed, _ = commands.run("benchmark", *TINY, "--against=tests/tiny.py", "--batch=2", "--rounds=2", "--json")
+    result = json.loads(printed)
+    first, second = result["steps"]
+    assert result["device"] == "8 x cpu"
+    for one in (first, second):
+        assert one["name"] == "tiny"
+        assert one["images"] == 16
+        assert one["images_per_second"] == pytest.approx(16 / one["seconds"]["median"])
+        assert one["flops_per_second"] == pytest.approx(one["flops"] / one["seconds"]["median"])
+        assert one["seconds"]["least"] <= one["seconds"]["median"] <= one["seconds"]["most"]
+        assert one["peak"] >= one["temporaries"] > 0
+        assert one["utilization"] is None  # nothing is published of this device
+    assert first["speed"] == {"least": 1, "median": 1, "most": 1}
+    assert 0.1 < second["speed"]["median"] < 10  # it is the same step
+
+
+def test_a_peer_takes_its_turn():
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    printed, _ = commands.run("benchmark", *TINY, "--peer=torch_um_mae", "--batch=2", "--rounds=1", devices=1)
+    lines = printed.splitlines()
+    assert lines[0] == "1 x cpu, 2 images a step, float32, 1 rounds"
+    assert [line.split()[0] for line in lines[2:]] == ["tiny", "torch_um_mae"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--against=none.py",), "--against: there is no file none.py"),
+        (("--against=README.md",), "--against: README.md: SyntaxError"),
+        (("--against=tests/images.py",), "--against: tests/images.py: KeyError: 'get_config'"),
+        (
+            ("--loader", "--config.data.workers=2"),
+            "data.workers: the benchmark counts this process's time; set it to 0",
+        ),
+    ],
+)
+def test_bad_input_is_one_clear_sentence(arguments, message):
+    _, errors = commands.run("benchmark", *TINY, *arguments, status=2)
+    assert f"error: {message}" in errors
+    assert "Traceback" not in errors

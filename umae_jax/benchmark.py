@@ -1,106 +1,81 @@
-"""Measure how fast images are read, beside plain Pillow in the same run.
+"""Measure how fast training steps are, side by side, or how fast images are read.
 
-    python -m umae_jax.benchmark --config configs/pretrain_swin_tiny.py --config.data.source=folder:PATH
+    python -m umae_jax.benchmark --config configs/pretrain_swin_tiny.py [--against FILE ...] [--peer NAME ...]
+    python -m umae_jax.benchmark --config configs/pretrain_swin_tiny.py --config.data.source=folder:PATH --loader
 
-Both make the same crops of the same images, in turn. Images a second and core count the processor time that this
-process spends, so that neither threads nor other programs blur the comparison.
+All take turns in one run, so that what else the machine does falls on each alike. Steps are timed on one batch that
+lies on the device; peers are steps in PyTorch, which pip install "umae_jax[peers]" brings.
 """
 
-import io
 import json
-import statistics
-import time
-from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+import runpy
+from pathlib import Path
 
 import jax
-import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
-from PIL import Image
+from ml_collections import ConfigDict, config_flags
 
 from umae_jax import cli
+from umae_jax.benchmarking import reading, steps
+from umae_jax.benchmarking.peers import PEERS
 from umae_jax.config import check
-from umae_jax.data.loader import Loader, readers
-from umae_jax.data.sources import Source, open_source
-from umae_jax.data.transforms import random_crop
-from umae_jax.errors import require
-from umae_jax.training.mesh import batch_sharding, make_mesh
+from umae_jax.errors import UserError, require
 
 _CONFIG = cli.define_config()
+_AGAINST = flags.DEFINE_multi_string("against", [], "Files of further configurations; take the first one's dtype.")
+_PEER = flags.DEFINE_multi_string("peer", [], f"Steps in PyTorch of the configuration's sizes: {', '.join(PEERS)}.")
+_BATCH = flags.DEFINE_integer("batch", None, "Images a device and step; 8 on CPUs, else 128.", lower_bound=1)
+_LOADER = flags.DEFINE_boolean("loader", False, "Measure the reading of images instead.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each takes its turn.", lower_bound=1)
-_IMAGES = flags.DEFINE_integer("images", 512, "Images a turn.", lower_bound=1)
+_IMAGES = flags.DEFINE_integer("images", 512, "Images a turn that are read.", lower_bound=1)
 _JSON = flags.DEFINE_boolean("json", False, "Print JSON instead of a table.")
 
 
-class Rate(NamedTuple):
-    """Images a second of processor time, and of wall time."""
+def read_other(path: str) -> ConfigDict:
+    """The configuration of a file.
 
-    per_core: float
-    per_second: float
-
-
-def measure(images: int, work: Callable[[], object]) -> Rate:
-    """The rate at which `work` deals with its `images`."""
-    wall, processor = time.perf_counter(), time.process_time()
-    work()
-    return Rate(images / (time.process_time() - processor), images / (time.perf_counter() - wall))
-
-
-def plain_pillow(source: Source, config: ConfigDict, images: range) -> None:
-    """Open, convert, resize from the crop box: what Pillow takes alone, one image after the other."""
-    for number in images:
-        try:
-            image = Image.open(io.BytesIO(source[number % len(source)].data)).convert("RGB")
-        except OSError:  # the loader skips it as well
-            continue
-        rng = np.random.default_rng((config.seed, number))
-        box = random_crop(rng, image.width, image.height, config.image_size, config.data.area)
-        np.asarray(image.resize(config.image_size[::-1], Image.Resampling.BICUBIC, box))
+    Raises:
+        UserError: if it gives none.
+    """
+    require(Path(path).is_file(), f"--against: there is no file {path}; write one such as configs/quickstart.py")
+    try:
+        config = runpy.run_path(path)["get_config"]()
+    except Exception as error:  # the file is a program of the user's and may raise anything
+        raise UserError(f"--against: {path}: {type(error).__name__}: {error}") from None
+    require(isinstance(config, ConfigDict), f"--against: get_config() of {path} must return a changed default_config()")
+    return config
 
 
-def read_with_loader(source: Source, config: ConfigDict, images: range) -> None:
-    """Read so many images and no more: nothing is read ahead at the other's expense."""
-    loader = Loader.of(config, source, batch_sharding(make_mesh()), first_sample=images.start, last_sample=images.stop)
-    for batch in loader:
-        jax.block_until_ready(batch)
-    loader.close()
+def time_steps(config: ConfigDict) -> None:
+    """Time steps in turn, and print what was found."""
+    batch = _BATCH.value or (8 if jax.default_backend() == "cpu" else 128)
+    contenders = []
+    own = config_flags.get_config_filename(flags.FLAGS[_CONFIG.name])
+    for name, one in [(own, config), *((path, read_other(path)) for path in _AGAINST.value)]:
+        one.unlock()
+        one.batch_size, one.accumulate, one.dtype = batch * jax.device_count(), 1, config.dtype
+        check(one)
+        cli.say(f"{Path(name).stem}: compiling")
+        contenders.append(steps.our_step(Path(name).stem, one))
+    contenders += [steps.peer_step(name, config) for name in _PEER.value]
+    steps.time_in_turn(contenders, _ROUNDS.value, cli.say)
+    told = steps.results(contenders, config.batch_size)
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    if _JSON.value:
+        cli.result(json.dumps({"device": device, "dtype": config.dtype, "rounds": _ROUNDS.value, "steps": told}))
+    else:
+        cli.result(f"{device}, {config.batch_size} images a step, {config.dtype}, {_ROUNDS.value} rounds")
+        cli.result(steps.table(told))
 
 
 def main() -> None:
     """Measure and print."""
     config = cli.read_config(_CONFIG)
-    config.batch_size, config.accumulate = 32 * jax.device_count(), 1  # what counts is the image
-    check(config)
-    require(not config.data.workers, "data.workers: the benchmark counts this process's time; set it to 0")
-    config.data.workers = 0
-    source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
-    turn = -(-_IMAGES.value // config.batch_size) * config.batch_size
-    rates: dict[str, list[Rate]] = {"loader": [], "plain Pillow": []}
-    for number in range(_ROUNDS.value + 1):
-        images = range(number * turn, (number + 1) * turn)
-        ours = measure(turn, partial(read_with_loader, source, config, images))
-        plain = measure(turn, partial(plain_pillow, source, config, images))
-        if number:  # the first turn warms up
-            rates["loader"].append(ours)
-            rates["plain Pillow"].append(plain)
-    ratios = [a.per_core / b.per_core for a, b in zip(*rates.values(), strict=True)]
-    result = {
-        name: {field: round(statistics.median(getattr(rate, field) for rate in turns), 1) for field in Rate._fields}
-        for name, turns in rates.items()
-    }
-    ratio = {"least": min(ratios), "median": statistics.median(ratios), "most": max(ratios)}
-    if _JSON.value:
-        print(json.dumps({"images": turn, "rounds": _ROUNDS.value, **result, "ratio": ratio}))  # noqa: T201
-        return
-    size = " x ".join(map(str, config.image_size))
-    print(f"{len(source)} images of {config.data.source} to {size}, {_ROUNDS.value} rounds of {turn}")  # noqa: T201
-    print(f"{'':14}{'images/s/core':>16}{'images/s':>12}{'threads':>10}")  # noqa: T201
-    for name, rate in result.items():
-        threads = readers(config).threads if name == "loader" else 1
-        print(f"{name:14}{rate['per_core']:16.1f}{rate['per_second']:12.1f}{threads:10}")  # noqa: T201
-    print(f"loader over plain Pillow, a core: {ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})")  # noqa: T201
+    if _LOADER.value:
+        result = reading.compare(config, _IMAGES.value, _ROUNDS.value)
+        cli.result(json.dumps(result) if _JSON.value else reading.table(result, config))
+    else:
+        time_steps(config)
 
 
 if __name__ == "__main__":

@@ -18,23 +18,19 @@ from typing import Any
 import jax
 from absl import flags
 from jax.experimental import topologies
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from umae_jax import cli
 from umae_jax.compiled import Account, account
 from umae_jax.config import check, resolve_steps
-from umae_jax.data.loader import Batch, abstract_batch
 from umae_jax.data.sources import open_source
 from umae_jax.errors import UserError, require
 from umae_jax.files import locate_here, write_whole
 from umae_jax.hardware import GIB, GPUS, KINDS, Chip, Topology, topology
-from umae_jax.training import finetuning, pretraining
-from umae_jax.training.mesh import batch_sharding, make_mesh
+from umae_jax.training import finetuning
+from umae_jax.training.assembly import assemble, count_flops
+from umae_jax.training.mesh import make_mesh
 from umae_jax.training.metrics import duration
-from umae_jax.training.runs import describe
-from umae_jax.training.step import TrainState, TrainStep, lower_step
-from umae_jax.training.trainer import build_step
 
 IMAGENET, CLASSES = 1_281_167, 1000  # training images and classes of ImageNet-1K
 MOST = 1 << 15  # images a chip; more is not looked for
@@ -148,34 +144,13 @@ class _DoesNotFit(Exception):  # noqa: N818 - an answer
     """The compiler's words."""
 
 
-def _step_on(config: ConfigDict, mesh: Mesh) -> tuple[TrainStep, TrainState, Batch]:
-    """The step of a run on a mesh, and the shapes that it takes."""
-    what = describe(config, mesh)
-    make_loss = finetuning.make_loss if config.model.method == "classifier" else pretraining.make_loss
-    # The numbers of the schedule change nothing.
-    step = build_step(config, what, make_loss(config, what.graph), warmup_steps=1, total_steps=2)
-    return step, what.state, abstract_batch(config, config.batch_size, batch_sharding(mesh))
-
-
-def count_flops(config: ConfigDict) -> float | None:
-    """Operations of a step on all chips together, by the program before it is compiled; None if that cannot be told."""
-    try:
-        mesh = make_mesh(1, jax.local_devices(backend="cpu")[:1])
-    except RuntimeError:  # JAX has been kept from using the CPU, and the compilers for accelerators do not tell
-        return None
-    lowered = lower_step(*_step_on(config, mesh), mesh)
-    # A loop's body is counted once; the optimiser, outside it, is next to nothing.
-    return (lowered.cost_analysis() or {}).get("flops", 0.0) * config.accumulate
-
-
 def compile_for(config: ConfigDict, target: Target) -> Account:
     """Compile the step for a target.
 
     Raises:
         _DoesNotFit: if the memory of a chip does not suffice.
     """
-    mesh = make_mesh(config.mesh.fsdp, target.devices)
-    lowered = lower_step(*_step_on(config, mesh), mesh)
+    lowered = assemble(config, make_mesh(config.mesh.fsdp, target.devices)).lower()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
