@@ -26,10 +26,11 @@ from umae_jax.errors import UserError, listing, require
 MOST_UNREADABLE = 0.5
 JUDGE_AFTER = 16
 CHUNK = 16  # samples, at most
-# A core deals with some 750 images a second, of 500 x 375 pixels to 256 x 256: 1.3 ms each, of which the decoder takes
-# 0.95 and resizing 0.2 without the interpreter's lock. What holds it takes 0.15 ms, an eighth: so eight cores are what
-# one process can keep busy, and more of them need more processes. These leave to this one, which also feeds the
-# devices, 0.15 ms an image to take over and to hand on: an upper bound of some 6,000 images a second and host.
+# Reading a photograph of 500 x 375 pixels to a crop of 256 x 256 takes 1.2 to 1.3 ms of a core, of which the decoder
+# takes 0.95 and resizing 0.2 without the interpreter's lock. The rest, and what Grain and JAX do with the pixels, takes
+# 0.15 ms at best; if all of that holds the lock, eight cores are what one process can keep busy, and more of them need
+# more processes. These leave to this one 0.25 ms an image to take over and to hand on (measured on a busy machine), so
+# some 4,000 images a second and host. Reasoned from two cores; not yet measured on many.
 CORES_A_PROCESS = 8
 THREADS_A_CORE = 2  # one decodes while the other waits for a file or the lock
 CHUNKS_A_WORKER = 4  # that may lie in shared memory: being written, waiting, being read, and one to spare
