@@ -26,7 +26,7 @@ def test_a_plan_for_tpus(tmp_path):
     pytest.importorskip("libtpu", reason="the plan extra is not installed")  # part of the test extra
     path = tmp_path / "plan.json"
     arguments = ("--config", "tests/tiny.py", "--config.mesh.fsdp=2", "--topology=v5e:2x2", "--topology=v6e:2x2")
-    table, _ = commands.run("plan", *arguments, "--nolargest", "--json", path)
+    table, _ = commands.run("plan", *arguments, "--nolargest", "--parts", "--json", path)
     plans = json.loads(path.read_text())
     assert [plan["target"] for plan in plans] == ["v5e:2x2", "v6e:2x2"]
     for plan in plans:
@@ -41,7 +41,11 @@ def test_a_plan_for_tpus(tmp_path):
         assert plan["communication"] == pytest.approx(plan["interconnect"] / plan["step"])
         assert plan["reading_cores"] == pytest.approx(plan["images_per_second"] / 400)
         assert plan["chip_hours"] == pytest.approx(4 * 12 * plan["step"] / 3600)
+        assert sum(map(sum, plan["parts"].values())) == plan["cycles"]
+        assert {"stage 1, attention", "stage 2, mlp", "decoder, attention", "loss", "optimizer"} <= {*plan["parts"]}
+        assert sum(backward for _, backward in plan["parts"].values()) > plan["cycles"] / 4
     assert plans[1]["scheduled"] < plans[0]["scheduled"]
+    assert "v6e:2x2, the cycles of a step by part of the model:" in table
     assert "v5e:2x2" in table
 
 

@@ -12,6 +12,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+)\[([\d,]*)\]")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(_KINDS)})(-start)?\(")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_SCOPE = re.compile(r'op_name="([^"]*)"')
 _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
@@ -48,6 +49,7 @@ class Account(NamedTuple):
         arguments, temporaries, peak: bytes of memory; the peak counts donated arguments once.
         bytes: moved between memory and chip.
         cycles: that XLA:TPU schedules, without collectives and without what is inside a kernel; None elsewhere.
+        cycles_by_scope: the same by the scope of an operation, such as "jit(step)/jvp(encoder)/stage_1/mlp/mul".
         collectives: between devices.
     """
 
@@ -56,6 +58,7 @@ class Account(NamedTuple):
     peak: int
     bytes: float
     cycles: int | None
+    cycles_by_scope: dict[str, int]
     collectives: tuple[Collective, ...]
 
 
@@ -70,7 +73,7 @@ class _Occurrence(NamedTuple):
 
 class _Computation:
     def __init__(self) -> None:
-        self.cycles = 0
+        self.cycles: Counter[str] = Counter()  # by the scope of the operation
         self.collectives: Counter[_Occurrence] = Counter()
         self.called: list[str] = []
         self.loops: list[tuple[str, str, int | None]] = []  # condition, body, how often if the program says it
@@ -117,8 +120,8 @@ def _collective(line: str, name: str, devices: int) -> _Occurrence | None:
     return _Occurrence(kind, group, sum(sizes), "".join(chain.groups()) if chain else "")
 
 
-def read_program(text: str, devices: int) -> tuple[int | None, tuple[Collective, ...]]:
-    """Scheduled cycles and collectives of a compiled program, each as often as loops repeat it.
+def read_program(text: str, devices: int) -> tuple[Counter[str], tuple[Collective, ...]]:
+    """Scheduled cycles by scope, and collectives, of a compiled program, each as often as loops repeat it.
 
     Args:
         text: XLA's own, after compilation.
@@ -133,7 +136,8 @@ def read_program(text: str, devices: int) -> tuple[int | None, tuple[Collective,
             continue
         here = computations[name]
         if cycles := _CYCLES.search(line):
-            here.cycles += int(cycles[1])
+            scope = _SCOPE.search(line)
+            here.cycles[scope[1] if scope else ""] += int(cycles[1])
         if collective := _collective(line, name, devices):
             here.collectives[collective] += 1
         if limit := _LIMIT.search(line):
@@ -149,7 +153,8 @@ def read_program(text: str, devices: int) -> tuple[int | None, tuple[Collective,
 
     def add(name: str, times: int) -> None:
         here = computations[name]
-        cycles_of[name] += times * here.cycles
+        for scope, cycles in here.cycles.items():
+            cycles_of[scope] += times * cycles
         for collective, count in here.collectives.items():
             # XLA:TPU cuts one that it overlaps with work into pieces, and each names all of it.
             before = collectives[collective]
@@ -166,7 +171,7 @@ def read_program(text: str, devices: int) -> tuple[int | None, tuple[Collective,
             together[kind, group][0] += count
             together[kind, group][1] += count * size
     found = tuple(Collective(kind, group, *numbers) for (kind, group), numbers in sorted(together.items()))
-    return sum(cycles_of.values()) or None, found
+    return cycles_of, found
 
 
 def account(compiled: Any, devices: int) -> Account:  # noqa: ANN401 - JAX's Compiled
@@ -181,4 +186,5 @@ def account(compiled: Any, devices: int) -> Account:  # noqa: ANN401 - JAX's Com
     cycles, collectives = read_program(compiled.as_text(), devices)
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     peak = arguments + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Account(arguments, temporaries, peak, costs.get("bytes accessed", 0.0), cycles, collectives)
+    moved = costs.get("bytes accessed", 0.0)
+    return Account(arguments, temporaries, peak, moved, sum(cycles.values()) or None, dict(cycles), collectives)

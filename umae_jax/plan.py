@@ -21,6 +21,7 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from umae_jax import cli
+from umae_jax.benchmarking import parts
 from umae_jax.compiled import Account, account
 from umae_jax.config import check, resolve_steps
 from umae_jax.data.sources import open_source
@@ -41,6 +42,7 @@ _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_multi_string("topology", [], "Such as v5e:16x16, or h100 where it is; several are compared.")
 _IMAGES = flags.DEFINE_integer("images", None, "Images of an epoch, where the data are elsewhere.", lower_bound=1)
 _LARGEST = flags.DEFINE_boolean("largest", True, "Search for the largest batch that fits; takes some compilations.")
+_PARTS = flags.DEFINE_boolean("parts", False, "Print how the cycles divide among the parts of the model.")
 _JSON = flags.DEFINE_string("json", None, "A file to write the numbers to.")
 
 
@@ -67,11 +69,12 @@ class Target:
 class Plan:
     """What is known of a run on a target, a chip and a step where nothing else is said; None is not known.
 
-    The compiler's: arguments, temporaries and peak (bytes of memory), bytes (moved to and from memory; where a batch is
-    computed in parts it does not tell), cycles (scheduled, without collectives), collectives. Counted on the program
-    before it is compiled: flops. Estimated: scheduled (seconds of these cycles), flops_limit and bytes_limit (seconds
-    at the chip's best), interconnect (seconds that collectives take at the links' best), step (seconds, with nothing
-    overlapped), communication (share of a step), reading_cores (of hosts, a chip), and the rest.
+    The compiler's: arguments, temporaries and peak (bytes of memory), bytes (moved to and from memory; where a
+    batch is computed in parts it does not tell), cycles (scheduled, without collectives), parts (the same by part
+    of the model, forward and backward), collectives. Counted on the program before it is compiled: flops.
+    Estimated: scheduled (seconds of these cycles), flops_limit and bytes_limit (seconds at the chip's best),
+    interconnect (seconds that collectives take at the links' best), step (seconds, with nothing overlapped),
+    communication (share of a step), reading_cores (of hosts, a chip), and the rest.
     """
 
     target: str
@@ -87,6 +90,7 @@ class Plan:
     flops: float | None
     bytes: float | None
     cycles: int | None
+    parts: dict[str, tuple[int, int]] | None
     collectives: list[dict[str, Any]]
     scheduled: float | None
     flops_limit: float | None
@@ -266,6 +270,7 @@ def make_plan(config: ConfigDict, target: Target, images: int, flops: float | No
         flops=flops / chips if flops else None,
         bytes=moved,
         cycles=told.cycles if told else None,
+        parts=parts.by_part(told.cycles_by_scope) if told and told.cycles else None,
         collectives=collectives,
         scheduled=scheduled,
         flops_limit=flops_limit,
@@ -375,6 +380,10 @@ def main() -> None:
         plans.append(make_plan(config, target, images, flops, search=_LARGEST.value))
         cli.say(f"{target.name}: compiled in {duration(plans[-1].compile_seconds)}")
     cli.result(table(plans))
+    for plan, target in zip(plans, targets, strict=True):
+        if _PARTS.value and plan.parts and target.chip:
+            cli.result(f"\n{plan.target}, the cycles of a step by part of the model:")
+            cli.result(parts.table(plan.parts, target.chip.clock))
     if path:
         numbers = [dataclasses.asdict(plan) for plan in plans]
         write_whole(path, (json.dumps(numbers, indent=2) + "\n").encode())

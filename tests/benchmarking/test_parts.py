@@ -1,0 +1,31 @@
+import pytest
+
+from umae_jax.benchmarking.parts import by_part, part_of, table
+
+STEP = "jit(train_step)/"
+
+
+@pytest.mark.parametrize(
+    ("scope", "part"),
+    [
+        (STEP + "jvp(encoder)/stage_1/attention/...nc,chd->...hdn/dot_general", "stage 1, attention"),
+        (STEP + "transpose(jvp(encoder))/stage_3/merge/dot_general", "stage 3, merge"),
+        (STEP + "jvp(encoder)/patch_embedding/dot_general", "patch embedding"),
+        (STEP + "transpose(jvp(decoder))/mlp/mul", "decoder, mlp"),
+        (STEP + "jvp(decoder)/dot_general", "decoder"),
+        (STEP + "jvp(loss)/jit(_var)/reduce_sum", "loss"),
+        (STEP + "optimizer/mul", "optimizer"),
+        (STEP + "jvp(encoder)/jit(_where)/select_n", "encoder"),
+        ("", "other"),
+    ],
+)
+def test_a_scope_names_a_part(scope, part):
+    assert part_of(scope) == part
+
+
+def test_cycles_are_summed_by_part_forward_and_backward():
+    cycles = {STEP + "jvp(loss)/sub": 2, STEP + "jvp(loss)/mul": 3, STEP + "transpose(jvp(loss))/mul": 10, "": 100}
+    parts = by_part(cycles)
+    assert parts == {"other": (100, 0), "loss": (5, 10)}
+    last = table(parts, clock=1000.0).splitlines()[-1]
+    assert last.split() == ["all", "0.00", "0.00", "0.00", "100.0%", "115.00"]

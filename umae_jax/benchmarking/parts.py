@@ -1,0 +1,46 @@
+"""Which part of a model the time of a step goes to, by the scopes that models name."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+
+_STAGE = re.compile(r"stage_(\d+)$")
+_PARTS = ("attention", "mlp", "merge", "patch_embedding", "decoder", "loss", "optimizer", "images", "encoder")
+_TRANSFORMS = re.compile(r"\b(?:transpose|jvp|jit|vmap|checkpoint|rematted_computation)\(|\)")
+
+
+def part_of(scope: str) -> str:
+    """The part of the model that an operation belongs to, such as "stage 1, attention".
+
+    Args:
+        scope: of the operation, such as "jit(train_step)/transpose(jvp(encoder))/stage_1/attention/dot_general".
+    """
+    names = _TRANSFORMS.sub("", scope).split("/")
+    stage = next((f"stage {found[1]}" for name in names if (found := _STAGE.match(name))), None)
+    named = [name for name in names if name in _PARTS]
+    where = stage or next((name for name in named if name in ("decoder", "loss", "optimizer", "images")), None)
+    inner = next((name for name in reversed(named) if name in ("attention", "mlp", "merge", "patch_embedding")), None)
+    parts = [part.replace("_", " ") for part in (where, inner) if part]
+    return ", ".join(parts) or (named[0] if named else "other")
+
+
+def by_part(cycles: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Cycles by scope to cycles by part of the model, forward and backward, the most first."""
+    forward: Counter[str] = Counter()
+    backward: Counter[str] = Counter()
+    for scope, count in cycles.items():
+        (backward if "transpose(" in scope else forward)[part_of(scope)] += count
+    names = sorted({*forward, *backward}, key=lambda name: -(forward[name] + backward[name]))
+    return {name: (forward[name], backward[name]) for name in names}
+
+
+def table(parts: Mapping[str, tuple[int, int]], clock: float) -> str:
+    """Million cycles, their share, and milliseconds at so many cycles a second."""
+    total = sum(map(sum, parts.values()))
+    lines = [f"{'':24}{'forward':>10}{'backward':>10}{'together':>10}  M cycles{'share':>8}{'ms':>8}"]
+    whole = (sum(forward for forward, _ in parts.values()), sum(backward for _, backward in parts.values()))
+    for name, (forward, backward) in [*parts.items(), ("all", whole)]:
+        both = forward + backward
+        numbers = "".join(f"{count / 1e6:10.2f}" for count in (forward, backward, both))
+        lines.append(f"{name:24}{numbers}{both / total:18.1%}{both / clock * 1e3:8.2f}")
+    return "\n".join(lines)
