@@ -21,6 +21,7 @@ from absl import flags
 
 from umae_jax import cli
 from umae_jax.config import check
+from umae_jax.data.loader import host_cores
 from umae_jax.data.sources import open_source
 from umae_jax.errors import require
 from umae_jax.files import AnyPath, locate, reason, write_whole
@@ -65,7 +66,7 @@ def examine(config: Any, workdir: AnyPath | None) -> dict[str, Any]:  # noqa: AN
         "kind": device.device_kind,
         "devices": jax.local_device_count(),
         "device_memory": memory,
-        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processors": host_cores(),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "faults": [],
     }

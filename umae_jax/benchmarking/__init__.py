@@ -1,1 +1,1 @@
-"""What our training step is measured beside."""
+"""Measuring steps and reading, what each is measured beside, and the parts of a model that cycles go to."""

@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Mapping
 
 _STAGE = re.compile(r"stage_(\d+)$")
-_PARTS = ("attention", "mlp", "merge", "patch_embedding", "decoder", "loss", "optimizer", "images", "encoder")
+_PLACES = ("decoder", "loss", "optimizer", "images")
+_LAYERS = ("attention", "mlp", "merge", "patch_embedding")
 _TRANSFORMS = re.compile(r"\b(?:transpose|jvp|jit|vmap|checkpoint|rematted_computation)\(|\)")
 
 
@@ -17,11 +18,10 @@ def part_of(scope: str) -> str:
     """
     names = _TRANSFORMS.sub("", scope).split("/")
     stage = next((f"stage {found[1]}" for name in names if (found := _STAGE.match(name))), None)
-    named = [name for name in names if name in _PARTS]
-    where = stage or next((name for name in named if name in ("decoder", "loss", "optimizer", "images")), None)
-    inner = next((name for name in reversed(named) if name in ("attention", "mlp", "merge", "patch_embedding")), None)
-    parts = [part.replace("_", " ") for part in (where, inner) if part]
-    return ", ".join(parts) or (named[0] if named else "other")
+    place = stage or next((name for name in names if name in _PLACES), None)
+    layer = next((name for name in reversed(names) if name in _LAYERS), None)
+    parts = [part.replace("_", " ") for part in (place, layer) if part]
+    return ", ".join(parts) or ("encoder" if "encoder" in names else "other")
 
 
 def by_part(cycles: Mapping[str, int]) -> dict[str, tuple[int, int]]:

@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from umae_jax.config import check
 from umae_jax.data.loader import Loader, readers
 from umae_jax.data.sources import Source, open_source
 from umae_jax.data.transforms import random_crop
@@ -74,6 +75,7 @@ def compare(config: ConfigDict, images: int, rounds: int) -> dict[str, Any]:
     config = config.copy_and_resolve_references()
     config.unlock()
     config.batch_size, config.accumulate = 32 * jax.device_count(), 1  # what counts is the image
+    check(config)
     require(not config.data.workers, "data.workers: the benchmark counts this process's time; set it to 0")
     config.data.workers = 0
     source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)

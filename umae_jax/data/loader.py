@@ -121,6 +121,11 @@ class Readers(NamedTuple):
     workers: int
 
 
+def host_cores() -> int:
+    """Processor cores of this host that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def readers(config: ConfigDict) -> Readers:
     """What `data.threads` and `data.workers` say; what they leave open is chosen by the cores of this host.
 
@@ -128,7 +133,7 @@ def readers(config: ConfigDict) -> Readers:
     container may have little of.
     """
     threads, workers = config.data.threads, config.data.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = host_cores()
     if workers is None:
         workers = 0
         if threads is None and cores > CORES_A_PROCESS:

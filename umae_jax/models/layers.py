@@ -51,7 +51,7 @@ def token(width: int, *, rngs: nnx.Rngs) -> nnx.Param[jax.Array]:
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, in float32. By erf: `jax.nn.gelu` takes erfc, whose two branches cost twice as much."""
+    """The exact GELU, in float32. By erf: `jax.nn.gelu` takes erfc, of which both branches are computed."""
     wide = x.astype(jnp.float32)
     return (wide * (0.5 + 0.5 * jax.lax.erf(wide * np.float32(0.5**0.5)))).astype(x.dtype)
 
