@@ -104,6 +104,7 @@ def test_a_configuration_that_misses_keys_is_told():
         ("accumulate", 3, "8 devices x 3 accumulated parts; choose a multiple of 24"),
         ("mesh.fsdp", 3, "3 does not divide the 8 devices"),
         ("dtype", "float16", "dtype must be float32 or bfloat16"),
+        ("rematerialize", "all", "rematerialize must be one of none, pairs, blocks, not 'all'"),
         ("image_size", (64,), "image_size is height and width"),
         ("model.method", "um", "model.method: 'um' is none of um_mae, mae, simmim, classifier"),
         ("model.encoder", "resnet", "model.encoder: 'resnet' is none of swin, pvt, vit"),

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict, config_dict
 from umae_jax.data.on_device import IMAGENET_MEAN, IMAGENET_STD
 from umae_jax.errors import UserError, listing, require
 from umae_jax.files import AnyPath
-from umae_jax.models import presets
+from umae_jax.models import layers, presets
 
 CONFIG_FILE = "config.json"  # in a run's directory
 
@@ -34,6 +34,7 @@ def default_config(size: str = "swin_tiny", method: str = "um_mae") -> ConfigDic
     config.image_size = (presets.image_side(size),) * 2  # height, width in pixels
     config.batch_size = 4096  # images a step, over all devices
     config.accumulate = 1  # parts that a batch is computed in, to save memory
+    config.rematerialize = "none"  # to save memory: "pairs" computes attention and GELU twice, "blocks" every block
     config.dtype = "bfloat16"  # of the linear layers' arithmetic; parameters, norms, softmax and loss are float32
 
     # How long to train: give one; steps win over examples, and examples over epochs.
@@ -264,6 +265,10 @@ def check_values(config: ConfigDict) -> None:
         value = config.model[key]
         require(value in known, f"model.{key}: {value!r} is none of {', '.join(known)}")
     require(config.dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16, not {config.dtype!r}")
+    require(
+        config.rematerialize in layers.REMATERIALIZE,
+        f"rematerialize must be one of {', '.join(layers.REMATERIALIZE)}, not {config.rematerialize!r}",
+    )
     channels = config.model.channels
     require(channels in (1, 3), f"model.channels must be 3, or 1 for grayscale: image files hold no {channels}")
     for key in ("mean", "std"):

@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from umae_jax.errors import require
+from umae_jax.models import layers
 from umae_jax.models.autoencoder import MaskedAutoencoder
 from umae_jax.models.classifier import Classifier
 from umae_jax.models.encoder import Encoder, Sizes, check_image_size
@@ -53,6 +54,12 @@ def build_model(config: ConfigDict, rngs: nnx.Rngs) -> MaskedImageModel | Classi
     Raises:
         UserError: if its numbers do not fit together.
     """
+    built = _build(config, rngs)
+    built.set_attributes(layers.Block, rematerialize=config.rematerialize)
+    return built
+
+
+def _build(config: ConfigDict, rngs: nnx.Rngs) -> MaskedImageModel | Classifier:
     model, dtype = config.model, jnp.dtype(config.dtype)
     require(
         model.method != "mae" or model.encoder == "vit",

@@ -6,6 +6,7 @@ attention in float32.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,11 @@ NORM_EPSILON = 1e-6
 PYRAMID_EPSILON = 1e-5  # of the norms inside the blocks of Swin and PVT
 TOKEN_STD = 0.02
 XAVIER_UNIFORM = nnx.initializers.xavier_uniform()
+REMATERIALIZE = {  # what of a block is saved for its backward pass, which computes the rest again
+    "none": None,  # all that it needs
+    "pairs": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # what linear layers put out
+    "blocks": jax.checkpoint_policies.nothing_saveable,  # what goes into the block
+}
 
 
 def linear(
@@ -153,7 +159,30 @@ class Mlp(nnx.Module):
         return self.fc2(gelu(self.fc1(x)))
 
 
-class TransformerBlock(nnx.Module):
+class Block(nnx.Module):
+    """A residual block: what it computes is its subclass's `forward`.
+
+    Attributes:
+        rematerialize: a key of `REMATERIALIZE`.
+    """
+
+    rematerialize = "none"
+
+    def forward(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:  # noqa: ANN401
+        """A map of tokens to the next."""
+        raise NotImplementedError
+
+    def __call__(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:  # noqa: ANN401
+        """`forward`, of which only so much is saved for the backward pass."""
+
+        def forward(x: jax.Array) -> jax.Array:
+            return self.forward(x, *args, **kwargs)
+
+        policy = REMATERIALIZE[self.rematerialize]
+        return forward(x) if policy is None else jax.checkpoint(forward, policy=policy)(x)
+
+
+class TransformerBlock(Block):
     """A plain pre-norm ViT block with global attention."""
 
     def __init__(
@@ -174,7 +203,7 @@ class TransformerBlock(nnx.Module):
         self.norm2 = layer_norm(width, rngs=rngs)
         self.mlp = Mlp(width, mlp_ratio * width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, first_query: int = 0, drop_keys: jax.Array | None = None) -> jax.Array:
+    def forward(self, x: jax.Array, first_query: int = 0, drop_keys: jax.Array | None = None) -> jax.Array:
         """[B, N, C] -> [B, N - first_query, C]: only tokens from `first_query` on are updated and returned.
 
         All tokens serve as keys and values, so the tokens returned are the same whatever `first_query` is.

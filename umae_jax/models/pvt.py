@@ -38,7 +38,7 @@ class PooledAttention(nnx.Module):
         return merge_heads(self.proj, attend(q, k, v)).reshape(x.shape)
 
 
-class PvtBlock(nnx.Module):
+class PvtBlock(layers.Block):
     """x + pooled attention(LN(x)), then x + MLP(LN(x))."""
 
     def __init__(
@@ -50,7 +50,7 @@ class PvtBlock(nnx.Module):
         self.norm2 = layers.layer_norm(width, epsilon=layers.PYRAMID_EPSILON, rngs=rngs)
         self.mlp = layers.Mlp(width, mlp_ratio * width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, reduction: int, drop_keys: jax.Array | None) -> jax.Array:
+    def forward(self, x: jax.Array, reduction: int, drop_keys: jax.Array | None) -> jax.Array:
         """[B, H, W, C] -> [B, H, W, C]."""
         with jax.named_scope("attention"):
             x = x + self.drop(self.attention(self.norm1(x), reduction), drop_keys, 0)

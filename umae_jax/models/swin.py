@@ -45,7 +45,7 @@ class PositionBias(nnx.Module):
         return bias
 
 
-class SwinBlock(nnx.Module):
+class SwinBlock(layers.Block):
     """x + W-MSA(LN(x)), then x + MLP(LN(x))."""
 
     def __init__(
@@ -68,7 +68,7 @@ class SwinBlock(nnx.Module):
         self.norm2 = layers.layer_norm(width, epsilon=layers.PYRAMID_EPSILON, rngs=rngs)
         self.mlp = layers.Mlp(width, mlp_ratio * width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, windows: Windows, drop_keys: jax.Array | None) -> jax.Array:
+    def forward(self, x: jax.Array, windows: Windows, drop_keys: jax.Array | None) -> jax.Array:
         """[B, H, W, C] -> [B, H, W, C]."""
         with jax.named_scope("attention"):
             normed = self.norm1(x).astype(self.qkv.dtype)
