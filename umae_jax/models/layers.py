@@ -47,8 +47,8 @@ def convolution_init(kernel_area: int, outputs: int) -> nnx.Initializer:
 
 
 def layer_norm(width: int, *, epsilon: float = NORM_EPSILON, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Layer norm over the last axis, computed and returned in float32."""
-    return nnx.LayerNorm(width, epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
+    """Layer norm over the last axis, computed and returned in float32, by mean and mean square of one pass."""
+    return nnx.LayerNorm(width, epsilon=epsilon, dtype=jnp.float32, rngs=rngs)
 
 
 def token(width: int, *, rngs: nnx.Rngs) -> nnx.Param[jax.Array]:
