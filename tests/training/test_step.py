@@ -1,4 +1,5 @@
 import logging
+import re
 
 import jax
 import jax.numpy as jnp
@@ -111,6 +112,15 @@ def test_the_state_is_donated_and_nothing_compiles_after_the_start(caplog):
         assert "Compiling" in caplog.text  # so the silence before meant something
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
     assert int(state.step) == 3
+
+
+def test_the_whole_state_is_updated_in_place():
+    config, mesh = tiny.get_config(), mesh_of(1, 1)
+    state, step = prepare(config, mesh)
+    assert step.memory_analysis().alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    program = step.as_text()
+    assert "(%state_params" in program  # so the line below means something
+    assert not re.search(r" copy(-start)?\(%state_", program)
 
 
 def poisoned_loss(params, batch):
