@@ -1,6 +1,7 @@
 """The training step, one pure compiled function of (state, batch), whatever is trained."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -141,19 +142,30 @@ def make_train_step(
         loss, gradient = jax.value_and_grad(loss_of_parts)(params, batch)
         return loss, jax.lax.with_sharding_constraint(gradient, shardings)
 
+    def update(
+        gradient: Params, learning_rate: jax.Array, params: Params, state: optax.OptState
+    ) -> tuple[Params, optax.OptState]:
+        with jax.numpy_dtype_promotion("standard"):  # Optax's bias correction mixes float and int32
+            direction, state = optimizer.update(gradient, state, params)
+        return jax.tree.map(lambda param, change: param - learning_rate * change, params, direction), state
+
+    def choose(
+        finite: jax.Array, gradient: Params, learning_rate: jax.Array, *old: Params
+    ) -> tuple[Params, optax.OptState]:
+        return jax.tree.map(partial(jnp.where, finite), update(gradient, learning_rate, *old), old)
+
+    def branch(finite: jax.Array, *operands: Params) -> tuple[Params, optax.OptState]:
+        return jax.lax.cond(finite, update, lambda gradient, learning_rate, *old: old, *operands)
+
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, gradient = _gradient(value_and_gradient, state.params, batch, accumulate)
         learning_rate = jnp.asarray(schedule(state.step.astype(jnp.float32)), jnp.float32)
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(gradient)
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-            with jax.numpy_dtype_promotion("standard"):  # Optax's bias correction mixes float and int32
-                direction, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
-            params = jax.tree.map(lambda param, change: param - learning_rate * change, state.params, direction)
-            params, optimizer_state = jax.tree.map(
-                lambda new, old: jnp.where(finite, new, old),
-                (params, optimizer_state),
-                (state.params, state.optimizer),
+            # A choice between new and old makes XLA:CPU copy the moments first; a branch makes a GPU wait for its host.
+            params, optimizer_state = jax.lax.platform_dependent(
+                *(finite, gradient, learning_rate, state.params, state.optimizer), cpu=branch, default=choose
             )
             averaged = state.average
             if average is not None:
