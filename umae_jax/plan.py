@@ -7,30 +7,25 @@ Linux (pip install "umae_jax[plan]"); without --topology, for the devices that a
 """
 
 import dataclasses
-import importlib.util
 import json
-import os
-import re
 import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from absl import flags
-from jax.experimental import topologies
 from ml_collections import ConfigDict
 
 from umae_jax import cli
 from umae_jax.benchmarking import parts
-from umae_jax.compiled import Account, account
+from umae_jax.compiled import Account
 from umae_jax.config import check, resolve_steps
 from umae_jax.data.sources import open_source
 from umae_jax.errors import UserError, require
 from umae_jax.files import locate_here, write_whole
-from umae_jax.hardware import GIB, GPUS, KINDS, Chip, Topology, topology
+from umae_jax.hardware import GIB, GPUS, topology
+from umae_jax.targets import DoesNotFit, Target, compile_for, find_target, local_target, lower_for
 from umae_jax.training import finetuning
-from umae_jax.training.assembly import assemble, count_flops
-from umae_jax.training.mesh import make_mesh
+from umae_jax.training.assembly import count_flops
 from umae_jax.training.metrics import duration
 
 IMAGENET, CLASSES = 1_281_167, 1000  # training images and classes of ImageNet-1K
@@ -44,25 +39,6 @@ _IMAGES = flags.DEFINE_integer("images", None, "Images of an epoch, where the da
 _LARGEST = flags.DEFINE_boolean("largest", True, "Search for the largest batch that fits; takes some compilations.")
 _PARTS = flags.DEFINE_boolean("parts", False, "Print how the cycles divide among the parts of the model.")
 _JSON = flags.DEFINE_string("json", None, "A file to write the numbers to.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """What is planned for.
-
-    Attributes:
-        name: of the topology, or of the devices that are there.
-        devices: as JAX knows them.
-        chip: what each can do, if it is known.
-        memory: bytes that a program may have on each, if that is known.
-        slice: the topology, if it is one.
-    """
-
-    name: str
-    devices: Sequence[Any]
-    chip: Chip | None
-    memory: float | None
-    slice: Topology | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,67 +83,6 @@ class Plan:
     compile_seconds: float
 
 
-def find_target(name: str) -> Target:
-    """The target of a topology's name, or of that of a GPU that is there.
-
-    Raises:
-        UserError: if there is none, or its compiler is missing.
-    """
-    if name.lower() in GPUS:
-        there = local_target()
-        require(
-            name.lower() in there.name.lower(),
-            f"--topology: {name} can be planned for only where it is, and here is {there.name}; name a TPU slice, or "
-            "run this on that machine",
-        )
-        return there
-    known = topology(name)
-    require(
-        importlib.util.find_spec("libtpu") is not None,
-        '--topology: the compiler for TPUs is missing; install it with pip install "umae_jax[plan]"',
-    )
-    # Without these it looks for the TPU of this machine.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # only who uses a TPU must be alone
-    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for others cannot be read back here
-    described = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    return Target(name, described.devices, known.chip, known.chip.memory, known)
-
-
-def local_target() -> Target:
-    """The devices that are there."""
-    device = jax.devices()[0]
-    chip = KINDS.get(device.device_kind)
-    memory = (device.memory_stats() or {}).get("bytes_limit", chip.memory if chip else None)
-    return Target(f"{jax.device_count()} x {device.device_kind}", jax.devices(), chip, memory)
-
-
-class _DoesNotFit(Exception):  # noqa: N818 - an answer
-    """The compiler's words."""
-
-
-def compile_for(config: ConfigDict, target: Target) -> Account:
-    """Compile the step for a target.
-
-    Raises:
-        _DoesNotFit: if the memory of a chip does not suffice.
-    """
-    lowered = assemble(config, make_mesh(config.mesh.fsdp, target.devices)).lower()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        needed = re.search(r"\(([\d.]+)G\) exceeds available", str(error)) or re.search(r"Used ([\d.]+)G", str(error))
-        raise _DoesNotFit(f"needs {needed[1]} GiB" if needed else "does not fit") from None
-    told = account(compiled, len(target.devices))
-    if target.memory and told.peak > target.memory:  # XLA:GPU compiles what will not fit
-        raise _DoesNotFit(f"needs {told.peak / GIB:.2f} GiB")
-    return told
-
-
 def largest_batch(config: ConfigDict, target: Target, memory: float, first: Account | None) -> int:
     """The largest batch a chip whose step fits, found by compiling, to an eighth; 0 if not even STEP fits.
 
@@ -187,8 +102,8 @@ def largest_batch(config: ConfigDict, target: Target, memory: float, first: Acco
         if batch not in known:
             trial.batch_size = batch * chips
             try:
-                known[batch] = compile_for(trial, target)
-            except _DoesNotFit:
+                known[batch] = compile_for(lower_for(trial, target), target)
+            except DoesNotFit:
                 known[batch] = None
             cli.say(f"{target.name}: {batch} images a chip {'fit' if known[batch] else 'do not fit'}")
         return known[batch]
@@ -237,8 +152,8 @@ def make_plan(config: ConfigDict, target: Target, images: int, flops: float | No
     chip, told, needs = target.chip, None, ""
     start = time.monotonic()
     try:
-        told = compile_for(config, target)
-    except _DoesNotFit as answer:
+        told = compile_for(lower_for(config, target), target)
+    except DoesNotFit as answer:
         needs = str(answer)
     seconds = time.monotonic() - start
     scheduled = told.cycles / chip.clock if told and told.cycles and chip and chip.clock else None

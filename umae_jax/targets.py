@@ -1,0 +1,106 @@
+"""What a step can be compiled for without a run: TPU slices, which need not be there, and the devices that are."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from ml_collections import ConfigDict
+
+from umae_jax.compiled import Account, account
+from umae_jax.errors import require
+from umae_jax.hardware import GIB, GPUS, KINDS, Chip, Topology, topology
+from umae_jax.training.assembly import assemble
+from umae_jax.training.mesh import make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is compiled for.
+
+    Attributes:
+        name: of the topology, or of the devices that are there.
+        devices: as JAX knows them.
+        chip: what each can do, if it is known.
+        memory: bytes that a program may have on each, if that is known.
+        slice: the topology, if it is one.
+    """
+
+    name: str
+    devices: Sequence[Any]
+    chip: Chip | None
+    memory: float | None
+    slice: Topology | None = None
+
+
+def find_target(name: str) -> Target:
+    """The target of a topology's name, or of that of a GPU that is there.
+
+    Raises:
+        UserError: if there is none, or its compiler is missing.
+    """
+    if name.lower() in GPUS:
+        there = local_target()
+        require(
+            name.lower() in there.name.lower(),
+            f"--topology: {name} can be planned for only where it is, and here is {there.name}; name a TPU slice, or "
+            "run this on that machine",
+        )
+        return there
+    known = topology(name)
+    require(
+        importlib.util.find_spec("libtpu") is not None,
+        '--topology: the compiler for TPUs is missing; install it with pip install "umae_jax[plan]"',
+    )
+    # Without these it looks for the TPU of this machine.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # only who uses a TPU must be alone
+    jax.config.update("jax_enable_compilation_cache", False)  # what is compiled for others cannot be read back here
+    described = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    return Target(name, described.devices, known.chip, known.chip.memory, known)
+
+
+def local_target() -> Target:
+    """The devices that are there."""
+    device = jax.devices()[0]
+    chip = KINDS.get(device.device_kind)
+    memory = (device.memory_stats() or {}).get("bytes_limit", chip.memory if chip else None)
+    return Target(f"{jax.device_count()} x {device.device_kind}", jax.devices(), chip, memory)
+
+
+class DoesNotFit(Exception):  # noqa: N818 - an answer
+    """The compiler's words."""
+
+
+def lower_for(config: ConfigDict, target: Target) -> jax.stages.Lowered:
+    """The step of a configuration ready to be compiled for a target.
+
+    Raises:
+        UserError: if the model's numbers do not fit together.
+    """
+    return assemble(config, make_mesh(config.mesh.fsdp, target.devices)).lower()
+
+
+def compile_for(lowered: jax.stages.Lowered, target: Target) -> Account:
+    """Compile for a target what `lower_for` gave.
+
+    Raises:
+        DoesNotFit: if the memory of a chip does not suffice.
+    """
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed = re.search(r"\(([\d.]+)G\) exceeds available", str(error)) or re.search(r"Used ([\d.]+)G", str(error))
+        raise DoesNotFit(f"needs {needed[1]} GiB" if needed else "does not fit") from None
+    told = account(compiled, len(target.devices))
+    if target.memory and told.peak > target.memory:  # XLA:GPU compiles what will not fit
+        raise DoesNotFit(f"needs {told.peak / GIB:.2f} GiB")
+    return told
