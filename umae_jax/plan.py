@@ -4,19 +4,26 @@
 
 The real training step is compiled for each topology by the compiler that a TPU would use, on any x86-64 machine with
 Linux (pip install "umae_jax[plan]"); without --topology, for the devices that are there.
+
+    python -m umae_jax.plan --config CONFIG --topology v5e:2x2 --topology v5e:4x4 --growth FOLDER
+
+shows instead how the cost of a step grows with the size of images, depth and batch, on the first topology, and from
+each topology to the next.
 """
 
 import dataclasses
+import importlib.util
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from umae_jax import cli
-from umae_jax.benchmarking import parts
+from umae_jax.benchmarking import growth, parts
 from umae_jax.compiled import Account
 from umae_jax.config import check, resolve_steps
 from umae_jax.data.sources import open_source
@@ -38,6 +45,7 @@ _TOPOLOGY = flags.DEFINE_multi_string("topology", [], "Such as v5e:16x16, or h10
 _IMAGES = flags.DEFINE_integer("images", None, "Images of an epoch, where the data are elsewhere.", lower_bound=1)
 _LARGEST = flags.DEFINE_boolean("largest", True, "Search for the largest batch that fits; takes some compilations.")
 _PARTS = flags.DEFINE_boolean("parts", False, "Print how the cycles divide among the parts of the model.")
+_GROWTH = flags.DEFINE_string("growth", None, "A folder for growth.json and growth.png: show how cost grows instead.")
 _JSON = flags.DEFINE_string("json", None, "A file to write the numbers to.")
 
 
@@ -274,6 +282,20 @@ def count_images(config: ConfigDict) -> int:
     return len(source) if _IMAGES.value is None else images
 
 
+def show_growth(config: ConfigDict, targets: Sequence[Target], folder: Path) -> None:
+    """Compile what is varied, write and draw what was found, and print it."""
+    require(
+        importlib.util.find_spec("matplotlib") is not None,
+        '--growth: what draws is missing; install it with pip install "umae_jax[plot]"',
+    )
+    settings = growth.settings(config, targets, cli.say)
+    points = growth.measure(settings, folder / "costs", cli.say)
+    write_whole(folder / "growth.json", growth.to_json(points).encode())
+    growth.draw(points, f"{config.model.encoder}, {config.model.method}, around {settings[0]}", folder / "growth.png")
+    cli.result(growth.table(points))
+    cli.say(f"drawn in {folder / 'growth.png'}")
+
+
 def main() -> None:
     """Plan, and print what was found."""
     config = cli.read_config(_CONFIG)
@@ -286,6 +308,9 @@ def main() -> None:
     )
     images = count_images(config)
     targets = [find_target(name) for name in _TOPOLOGY.value] or [local_target()]
+    if _GROWTH.value:
+        show_growth(config, targets, locate_here(_GROWTH.value, "--growth"))
+        return
     plans = []
     for target in targets:
         check(config, len(target.devices))
