@@ -8,6 +8,7 @@ repeated, each time with the channels of one head and zeros elsewhere: a product
 128 channels costs a matrix unit what one over d channels would, and its result fills the lanes where windows are small.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,17 +16,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
 
-from umae_jax.models.windows import ACROSS_BORDERS
+from umae_jax.models.windows import ACROSS_BORDERS, Windows
 
+FAST_MEMORY = 64 * 2**20  # bytes that a kernel may take, of 128 MiB
 LANES, SUBLANES = 128, 8  # of a vector register of float32
 WIDE = 256  # lanes that a product's result fills, if windows and heads allow
+MOST_TOKENS = 1024  # of a window: some arrays of all pairs of a product lie in fast memory
 TOKENS_A_STEP = 1024  # of the images that a step of the kernel's grid takes, about
 
 Ref = Any  # of Pallas: an array in fast memory, of which a step sees its block
+Maps = tuple[Any, ...]  # arrays [B, H, W, C], or what stands for them inside the kernel
 
 
 class Bias(NamedTuple):
@@ -79,7 +83,7 @@ class _Product(NamedTuple):
     def collect(self, x: jax.Array) -> jax.Array:
         """[heads * N, channels] -> [N, channels], of each head its own channels."""
         parts = jnp.split(x, len(self.masks))
-        return sum(jnp.where(mask, part, 0) for mask, part in zip(self.masks, parts, strict=True))
+        return sum((jnp.where(mask, part, 0) for mask, part in zip(self.masks, parts, strict=True)), jnp.float32(0))
 
 
 def heads_a_product(heads: int, channels: int, queries: int) -> int:
@@ -94,10 +98,11 @@ def _groups(heads: int, channels: int, queries: int) -> Iterator[tuple[slice, li
     group = min(heads, LANES // width)
     for first in range(0, heads, group):
         count = min(group, heads - first)
-        owner = jax.lax.broadcasted_iota(jnp.int32, (1, count * width), 1) // width
+        channel = jax.lax.broadcasted_iota(jnp.int32, (1, count * width), 1)
         products = []
         for start in range(0, count, size):
-            masks = [owner == head for head in range(start, min(start + size, count))]
+            ends = range(start * width, min(start + size, count) * width, width)
+            masks = [(channel >= end) & (channel < end + width) for end in ends]
             products.append(_Product((first + start) // size, masks, width**-0.5))
         yield slice(first * width, (first + count) * width), products
 
@@ -117,10 +122,10 @@ def _roll(x: jax.Array, shift: tuple[int, int]) -> jax.Array:
 
 def _in_windows(
     form: _Form,
-    inputs: tuple[Ref, ...],
-    outputs: tuple[Ref, ...],
+    inputs: Maps,
+    outputs: Maps,
     scratch: tuple[Ref, ...],
-    compute: Callable[..., tuple[jax.Array, ...]],
+    compute: Callable[..., Maps],
 ) -> None:
     """Compute windows of maps from windows of maps.
 
@@ -140,14 +145,14 @@ def _in_windows(
     queries = height * width // (form.windows[0] * form.windows[1])
 
     @pl.loop(0, inputs[0].shape[0])
-    def _(image: jax.Array) -> None:
+    def of_image(image: jax.Array) -> None:
         for lanes, products in _groups(form.heads, channels, queries):
             here = slice(0, lanes.stop - lanes.start)
             for ref, copy in zip(inputs, rolled, strict=True):
                 copy[:, :, here] = _roll(ref[image, :, :, lanes].astype(jnp.float32), form.shift)
 
             @pl.loop(0, form.windows[0])
-            def _(row: jax.Array, here: slice = here, products: list[_Product] = products) -> None:
+            def of_row(row: jax.Array, here: slice = here, products: list[_Product] = products) -> None:
                 for column in range(form.windows[1]):
                     windows = [copy[*place(copy, row, column), here].reshape(-1, here.stop) for copy in rolled]
                     computed = compute(image, row * form.windows[1] + column, products, *windows)
@@ -165,14 +170,28 @@ def _differences(row: jax.Array, keys: int) -> jax.Array:
     return _dot(row[:, :keys], jnp.ones_like(row), 0, 0) - row
 
 
-def _steps(bias: Bias, image: jax.Array, window: jax.Array) -> list[jax.Array]:
+def _steps(offsets: Ref, image: jax.Array, window: jax.Array, shape: tuple[int, ...]) -> list[jax.Array]:
     """The difference of dy and of dx of all pairs, float32 [K, heads * Q]."""
-    keys = bias.tables.shape[2]
-    return [_differences(bias.offsets[image, window, axis : axis + 1], keys) for axis in (0, 1)]
+    rows = (offsets[image, window, axis : axis + 1] for axis in (0, 1))
+    return [_differences(row, shape[0])[:, : shape[1]] for row in rows]
 
 
 def _choose(step: jax.Array, cases: list[jax.Array]) -> jax.Array:
     return jnp.where(step < 0, cases[0], jnp.where(step > 0, cases[2], cases[1]))
+
+
+def _add_to_tables(
+    of_tables: Ref, bias: Bias, image: jax.Array, window: jax.Array, product: _Product, of_logits: jax.Array
+) -> None:
+    """Add the gradient of the logits of all pairs to that of the cases that they are of."""
+    lanes = of_logits.shape[1]
+    if bias.offsets is None:
+        of_tables[product.number, 0, :, :lanes] += of_logits
+        return
+    row, column = _steps(bias.offsets, image, window, of_logits.shape)
+    for case in range(9):
+        here = (row == case // 3 - 1) & (column == case % 3 - 1)
+        of_tables[product.number, case, :, :lanes] += jnp.where(here, of_logits, 0)
 
 
 def _weights(
@@ -186,7 +205,7 @@ def _weights(
         if bias.offsets is None:
             logits += tables[0]
         else:
-            row, column = (step[:, :lanes] for step in _steps(bias, image, window))
+            row, column = _steps(bias.offsets, image, window, logits.shape)
             logits += _choose(row, [_choose(column, tables[3 * case : 3 * case + 3]) for case in range(3)])
         if bias.regions is not None:
             apart = _differences(bias.regions[window], keys)[:, :lanes]
@@ -195,12 +214,12 @@ def _weights(
     return exponentials * (1 / exponentials.sum(axis=0, keepdims=True))
 
 
-def _forward_kernel(form: _Form, q: Ref, k: Ref, v: Ref, bias: Bias | None, attended: Ref, *scratch: Ref) -> None:
-    dtype = q.dtype
+def _forward_kernel(form: _Form, maps: Maps, bias: Bias | None, made: Maps, _: None, *scratch: Ref) -> None:
+    """Queries, keys and values to what is attended to."""
+    dtype = maps[0].dtype
 
-    def compute(
-        image: jax.Array, window: jax.Array, products: list[_Product], q: jax.Array, k: jax.Array, v: jax.Array
-    ) -> tuple[jax.Array, ...]:
+    def compute(image: jax.Array, window: jax.Array, products: list[_Product], *windows: jax.Array) -> Maps:
+        q, k, v = windows
         k, v = k.astype(dtype), v.astype(dtype)
         attended = jnp.zeros_like(q)
         for product in products:
@@ -208,42 +227,21 @@ def _forward_kernel(form: _Form, q: Ref, k: Ref, v: Ref, bias: Bias | None, atte
             attended += product.collect(_dot(weights.astype(dtype), v, 0, 0))
         return (attended,)
 
-    _in_windows(form, (q, k, v), (attended,), scratch, compute)
+    _in_windows(form, maps, made, scratch, compute)
 
 
 def _backward_kernel(
-    form: _Form,
-    q: Ref,
-    k: Ref,
-    v: Ref,
-    bias: Bias | None,
-    gradient: Ref,
-    of_q: Ref,
-    of_k: Ref,
-    of_v: Ref,
-    of_tables: Ref | None,
-    *scratch: Ref,
+    form: _Form, maps: Maps, bias: Bias | None, made: Maps, of_tables: Ref | None, *scratch: Ref
 ) -> None:
-    dtype = q.dtype
+    """Queries, keys, values and the gradient of what was attended to, to the gradients of these and of the tables."""
+    dtype = maps[0].dtype
     if of_tables is not None:
 
         @pl.when(pl.program_id(0) == 0)
         def _() -> None:
             of_tables[...] = jnp.zeros_like(of_tables)
 
-    def add_to_tables(image: jax.Array, window: jax.Array, product: _Product, of_logits: jax.Array) -> None:
-        keys, lanes = of_logits.shape
-        if bias.offsets is None:
-            of_tables[product.number, 0, :, :lanes] += of_logits
-            return
-        row, column = (step[:, :lanes] for step in _steps(bias, image, window))
-        for case in range(9):
-            here = (row == case // 3 - 1) & (column == case % 3 - 1)
-            of_tables[product.number, case, :, :lanes] += jnp.where(here, of_logits, 0)
-
-    def compute(
-        image: jax.Array, window: jax.Array, products: list[_Product], *windows: jax.Array
-    ) -> tuple[jax.Array, ...]:
+    def compute(image: jax.Array, window: jax.Array, products: list[_Product], *windows: jax.Array) -> Maps:
         q, k, v, gradient = windows
         k, v = k.astype(dtype), v.astype(dtype)
         of_q, of_k, of_v = jnp.zeros_like(q), jnp.zeros(k.shape), jnp.zeros(v.shape)
@@ -253,85 +251,183 @@ def _backward_kernel(
             weights = _weights(bias, image, window, product, k, queries)
             of_weights = _dot(v, spread, 1, 1)
             of_logits = weights * (of_weights - (weights * of_weights).sum(axis=0, keepdims=True))
-            if of_tables is not None:
-                add_to_tables(image, window, product, of_logits)
+            if bias is not None:
+                _add_to_tables(of_tables, bias, image, window, product, of_logits)
             of_logits = of_logits.astype(dtype)
             of_v += _dot(weights.astype(dtype), spread, 1, 0)
             of_k += _dot(of_logits, queries, 1, 0)
             of_q += product.collect(_dot(of_logits, k, 0, 0)) * product.scale
         return of_q, of_k, of_v
 
-    _in_windows(form, (q, k, v, gradient), (of_q, of_k, of_v), scratch, compute)
+    _in_windows(form, maps, made, scratch, compute)
 
 
-def _images_a_step(maps: jax.Array) -> int:
-    batch, height, width, _ = maps.shape
+def _call(kernel: Callable[..., None], form: _Form, maps: Maps, bias: Bias | None, made: Maps, tables: bool) -> Any:  # noqa: ANN401
+    """Run a kernel over all images, some of them a step.
+
+    Args:
+        kernel: one of the two above.
+        form: of the call.
+        maps: that it reads, the queries first.
+        bias: if there is one.
+        made: the maps that it writes are like these.
+        tables: whether it also writes the gradient of the bias' tables.
+
+    Returns:
+        The maps, and the gradient of the tables or None.
+    """
+    batch, height, width, channels = maps[0].shape
     most = max(1, TOKENS_A_STEP // (height * width))
-    return max(count for count in range(1, most + 1) if batch % count == 0)
+    images = max(count for count in range(1, most + 1) if batch % count == 0)
+    lanes = min(channels, LANES)
 
-
-def _call(
-    kernel: Callable[..., None],
-    form: _Form,
-    maps: tuple[jax.Array, ...],
-    bias: Bias | None,
-    more: tuple[jax.Array, ...],
-    outputs: tuple[Any, ...],
-    of_tables: bool,
-) -> Any:  # noqa: ANN401
-    """Run a kernel over all images, so many at a step."""
-    images = _images_a_step(maps[0])
-    channels = maps[0].shape[-1]
-    lanes = max(lanes.stop - lanes.start for lanes, _ in _groups(form.heads, channels, 1))
-
-    def some(array: Any) -> pl.BlockSpec:  # noqa: ANN401
+    def some(array: jax.Array) -> pl.BlockSpec:
         return pl.BlockSpec((images, *array.shape[1:]), lambda step: (step, *(0,) * (array.ndim - 1)))
 
-    def whole(array: Any) -> pl.BlockSpec:  # noqa: ANN401
+    def whole(array: jax.Array) -> pl.BlockSpec:
         return pl.BlockSpec(array.shape, lambda step: (0,) * array.ndim)
 
-    specs_of_bias = None
-    if bias is not None:
-        specs_of_bias = Bias(
-            whole(bias.tables),
-            None if bias.offsets is None else some(bias.offsets),
-            None if bias.regions is None else whole(bias.regions),
-        )
-    shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in outputs]
-    specs = [some(array) for array in outputs]
-    if of_tables:
-        shapes.append(jax.ShapeDtypeStruct(bias.tables.shape, jnp.float32))
-        specs.append(whole(bias.tables))
+    of_bias = None if bias is None else _bias_of(bias, some, whole)
+    of_tables = bias.tables if tables and bias is not None else None
     return pl.pallas_call(
         partial(kernel, form),
-        tuple(shapes),
-        grid=(maps[0].shape[0] // images,),
-        in_specs=(*map(some, maps), specs_of_bias, *map(some, more)),
-        out_specs=tuple(specs),
-        scratch_shapes=[pltpu.VMEM((*x.shape[1:3], lanes), jnp.float32) for x in (*maps, *more, *outputs)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), (made, of_tables)),
+        grid=(batch // images,),
+        in_specs=(tuple(map(some, maps)), of_bias),
+        out_specs=(tuple(map(some, made)), None if of_tables is None else whole(of_tables)),
+        scratch_shapes=[pltpu.VMEM((*array.shape[1:3], lanes), jnp.float32) for array in (*maps, *made)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=FAST_MEMORY, fuse_transposed_lhs_in_matmul=False
+        ),
+        cost_estimate=cost(form, maps, made, bias),
         interpret=form.interpret,
-    )(*maps, bias, *more)
+        name=kernel.__name__.strip("_"),
+    )(maps, bias)
+
+
+def _bias_of(bias: Bias, some: Callable[..., Any], whole: Callable[..., Any]) -> Bias:
+    """What holds of the parts of a bias: of those that images have, and of those that all share."""
+    return Bias(
+        whole(bias.tables),
+        None if bias.offsets is None else some(bias.offsets),
+        None if bias.regions is None else whole(bias.regions),
+    )
+
+
+def cost(form: _Form, maps: Maps, made: Maps, bias: Bias | None) -> pl.CostEstimate:
+    """What a call must compute and move at least, forward or backward.
+
+    Bytes are those of memory: channels lie in whole lanes there. Operations are those of the matrix products, not what
+    matrix units spend on narrow ones; transcendentals the exponentials.
+    """
+    (batch, height, width, channels), (_, rows, columns, _) = maps[0].shape, maps[1].shape
+    pairs = batch * height * width * rows * columns // math.prod(form.windows)
+
+    def size(array: jax.Array) -> int:
+        return math.prod((*array.shape[:-1], -(-array.shape[-1] // LANES) * LANES)) * array.dtype.itemsize
+
+    products = 2 if len(made) == 1 else 5
+    return pl.CostEstimate(
+        flops=2 * products * pairs * channels,
+        transcendentals=pairs * form.heads,
+        bytes_accessed=sum(size(array) for array in jax.tree.leaves((maps, made, bias))),
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(form: _Form, q: jax.Array, k: jax.Array, v: jax.Array, bias: Bias | None) -> jax.Array:
-    return _call(_forward_kernel, form, (q, k, v), bias, (), (q,), False)[0]
+def _attend(form: _Form, maps: Maps, bias: Bias | None) -> jax.Array:
+    (attended,), _ = _call(_forward_kernel, form, maps, bias, maps[:1], tables=False)
+    return attended
 
 
-def _forward(form, q, k, v, bias):
-    return _attend(form, q, k, v, bias), (q, k, v, bias)
+def _forward(form: _Form, maps: Maps, bias: Bias | None) -> tuple[jax.Array, tuple[Maps, Bias | None]]:
+    return _attend(form, maps, bias), (maps, bias)
 
 
-def _backward(form, residuals, gradient):
-    q, k, v, bias = residuals
-    kernel = _backward_kernel if bias is not None else _backward_kernel_none
-    made = _call(kernel, form, (q, k, v), bias, (gradient,), (q, k, v), bias is not None)
-    return *made[:3], None if bias is None else Bias(made[3], None, None)
-
-
-def _backward_kernel_none(form, q, k, v, bias, gradient, of_q, of_k, of_v, *scratch):
-    _backward_kernel(form, q, k, v, bias, gradient, of_q, of_k, of_v, None, *scratch)
+def _backward(form: _Form, residuals: tuple[Maps, Bias | None], gradient: jax.Array) -> tuple[Maps, Bias | None]:
+    maps, bias = residuals
+    of_maps, of_tables = _call(_backward_kernel, form, (*maps, gradient), bias, maps, tables=True)
+    return of_maps, None if bias is None else Bias(of_tables, None, None)
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _on_each_device(form: _Form, maps: Maps, bias: Bias | None) -> jax.Array:
+    """Each device attends in its own images: the compiler cannot split a kernel."""
+    whole = PartitionSpec()
+    images = PartitionSpec(jax.sharding.get_abstract_mesh().axis_names)
+    specs = (images,) * 3, None if bias is None else _bias_of(bias, lambda _: images, lambda _: whole)
+    attend = jax.shard_map(partial(_attend, form), in_specs=specs, out_specs=images, check_vma=False)
+    return attend(maps, bias)
+
+
+def takes(tokens: int, channels: int, heads: int) -> bool:
+    """Whether the kernel takes windows of so many tokens side by side in a row, where it can be used at all.
+
+    That is under a mesh, as a training step is compiled; the few images of pictures and probes take the plain form.
+    """
+    width = channels // heads
+    fills = LANES % width == 0 or channels <= LANES
+    return not jax.sharding.get_abstract_mesh().empty and tokens % SUBLANES == 0 and fills
+
+
+def takes_windows(shape: tuple[int, ...], windows: Windows, heads: int) -> bool:
+    """Whether `attend_in_windows` takes maps of a shape [B, H, W, C].
+
+    It takes those that windows tile without padding, all of which cut the mask units at the same places; windows are of
+    at most MOST_TOKENS tokens, their rows whole sublanes, unless there is one.
+    """
+    rows, columns = windows.size
+    alone = windows.size == shape[1:3]
+    return (
+        takes(rows * columns if alone else columns, shape[3], heads)
+        and rows * columns <= MOST_TOKENS
+        and not any(windows.padding)
+        and windows.differences.shape[1] == 1
+    )
+
+
+def takes_all(tokens: int, first_query: int, channels: int, heads: int) -> bool:
+    """Whether `attend_to_all` takes so many tokens, of which those from `first_query` on are queries."""
+    return tokens <= MOST_TOKENS and all(takes(count, channels, heads) for count in (tokens, tokens - first_query))
+
+
+def attend_in_windows(
+    q: jax.Array, k: jax.Array, v: jax.Array, windows: Windows, tables: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """Softmax attention in windows of maps.
+
+    Args:
+        q, k, v: [B, H, W, heads * d].
+        windows: of the maps.
+        tables: float32 [9 or 1, heads, N keys, N queries], the bias of each case, in the order of `select_case`.
+        interpret: have JAX run the kernels' programs, on any device.
+
+    Returns:
+        [B, H, W, heads * d].
+    """
+    batch, height, width, channels = q.shape
+    counts = (height // windows.size[0], width // windows.size[1])
+    maps: Maps = (q, k, v)
+    if counts == (1, 1):  # tokens need not be cut
+        maps = tuple(x.reshape(batch, 1, height * width, channels) for x in maps)
+    cases, heads, tokens, _ = tables.shape
+    together = heads_a_product(heads, channels, tokens)
+    products = -(-heads // together)
+    tables = jnp.pad(tables, ((0, 0), (0, products * together - heads), (0, 0), (0, 0)))
+    tables = tables.reshape(cases, products, together, tokens, tokens).transpose(1, 0, 3, 2, 4)
+    offsets, regions = windows.offsets, windows.regions
+    bias = Bias(
+        tables.reshape(products, cases, tokens, together * tokens),
+        None if offsets is None else jnp.tile(offsets.astype(jnp.float32), together),
+        None if regions is None else jnp.tile(jnp.asarray(regions, jnp.float32), together)[:, None],
+    )
+    form = _Form(heads, counts, windows.shift, interpret)
+    return _on_each_device(form, maps, bias).reshape(q.shape)
+
+
+def attend_to_all(q: jax.Array, k: jax.Array, v: jax.Array, heads: int, *, interpret: bool = False) -> jax.Array:
+    """Softmax attention: queries [B, Q, heads * d], keys and values [B, K, heads * d] -> [B, Q, heads * d]."""
+    form = _Form(heads, (1, 1), (0, 0), interpret)
+    return _on_each_device(form, (q[:, None], k[:, None], v[:, None]), None)[:, 0]
