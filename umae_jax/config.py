@@ -35,6 +35,8 @@ def default_config(size: str = "swin_tiny", method: str = "um_mae") -> ConfigDic
     config.batch_size = 4096  # images a step, over all devices
     config.accumulate = 1  # parts that a batch is computed in, to save memory
     config.rematerialize = "none"  # to save memory: "pairs" computes attention and GELU twice, "blocks" every block
+    # TPUs: attention as one kernel that keeps the pairs of tokens in fast memory; not yet timed on one.
+    config.fused_attention = False
     config.dtype = "bfloat16"  # of the linear layers' arithmetic; parameters, norms, softmax and loss are float32
 
     # How long to train: give one; steps win over examples, and examples over epochs.
@@ -268,6 +270,10 @@ def check_values(config: ConfigDict) -> None:
     require(
         config.rematerialize in layers.REMATERIALIZE,
         f"rematerialize must be one of {', '.join(layers.REMATERIALIZE)}, not {config.rematerialize!r}",
+    )
+    require(
+        isinstance(config.fused_attention, bool),
+        f"fused_attention must be True or False, not {config.fused_attention!r}",
     )
     channels = config.model.channels
     require(channels in (1, 3), f"model.channels must be 3, or 1 for grayscale: image files hold no {channels}")

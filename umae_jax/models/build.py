@@ -55,7 +55,7 @@ def build_model(config: ConfigDict, rngs: nnx.Rngs) -> MaskedImageModel | Classi
         UserError: if its numbers do not fit together.
     """
     built = _build(config, rngs)
-    built.set_attributes(layers.Block, rematerialize=config.rematerialize)
+    built.set_attributes(layers.Block, rematerialize=config.rematerialize, fused_attention=config.fused_attention)
     return built
 
 

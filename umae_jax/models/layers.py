@@ -15,7 +15,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from umae_jax.masking import Mask
-from umae_jax.models.attention import attend, merge_heads, split_heads
+from umae_jax.models import fused_attention
+from umae_jax.models.attention import attend, merge_heads, split_channels, split_heads
 from umae_jax.positions import sincos_table
 
 NORM_EPSILON = 1e-6
@@ -164,9 +165,11 @@ class Block(nnx.Module):
 
     Attributes:
         rematerialize: a key of `REMATERIALIZE`.
+        fused_attention: whether attention is a kernel for TPUs, where there is one that takes it.
     """
 
     rematerialize = "none"
+    fused_attention = False
 
     def forward(self, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:  # noqa: ANN401
         """A map of tokens to the next."""
@@ -209,8 +212,13 @@ class TransformerBlock(Block):
         All tokens serve as keys and values, so the tokens returned are the same whatever `first_query` is.
         """
         with jax.named_scope("attention"):
-            q, k, v = split_heads(self.qkv, self.norm1(x), 3, self.heads)  # [B, heads, d, N]
-            attended = merge_heads(self.proj, attend(q[..., first_query:], k, v))
+            normed = self.norm1(x)
+            if self.fused_attention and fused_attention.takes_all(x.shape[1], first_query, x.shape[2], self.heads):
+                q, k, v = split_channels(self.qkv, normed, 3)  # [B, N, C]
+                attended = self.proj(fused_attention.attend_to_all(q[:, first_query:], k, v, self.heads))
+            else:
+                q, k, v = split_heads(self.qkv, normed, 3, self.heads)  # [B, heads, d, N]
+                attended = merge_heads(self.proj, attend(q[..., first_query:], k, v))
             x = x[:, first_query:] + self.drop(attended, drop_keys, 0)
         with jax.named_scope("mlp"):
             return x + self.drop(self.mlp(self.norm2(x)), drop_keys, 1)

@@ -9,8 +9,8 @@ from jax.typing import DTypeLike
 
 from umae_jax.errors import UserError, require
 from umae_jax.masking import Mask
-from umae_jax.models import layers
-from umae_jax.models.attention import attend, merge_heads, split_heads
+from umae_jax.models import fused_attention, layers
+from umae_jax.models.attention import attend, merge_heads, split_channels, split_heads
 from umae_jax.models.encoder import Encoder, Features, Sizes, uniform
 from umae_jax.models.layers import DropPath
 from umae_jax.models.windows import Windows, make_windows
@@ -29,17 +29,18 @@ class PositionBias(nnx.Module):
         self.fc1 = small(2, hidden)
         self.fc2 = small(hidden, heads)
 
-    def __call__(self, windows: Windows) -> jax.Array:
-        """The bias of every pair of every window, [B or 1, windows or 1, heads, N keys, N queries].
+    def tables(self, windows: Windows) -> jax.Array:
+        """The bias of each case of each pair of places, [9 or 1, 1 or windows, heads, N keys, N queries].
 
-        The MLP runs once over each case of each pair of places, never over the pairs of every window of every image.
+        The MLP runs over these, never over the pairs of every window of every image.
         """
-        tables = self.fc2(jax.nn.relu(self.fc1(jnp.asarray(windows.differences))))
-        tables = tables.transpose(0, 1, 4, 2, 3)  # [cases, 1 or windows, heads, N, N]
-        if windows.row_step is None or windows.column_step is None:
-            bias = tables
-        else:
-            bias = select_case(tables, windows.row_step, windows.column_step)
+        return self.fc2(jax.nn.relu(self.fc1(jnp.asarray(windows.differences)))).transpose(0, 1, 4, 2, 3)
+
+    def __call__(self, windows: Windows) -> jax.Array:
+        """The bias of every pair of every window, [B or 1, windows or 1, heads, N keys, N queries]."""
+        bias = self.tables(windows)
+        if windows.steps is not None:
+            bias = select_case(bias, *windows.steps)
         if windows.mask is not None:
             bias = bias + jnp.asarray(windows.mask)[None, :, None]
         return bias
@@ -72,9 +73,15 @@ class SwinBlock(layers.Block):
         """[B, H, W, C] -> [B, H, W, C]."""
         with jax.named_scope("attention"):
             normed = self.norm1(x).astype(self.qkv.dtype)
-            q, k, v = split_heads(self.qkv, windows.cut(normed), 3, self.heads)  # [B, windows, heads, d, N]
-            attended = merge_heads(self.proj, attend(q, k, v, self.position(windows)))
-            x = x + self.drop(windows.join(attended, x.shape[1:3]), drop_keys, 0)
+            if self.fused_attention and fused_attention.takes_windows(x.shape, windows, self.heads):
+                q, k, v = split_channels(self.qkv, normed, 3)  # [B, H, W, C]
+                tables = self.position.tables(windows)[:, 0]
+                attended = self.proj(fused_attention.attend_in_windows(q, k, v, windows, tables))
+            else:
+                q, k, v = split_heads(self.qkv, windows.cut(normed), 3, self.heads)  # [B, windows, heads, d, N]
+                attended = merge_heads(self.proj, attend(q, k, v, self.position(windows)))
+                attended = windows.join(attended, x.shape[1:3])
+            x = x + self.drop(attended, drop_keys, 0)
         with jax.named_scope("mlp"):
             return x + self.drop(self.mlp(self.norm2(x)), drop_keys, 1)
 

@@ -24,18 +24,36 @@ class Windows:
             windows tile it; no token sees them.
         differences: float32 [9 or 1, 1 or windows, N keys, N queries, 2], the log-scaled coordinate differences of each
             case.
-        mask: float32 [windows, N, N], 0 or ACROSS_BORDERS; None without a shift and padding.
-        row_step, column_step: int8 [B, windows, N keys, N queries], the difference of the two units' dy and dx, key
-            minus query; None on a whole image.
+        regions: int [windows, N], what of the map a token is from; tokens of different regions of a window are no
+            neighbours. None without a shift and padding.
+        offsets: int8 [B, windows, 2, N], dy and dx of the unit that each token is from; None on a whole image.
     """
 
     size: tuple[int, int]
     shift: tuple[int, int]
     padding: tuple[int, int]
     differences: np.ndarray
-    mask: np.ndarray | None
-    row_step: jax.Array | None
-    column_step: jax.Array | None
+    regions: np.ndarray | None
+    offsets: jax.Array | None
+
+    @property
+    def mask(self) -> np.ndarray | None:
+        """float32 [windows, N, N], ACROSS_BORDERS for pairs of different regions, else 0; None where all are alike."""
+        if self.regions is None:
+            return None
+        alike = self.regions[:, :, None] == self.regions[:, None, :]
+        return np.where(alike, 0, ACROSS_BORDERS).astype(np.float32)
+
+    @property
+    def steps(self) -> tuple[jax.Array, jax.Array] | None:
+        """Differences of two units' dy and dx, int8 [B, windows, N keys, N queries]; None on a whole image.
+
+        Key minus query.
+        """
+        if self.offsets is None:
+            return None
+        row, column = (self.offsets[:, :, axis, :, None] - self.offsets[:, :, axis, None, :] for axis in (0, 1))
+        return row, column
 
     def cut(self, x: jax.Array) -> jax.Array:
         """Pad, roll and cut: [B, H, W, C] -> [B, windows, N, C]."""
@@ -73,24 +91,16 @@ def _region(size: int, shift: int, padding: int) -> np.ndarray:
     return np.where(original >= size, 2, from_other_border)
 
 
-def _border_mask(
+def _regions(
     grid: tuple[int, int], size: tuple[int, int], shift: tuple[int, int], padding: tuple[int, int]
 ) -> np.ndarray | None:
-    """float32 [windows, N, N]: ACROSS_BORDERS for pairs that shift and padding brought together."""
+    """Numbers of regions, int [windows, N]: different for tokens that shift and padding brought together."""
     if not any(shift) and not any(padding):
         return None
     rows, columns = (_region(grid[axis], shift[axis], padding[axis]) for axis in (0, 1))
     region = 3 * rows[:, None] + columns[None, :]
     blocks = region.reshape(len(rows) // size[0], size[0], len(columns) // size[1], size[1])
-    window = blocks.transpose(0, 2, 1, 3).reshape(-1, size[0] * size[1])  # [windows, N]
-    return np.where(window[:, :, None] == window[:, None, :], 0, ACROSS_BORDERS).astype(np.float32)
-
-
-def _pair_steps(component: jax.Array, size: tuple[int, int], shift: tuple[int, int]) -> jax.Array:
-    """Each token's dy (or dx), [B, H, W], to its differences from others: [B, windows, N keys, N queries]."""
-    component = jnp.roll(component, (-shift[0], -shift[1]), axis=(1, 2))
-    component = _cut(component[..., None], size)[..., 0]  # [B, windows, N]
-    return component[:, :, :, None] - component[:, :, None, :]
+    return blocks.transpose(0, 2, 1, 3).reshape(-1, size[0] * size[1])
 
 
 def make_windows(
@@ -117,17 +127,15 @@ def make_windows(
         window // 2 if shifted and grid[1] > window else 0,
     )
     padding = (-grid[0] % size[0], -grid[1] % size[1])
-    mask = _border_mask(grid, size, shift, padding)
+    regions = _regions(grid, size, shift, padding)
     if offset is None:
         # Every window has the same differences, so that the first one tells them all.
-        return Windows(size, shift, padding, window_differences(size, size, (0, 0), None), mask, None, None)
+        return Windows(size, shift, padding, window_differences(size, size, (0, 0), None), regions, None)
     unit_side = grid[0] / offset.shape[1]
     if unit_side >= 1:
         offset = expand(offset, int(unit_side))
     else:  # a token that spans several units has the place of the first of them
         offset = offset[:, :: int(1 / unit_side), :: int(1 / unit_side)]
-    offset = offset.astype(jnp.int8)
-    row_step = _pair_steps(offset // 2, size, shift)
-    column_step = _pair_steps(offset % 2, size, shift)
-    differences = window_differences(grid, size, shift, unit_side)
-    return Windows(size, shift, padding, differences, mask, row_step, column_step)
+    offset = jnp.roll(offset.astype(jnp.int8), (-shift[0], -shift[1]), axis=(1, 2))
+    offsets = _cut(jnp.stack([offset // 2, offset % 2], axis=-1), size).transpose(0, 1, 3, 2)
+    return Windows(size, shift, padding, window_differences(grid, size, shift, unit_side), regions, offsets)

@@ -53,5 +53,8 @@ def count_flops(config: ConfigDict) -> float | None:
         mesh = make_mesh(1, jax.local_devices(backend="cpu")[:1])
     except RuntimeError:  # JAX has been kept from using the CPU, and the compilers for accelerators do not tell
         return None
+    config = config.copy_and_resolve_references()
+    config.unlock()
+    config.fused_attention = False  # the same operations, and not for the CPU
     # A loop's body is counted once; the optimiser, outside it, is next to nothing.
     return (assemble(config, mesh).lower().cost_analysis() or {}).get("flops", 0.0) * config.accumulate

@@ -195,4 +195,5 @@ def lower_step(train_step: TrainStep, state: TrainState, batch: Batch, mesh: Mes
     """
     shardings = shardings_of(state)
     jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-    return jitted.lower(state, batch)
+    with jax.set_mesh(mesh):  # by which kernels know how the batch is split
+        return jitted.lower(state, batch)

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -126,7 +126,15 @@ def build_step(config: ConfigDict, run: Run, loss: LossFunction, warmup_steps: i
         run: its model and state; the step splits what these shapes say is split.
         loss: mean over a batch.
         warmup_steps, total_steps: of the learning rate.
+
+    Raises:
+        UserError: if it is to have a kernel that the devices cannot run.
     """
+    device: Any = next(iter(run.state.step.sharding.device_set))
+    require(
+        device.platform == "tpu" or not config.fused_attention,
+        f"fused_attention: the kernel is written for TPUs, not for {device.platform} devices; leave it False",
+    )
     schedule = learning_rate_schedule(
         config.optimizer, batch_size=config.batch_size, warmup_steps=warmup_steps, total_steps=total_steps
     )

@@ -1,0 +1,119 @@
+"""The kernel, run step by step by JAX over 8 devices, against the plain form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from umae_jax import masking
+from umae_jax.models.attention import attend
+from umae_jax.models.fused_attention import attend_in_windows, attend_to_all, takes_all, takes_windows
+from umae_jax.models.windows import make_windows
+from umae_jax.positions import select_case
+from umae_jax.training.mesh import make_mesh
+
+TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}  # of the largest value
+
+
+def draw(*shapes, dtype):
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def by_heads(x, heads):
+    """[..., N, heads * d] -> [..., heads, d, N]."""
+    return jnp.moveaxis(x.reshape(*x.shape[:-1], heads, -1), -3, -1)
+
+
+def by_tokens(x):
+    """[..., heads, d, N] -> [..., N, heads * d]."""
+    return jnp.moveaxis(x, -1, -3).reshape(*x.shape[:-3], x.shape[-1], -1)
+
+
+def plain_in_windows(q, k, v, windows, tables):
+    bias = tables[:, None]
+    if windows.steps is not None:
+        bias = select_case(bias, *windows.steps)
+    if windows.mask is not None:
+        bias = bias + windows.mask[None, :, None]
+    heads = tables.shape[1]
+    attended = attend(*(by_heads(windows.cut(x), heads) for x in (q, k, v)), bias)
+    return windows.join(by_tokens(attended), q.shape[1:3])
+
+
+def compare(ours, plain, arguments, gradient):
+    """Values and every gradient."""
+
+    def both(function):
+        def run(*arguments):
+            values, pull = jax.vjp(function, *arguments)
+            return values, pull(gradient)
+
+        return jax.tree.leaves(jax.jit(run)(*arguments))
+
+    tolerance = TOLERANCES[str(gradient.dtype)]
+    for our, their in zip(both(ours), both(plain), strict=True):
+        assert our.dtype == their.dtype
+        our, their = (np.asarray(x, np.float32) for x in (our, their))
+        np.testing.assert_allclose(our, their, atol=tolerance * max(1, np.abs(their).max()))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(
+    ("grid", "cells", "window", "shifted", "heads", "width"),
+    [
+        ((16, 16), (4, 4), 8, False, 3, 4),
+        ((16, 16), (4, 4), 8, True, 3, 4),
+        ((8, 8), (8, 8), 8, True, 6, 32),  # one window; heads that fill lanes once and a half
+        ((4, 4), (8, 8), 8, False, 2, 4),  # tokens that span several units
+        ((8, 32), None, 16, True, 2, 4),  # a whole image, shifted along one axis
+        ((16, 8), None, 8, False, 5, 4),
+    ],
+)
+def test_windows_are_those_of_the_plain_form(grid, cells, window, shifted, heads, width, dtype):
+    batch = 16
+    q, k, v, gradient = draw(*[(batch, *grid, heads * width)] * 4, dtype=dtype)
+    offset = None if cells is None else masking.sample_uniform_mask(jax.random.key(1), batch, cells, 0.25).offset
+    windows = make_windows(grid, window, shifted=shifted, offset=offset)
+    tokens = windows.size[0] * windows.size[1]
+    (tables,) = draw((1 if cells is None else 9, heads, tokens, tokens), dtype="float32")
+    with jax.set_mesh(make_mesh(2)):
+        assert takes_windows(q.shape, windows, heads)
+        compare(
+            lambda q, k, v, tables: attend_in_windows(q, k, v, windows, tables, interpret=True),
+            lambda q, k, v, tables: plain_in_windows(q, k, v, windows, tables),
+            (q, k, v, tables),
+            gradient,
+        )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("queries", "heads", "width"), [(24, 2, 4), (16, 5, 32), (8, 3, 128)])
+def test_attention_to_all_is_that_of_the_plain_form(queries, heads, width, dtype):
+    wide = heads * width
+    q, k, v, gradient = draw(*((8, count, wide) for count in (queries, 24, 24, queries)), dtype=dtype)
+
+    def plain(q, k, v):
+        return by_tokens(attend(*(by_heads(x, heads) for x in (q, k, v))))
+
+    with jax.set_mesh(make_mesh()):
+        assert takes_all(24, 24 - queries, wide, heads)
+        compare(lambda q, k, v: attend_to_all(q, k, v, heads, interpret=True), plain, (q, k, v), gradient)
+
+
+@pytest.mark.parametrize(
+    ("grid", "cells", "window", "width"),
+    [
+        ((24, 12), (6, 3), 6, 8),  # rows of windows that are no whole sublanes
+        ((24, 24), (3, 3), 12, 8),  # and windows that cut the units at different places
+        ((12, 16), None, 8, 8),  # padded
+        ((64, 64), None, 64, 8),  # too many tokens
+        ((16, 16), None, 8, 96),  # heads that fill no lanes
+    ],
+)
+def test_other_windows_take_the_plain_form(grid, cells, window, width):
+    offset = None if cells is None else jnp.zeros((8, *cells), jnp.int32)
+    windows = make_windows(grid, window, shifted=False, offset=offset)
+    with jax.set_mesh(make_mesh()):
+        assert not takes_windows((8, *grid, 2 * width), windows, 2)
+    assert not takes_all(24, 0, 8, 2), "without a mesh"

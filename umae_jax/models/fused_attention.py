@@ -1,0 +1,433 @@
+"""Softmax attention as one kernel for TPUs, forward and backward: in windows of a map, or among all tokens.
+
+Nothing as large as the pairs of tokens leaves fast memory. The kernel cuts its windows out of maps [B, H, W, C] by
+indexing, puts the position bias together from its nine cases, and computes the softmax again in the backward pass.
+
+Inside, keys lie along sublanes and the queries of several heads side by side along lanes. To get there queries are
+repeated, each time with the channels of one head and zeros elsewhere: a product of [K, C] and [heads * Q, C] over up to
+128 channels costs a matrix unit what one over d channels would, and its result fills the lanes where windows are small.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
+
+from umae_jax.models.windows import ACROSS_BORDERS, Windows
+
+FAST_MEMORY = 64 * 2**20  # bytes that a kernel may take, of 128 MiB
+LANES, SUBLANES = 128, 8  # of a vector register of float32
+WIDE = 256  # lanes that a product's result fills, if windows and heads allow
+MOST_TOKENS = 1024  # of a window: some arrays of all pairs of a product lie in fast memory
+TOKENS_A_STEP = 1024  # of the images that a step of the kernel's grid takes, about
+
+Ref = Any  # of Pallas: an array in fast memory, of which a step sees its block
+Maps = tuple[Any, ...]  # arrays [B, H, W, C], or what stands for them inside the kernel
+
+
+class Bias(NamedTuple):
+    """What is added before the softmax, in the form that the kernel reads; `queries` are those of a product's heads.
+
+    Attributes:
+        tables: float32 [products, 9 or 1, K, heads * Q], the bias of each case.
+        offsets: float32 [B, windows, 2, heads * N], dy and dx of each token's unit; None where there is one case.
+        regions: float32 [windows, 1, heads * N]: tokens of different regions may not see each other; None: all may.
+    """
+
+    tables: jax.Array | Ref
+    offsets: jax.Array | Ref | None
+    regions: jax.Array | Ref | None
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What is static of a call.
+
+    Attributes:
+        heads: of the channels.
+        windows: how many there are along rows and columns of a map.
+        shift: rows and columns by which maps are rolled towards the origin before they are cut.
+        interpret: have JAX run the kernel's program step by step, on any device.
+    """
+
+    heads: int
+    windows: tuple[int, int]
+    shift: tuple[int, int]
+    interpret: bool
+
+
+class _Product(NamedTuple):
+    """Heads that share products.
+
+    Attributes:
+        number: of all products of a map.
+        masks: for each head, bool [1, channels], which of the channels that are read are its own.
+        scale: of its queries.
+    """
+
+    number: int
+    masks: list[jax.Array]
+    scale: float
+
+    def spread(self, x: jax.Array) -> jax.Array:
+        """[N, channels] -> [heads * N, channels], of each head its own channels and zeros."""
+        return jnp.concatenate([jnp.where(mask, x, 0) for mask in self.masks])
+
+    def collect(self, x: jax.Array) -> jax.Array:
+        """[heads * N, channels] -> [N, channels], of each head its own channels."""
+        parts = jnp.split(x, len(self.masks))
+        return sum((jnp.where(mask, part, 0) for mask, part in zip(self.masks, parts, strict=True)), jnp.float32(0))
+
+
+def heads_a_product(heads: int, channels: int, queries: int) -> int:
+    """How many heads share products: a divisor of those that are read together, which fill the lanes."""
+    group = min(heads, LANES * heads // channels)
+    return max(size for size in range(1, group + 1) if group % size == 0 and (size == 1 or size * queries <= WIDE))
+
+
+def _groups(heads: int, channels: int, queries: int) -> Iterator[tuple[slice, list[_Product]]]:
+    """The channels that are read together, and the products that their heads are computed in."""
+    width, size = channels // heads, heads_a_product(heads, channels, queries)
+    group = min(heads, LANES // width)
+    for first in range(0, heads, group):
+        count = min(group, heads - first)
+        channel = jax.lax.broadcasted_iota(jnp.int32, (1, count * width), 1)
+        products = []
+        for start in range(0, count, size):
+            ends = range(start * width, min(start + size, count) * width, width)
+            masks = [(channel >= end) & (channel < end + width) for end in ends]
+            products.append(_Product((first + start) // size, masks, width**-0.5))
+        yield slice(first * width, (first + count) * width), products
+
+
+def _dot(a: jax.Array, b: jax.Array, axis_of_a: int, axis_of_b: int) -> jax.Array:
+    """A matrix product over one axis of each, float32."""
+    return jax.lax.dot_general(a, b, (((axis_of_a,), (axis_of_b,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _roll(x: jax.Array, shift: tuple[int, int]) -> jax.Array:
+    """Roll a map [H, W, C] towards its origin."""
+    rows, columns = (distance % size for distance, size in zip(shift, x.shape[:2], strict=True))
+    if rows:
+        x = jnp.concatenate([x[rows:], x[:rows]])
+    return pltpu.roll(x, x.shape[1] - columns, 1) if columns else x
+
+
+def _in_windows(
+    form: _Form,
+    inputs: Maps,
+    outputs: Maps,
+    scratch: tuple[Ref, ...],
+    compute: Callable[..., Maps],
+) -> None:
+    """Compute windows of maps from windows of maps.
+
+    Args:
+        form: of the call.
+        inputs, outputs: maps [images, H, W, C]; the first input is the queries'.
+        scratch: one an input and output, float32 [H, W, channels that are read together].
+        compute: of image, window, products and the inputs' windows [N, channels], those of the outputs.
+    """
+
+    def place(ref: Ref, row: jax.Array, column: int) -> tuple[Any, ...]:
+        rows, columns = (size // count for size, count in zip(ref.shape[:2], form.windows, strict=True))
+        return pl.ds(row * rows, rows), pl.ds(column * columns, columns)
+
+    rolled, made = scratch[: len(inputs)], scratch[len(inputs) :]
+    _, height, width, channels = inputs[0].shape
+    queries = height * width // (form.windows[0] * form.windows[1])
+
+    @pl.loop(0, inputs[0].shape[0])
+    def of_image(image: jax.Array) -> None:
+        for lanes, products in _groups(form.heads, channels, queries):
+            here = slice(0, lanes.stop - lanes.start)
+            for ref, copy in zip(inputs, rolled, strict=True):
+                copy[:, :, here] = _roll(ref[image, :, :, lanes].astype(jnp.float32), form.shift)
+
+            @pl.loop(0, form.windows[0])
+            def of_row(row: jax.Array, here: slice = here, products: list[_Product] = products) -> None:
+                for column in range(form.windows[1]):
+                    windows = [copy[*place(copy, row, column), here].reshape(-1, here.stop) for copy in rolled]
+                    computed = compute(image, row * form.windows[1] + column, products, *windows)
+                    for copy, x in zip(made, computed, strict=True):
+                        at = place(copy, row, column)
+                        copy[*at, here] = x.reshape(at[0].size, at[1].size, here.stop)
+
+            for ref, copy in zip(outputs, made, strict=True):
+                back = _roll(copy[:, :, here], (-form.shift[0], -form.shift[1]))
+                ref[image, :, :, lanes] = back.astype(ref.dtype)
+
+
+def _differences(row: jax.Array, keys: int) -> jax.Array:
+    """Of numbers of tokens [1, Q], key minus query: [K, Q]."""
+    return _dot(row[:, :keys], jnp.ones_like(row), 0, 0) - row
+
+
+def _steps(offsets: Ref, image: jax.Array, window: jax.Array, shape: tuple[int, ...]) -> list[jax.Array]:
+    """The difference of dy and of dx of all pairs, float32 [K, heads * Q]."""
+    rows = (offsets[image, window, axis : axis + 1] for axis in (0, 1))
+    return [_differences(row, shape[0])[:, : shape[1]] for row in rows]
+
+
+def _choose(step: jax.Array, cases: list[jax.Array]) -> jax.Array:
+    return jnp.where(step < 0, cases[0], jnp.where(step > 0, cases[2], cases[1]))
+
+
+def _add_to_tables(
+    of_tables: Ref, bias: Bias, image: jax.Array, window: jax.Array, product: _Product, of_logits: jax.Array
+) -> None:
+    """Add the gradient of the logits of all pairs to that of the cases that they are of."""
+    lanes = of_logits.shape[1]
+    if bias.offsets is None:
+        of_tables[product.number, 0, :, :lanes] += of_logits
+        return
+    row, column = _steps(bias.offsets, image, window, of_logits.shape)
+    for case in range(9):
+        here = (row == case // 3 - 1) & (column == case % 3 - 1)
+        of_tables[product.number, case, :, :lanes] += jnp.where(here, of_logits, 0)
+
+
+def _weights(
+    bias: Bias | None, image: jax.Array, window: jax.Array, product: _Product, k: jax.Array, q: jax.Array
+) -> jax.Array:
+    """The softmax over keys, float32 [K, heads * Q], of keys [K, C] and spread queries [heads * Q, C]."""
+    logits = _dot(k, q, 1, 1)
+    keys, lanes = logits.shape
+    if bias is not None:
+        tables = [bias.tables[product.number, case, :, :lanes] for case in range(bias.tables.shape[1])]
+        if bias.offsets is None:
+            logits += tables[0]
+        else:
+            row, column = _steps(bias.offsets, image, window, logits.shape)
+            logits += _choose(row, [_choose(column, tables[3 * case : 3 * case + 3]) for case in range(3)])
+        if bias.regions is not None:
+            apart = _differences(bias.regions[window], keys)[:, :lanes]
+            logits += jnp.where(apart == 0, 0.0, ACROSS_BORDERS)
+    exponentials = jnp.exp(logits - logits.max(axis=0, keepdims=True))
+    return exponentials * (1 / exponentials.sum(axis=0, keepdims=True))
+
+
+def _forward_kernel(form: _Form, maps: Maps, bias: Bias | None, made: Maps, _: None, *scratch: Ref) -> None:
+    """Queries, keys and values to what is attended to."""
+    dtype = maps[0].dtype
+
+    def compute(image: jax.Array, window: jax.Array, products: list[_Product], *windows: jax.Array) -> Maps:
+        q, k, v = windows
+        k, v = k.astype(dtype), v.astype(dtype)
+        attended = jnp.zeros_like(q)
+        for product in products:
+            weights = _weights(bias, image, window, product, k, product.spread(q * product.scale).astype(dtype))
+            attended += product.collect(_dot(weights.astype(dtype), v, 0, 0))
+        return (attended,)
+
+    _in_windows(form, maps, made, scratch, compute)
+
+
+def _backward_kernel(
+    form: _Form, maps: Maps, bias: Bias | None, made: Maps, of_tables: Ref | None, *scratch: Ref
+) -> None:
+    """Queries, keys, values and the gradient of what was attended to, to the gradients of these and of the tables."""
+    dtype = maps[0].dtype
+    if of_tables is not None:
+
+        @pl.when(pl.program_id(0) == 0)
+        def _() -> None:
+            of_tables[...] = jnp.zeros_like(of_tables)
+
+    def compute(image: jax.Array, window: jax.Array, products: list[_Product], *windows: jax.Array) -> Maps:
+        q, k, v, gradient = windows
+        k, v = k.astype(dtype), v.astype(dtype)
+        of_q, of_k, of_v = jnp.zeros_like(q), jnp.zeros(k.shape), jnp.zeros(v.shape)
+        for product in products:
+            queries = product.spread(q * product.scale).astype(dtype)
+            spread = product.spread(gradient).astype(dtype)
+            weights = _weights(bias, image, window, product, k, queries)
+            of_weights = _dot(v, spread, 1, 1)
+            of_logits = weights * (of_weights - (weights * of_weights).sum(axis=0, keepdims=True))
+            if bias is not None:
+                _add_to_tables(of_tables, bias, image, window, product, of_logits)
+            of_logits = of_logits.astype(dtype)
+            of_v += _dot(weights.astype(dtype), spread, 1, 0)
+            of_k += _dot(of_logits, queries, 1, 0)
+            of_q += product.collect(_dot(of_logits, k, 0, 0)) * product.scale
+        return of_q, of_k, of_v
+
+    _in_windows(form, maps, made, scratch, compute)
+
+
+def _call(kernel: Callable[..., None], form: _Form, maps: Maps, bias: Bias | None, made: Maps, tables: bool) -> Any:  # noqa: ANN401
+    """Run a kernel over all images, some of them a step.
+
+    Args:
+        kernel: one of the two above.
+        form: of the call.
+        maps: that it reads, the queries first.
+        bias: if there is one.
+        made: the maps that it writes are like these.
+        tables: whether it also writes the gradient of the bias' tables.
+
+    Returns:
+        The maps, and the gradient of the tables or None.
+    """
+    batch, height, width, channels = maps[0].shape
+    most = max(1, TOKENS_A_STEP // (height * width))
+    images = max(count for count in range(1, most + 1) if batch % count == 0)
+    lanes = min(channels, LANES)
+
+    def some(array: jax.Array) -> pl.BlockSpec:
+        return pl.BlockSpec((images, *array.shape[1:]), lambda step: (step, *(0,) * (array.ndim - 1)))
+
+    def whole(array: jax.Array) -> pl.BlockSpec:
+        return pl.BlockSpec(array.shape, lambda step: (0,) * array.ndim)
+
+    of_bias = None if bias is None else _bias_of(bias, some, whole)
+    of_tables = bias.tables if tables and bias is not None else None
+    return pl.pallas_call(
+        partial(kernel, form),
+        jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), (made, of_tables)),
+        grid=(batch // images,),
+        in_specs=(tuple(map(some, maps)), of_bias),
+        out_specs=(tuple(map(some, made)), None if of_tables is None else whole(of_tables)),
+        scratch_shapes=[pltpu.VMEM((*array.shape[1:3], lanes), jnp.float32) for array in (*maps, *made)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=FAST_MEMORY, fuse_transposed_lhs_in_matmul=False
+        ),
+        cost_estimate=cost(form, maps, made, bias),
+        interpret=form.interpret,
+        name=kernel.__name__.strip("_"),
+    )(maps, bias)
+
+
+def _bias_of(bias: Bias, some: Callable[..., Any], whole: Callable[..., Any]) -> Bias:
+    """What holds of the parts of a bias: of those that images have, and of those that all share."""
+    return Bias(
+        whole(bias.tables),
+        None if bias.offsets is None else some(bias.offsets),
+        None if bias.regions is None else whole(bias.regions),
+    )
+
+
+def cost(form: _Form, maps: Maps, made: Maps, bias: Bias | None) -> pl.CostEstimate:
+    """What a call must compute and move at least, forward or backward.
+
+    Bytes are those of memory: channels lie in whole lanes there. Operations are those of the matrix products, not what
+    matrix units spend on narrow ones; transcendentals the exponentials.
+    """
+    (batch, height, width, channels), (_, rows, columns, _) = maps[0].shape, maps[1].shape
+    pairs = batch * height * width * rows * columns // math.prod(form.windows)
+
+    def size(array: jax.Array) -> int:
+        return math.prod((*array.shape[:-1], -(-array.shape[-1] // LANES) * LANES)) * array.dtype.itemsize
+
+    products = 2 if len(made) == 1 else 5
+    return pl.CostEstimate(
+        flops=2 * products * pairs * channels,
+        transcendentals=pairs * form.heads,
+        bytes_accessed=sum(size(array) for array in jax.tree.leaves((maps, made, bias))),
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(form: _Form, maps: Maps, bias: Bias | None) -> jax.Array:
+    (attended,), _ = _call(_forward_kernel, form, maps, bias, maps[:1], tables=False)
+    return attended
+
+
+def _forward(form: _Form, maps: Maps, bias: Bias | None) -> tuple[jax.Array, tuple[Maps, Bias | None]]:
+    return _attend(form, maps, bias), (maps, bias)
+
+
+def _backward(form: _Form, residuals: tuple[Maps, Bias | None], gradient: jax.Array) -> tuple[Maps, Bias | None]:
+    maps, bias = residuals
+    of_maps, of_tables = _call(_backward_kernel, form, (*maps, gradient), bias, maps, tables=True)
+    return of_maps, None if bias is None else Bias(of_tables, None, None)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _on_each_device(form: _Form, maps: Maps, bias: Bias | None) -> jax.Array:
+    """Each device attends in its own images: the compiler cannot split a kernel."""
+    whole = PartitionSpec()
+    images = PartitionSpec(jax.sharding.get_abstract_mesh().axis_names)
+    specs = (images,) * 3, None if bias is None else _bias_of(bias, lambda _: images, lambda _: whole)
+    attend = jax.shard_map(partial(_attend, form), in_specs=specs, out_specs=images, check_vma=False)
+    return attend(maps, bias)
+
+
+def takes(tokens: int, channels: int, heads: int) -> bool:
+    """Whether the kernel takes windows of so many tokens side by side in a row, where it can be used at all.
+
+    That is under a mesh, as a training step is compiled; the few images of pictures and probes take the plain form.
+    """
+    width = channels // heads
+    fills = LANES % width == 0 or channels <= LANES
+    return not jax.sharding.get_abstract_mesh().empty and tokens % SUBLANES == 0 and fills
+
+
+def takes_windows(shape: tuple[int, ...], windows: Windows, heads: int) -> bool:
+    """Whether `attend_in_windows` takes maps of a shape [B, H, W, C].
+
+    It takes those that windows tile without padding, all of which cut the mask units at the same places; windows are of
+    at most MOST_TOKENS tokens, their rows whole sublanes, unless there is one.
+    """
+    rows, columns = windows.size
+    alone = windows.size == shape[1:3]
+    return (
+        takes(rows * columns if alone else columns, shape[3], heads)
+        and rows * columns <= MOST_TOKENS
+        and not any(windows.padding)
+        and windows.differences.shape[1] == 1
+    )
+
+
+def takes_all(tokens: int, first_query: int, channels: int, heads: int) -> bool:
+    """Whether `attend_to_all` takes so many tokens, of which those from `first_query` on are queries."""
+    return tokens <= MOST_TOKENS and all(takes(count, channels, heads) for count in (tokens, tokens - first_query))
+
+
+def attend_in_windows(
+    q: jax.Array, k: jax.Array, v: jax.Array, windows: Windows, tables: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """Softmax attention in windows of maps.
+
+    Args:
+        q, k, v: [B, H, W, heads * d].
+        windows: of the maps.
+        tables: float32 [9 or 1, heads, N keys, N queries], the bias of each case, in the order of `select_case`.
+        interpret: have JAX run the kernels' programs, on any device.
+
+    Returns:
+        [B, H, W, heads * d].
+    """
+    batch, height, width, channels = q.shape
+    counts = (height // windows.size[0], width // windows.size[1])
+    maps: Maps = (q, k, v)
+    if counts == (1, 1):  # tokens need not be cut
+        maps = tuple(x.reshape(batch, 1, height * width, channels) for x in maps)
+    cases, heads, tokens, _ = tables.shape
+    together = heads_a_product(heads, channels, tokens)
+    products = -(-heads // together)
+    tables = jnp.pad(tables, ((0, 0), (0, products * together - heads), (0, 0), (0, 0)))
+    tables = tables.reshape(cases, products, together, tokens, tokens).transpose(1, 0, 3, 2, 4)
+    offsets, regions = windows.offsets, windows.regions
+    bias = Bias(
+        tables.reshape(products, cases, tokens, together * tokens),
+        None if offsets is None else jnp.tile(offsets.astype(jnp.float32), together),
+        None if regions is None else jnp.tile(jnp.asarray(regions, jnp.float32), together)[:, None],
+    )
+    form = _Form(heads, counts, windows.shift, interpret)
+    return _on_each_device(form, maps, bias).reshape(q.shape)
+
+
+def attend_to_all(q: jax.Array, k: jax.Array, v: jax.Array, heads: int, *, interpret: bool = False) -> jax.Array:
+    """Softmax attention: queries [B, Q, heads * d], keys and values [B, K, heads * d] -> [B, Q, heads * d]."""
+    form = _Form(heads, (1, 1), (0, 0), interpret)
+    return _on_each_device(form, (q[:, None], k[:, None], v[:, None]), None)[:, 0]
