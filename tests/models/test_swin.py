@@ -1,5 +1,7 @@
 """Swin: the position bias, windows against a computation pair by pair, and what its parameters start from."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -153,6 +155,28 @@ def test_tokens_of_different_windows_do_not_meet_in_a_block(grid, window):
     jacobian = jax.jit(jax.jacrev(lambda x: block(x, windows, None)[0] @ weights))(x)[:, :, 0]
     depends = np.asarray((jacobian != 0).any(-1)).reshape(grid[0] * grid[1], -1)
     np.testing.assert_array_equal(depends, companions(grid, window, True))
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_windows_side_by_side_give_what_each_gives_alone(compact, shifted):
+    block = SwinBlock(24, 3, 2, drop=DropPath(), position_width=8, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(block)
+    x = jax.random.normal(jax.random.key(1), (2, 16, 12, 24))
+    offset = masking.sample_uniform_mask(jax.random.key(2), 2, (4, 3), 0.25).offset if compact else None
+
+    def both(several):
+        def run(state, x):
+            windows = make_windows((16, 12), 4, shifted=shifted, offset=offset)
+            assert windows.side_by_side == 1  # on a CPU
+            return nnx.merge(graph, state)(x, dataclasses.replace(windows, side_by_side=several), None)
+
+        out, pull = jax.vjp(run, state, x)
+        return out, pull(jnp.cos(out))
+
+    alone, together = (jax.jit(lambda several=several: both(several))() for several in (1, 4))
+    for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_initialisation():

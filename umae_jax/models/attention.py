@@ -3,24 +3,51 @@
 Tokens are the last axis throughout, [..., heads, d, N]: matrix products then give and take arrays whose last axis fills
 the lanes of a TPU, and none is transposed. The backward pass is written out, because it needs less than JAX would
 save and sum: of the softmax, its exponentials in the products' dtype; of the gradient's sum over keys, one over d.
+
+Windows of fewer tokens than a TPU has lanes are attended to several at a time, their queries side by side in the
+lanes: [..., heads, d, several * N]. Keys and values of these windows lie one below the other, [..., heads,
+several * d, N], and meet the queries spread over as many rows, each window's in its own and zeros elsewhere. The
+products cost a matrix unit what they did, which d channels fill by a quarter, and each pass over pairs has full lanes.
 """
 
+from functools import partial
 from typing import cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+LANES = 128
 
-def split_heads(linear: nnx.Linear, x: jax.Array, parts: int, heads: int) -> tuple[jax.Array, ...]:
+
+def for_tpu() -> bool:
+    """Whether what is traced will run on TPUs: so the mesh says that is set."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.platform == "tpu"
+
+
+def split_heads(
+    linear: nnx.Linear, x: jax.Array, parts: int, heads: int, side_by_side: int = 1
+) -> tuple[jax.Array, ...]:
     """A linear layer whose output is so many arrays: [..., N, C] -> parts of [..., heads, d, N].
 
     One product a part: each is written where attention reads it, which one product for all would not be.
+
+    With several windows `side_by_side`, [..., windows, N, C] -> [..., windows / several, heads, d, several * N] of the
+    first part, the queries, and [..., windows / several, heads, several * d, N] of the others.
     """
     kernel = linear.kernel[...].reshape(x.shape[-1], parts, heads, -1).astype(linear.dtype)
     bias = _bias(linear).reshape(parts, *(1,) * (x.ndim - 2), heads, -1, 1)
     x = x.astype(linear.dtype)
-    return tuple(jnp.einsum("...nc,chd->...hdn", x, kernel[:, part]) + bias[part] for part in range(parts))
+    if side_by_side == 1:
+        return tuple(jnp.einsum("...nc,chd->...hdn", x, kernel[:, part]) + bias[part] for part in range(parts))
+    x = x.reshape(*x.shape[:-3], -1, side_by_side, *x.shape[-2:])  # [..., windows / several, several, N, C]
+    queries = jnp.einsum("...nc,chd->...hdn", x.reshape(*x.shape[:-3], -1, x.shape[-1]), kernel[:, 0]) + bias[0]
+    split = [queries]
+    for part in range(1, parts):
+        stacked = jnp.einsum("...snc,chd->...hsdn", x, kernel[:, part]) + bias[part][..., None, :, :]
+        split.append(stacked.reshape(*stacked.shape[:-3], -1, stacked.shape[-1]))
+    return tuple(split)
 
 
 def split_channels(linear: nnx.Linear, x: jax.Array, parts: int) -> tuple[jax.Array, ...]:
@@ -45,42 +72,70 @@ def _bias(linear: nnx.Linear) -> jax.Array:
     return cast(nnx.Param[jax.Array], linear.bias)[...].astype(linear.dtype)  # all layers here have one
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None, side_by_side: int = 1) -> jax.Array:
     """Softmax attention: queries [..., heads, d, Q], keys and values [..., heads, d, K] -> [..., heads, d, Q].
 
     `bias`, float32, is added before the softmax, which is computed in float32; it broadcasts to [..., heads, K, Q].
+
+    With several windows `side_by_side`, Q counts the queries of all of them, and keys and values are
+    [..., heads, several * d, K].
     """
     q = q * jnp.asarray(q.shape[-2] ** -0.5, q.dtype)
     if bias is None:
         bias = jnp.zeros((1,) * q.ndim, jnp.float32)
-    return _attend(q, k, v, jnp.broadcast_to(bias, (*q.shape[:-2], k.shape[-1], q.shape[-1])))
+    return _attend(q, k, v, jnp.broadcast_to(bias, (*q.shape[:-2], k.shape[-1], q.shape[-1])), side_by_side)
 
 
-@jax.custom_vjp
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> jax.Array:
-    return _forward(q, k, v, bias)[0]
+def _own_lanes(x: jax.Array, several: int) -> list[jax.Array]:
+    """For each window, bool [Q]: which lanes of [..., d, Q] are its own."""
+    lane = jnp.arange(x.shape[-1]) // (x.shape[-1] // several)
+    return [lane == window for window in range(several)]
 
 
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    exponentials = jax.lax.platform_dependent(q, k, bias, tpu=_exponentials_on_tpu, default=_exponentials)
+def _spread(x: jax.Array, several: int) -> jax.Array:
+    """[..., d, Q] -> [..., several * d, Q], of each window its own lanes and zeros."""
+    if several == 1:
+        return x
+    zero = jnp.zeros((), x.dtype)
+    return jnp.concatenate([jnp.where(own, x, zero) for own in _own_lanes(x, several)], axis=-2)
+
+
+def _collect(x: jax.Array, several: int) -> jax.Array:
+    """[..., several * d, Q] -> [..., d, Q], of each window its own lanes."""
+    first, *others = jnp.split(x, several, axis=-2)
+    for own, other in zip(_own_lanes(x, several)[1:], others, strict=True):
+        first = jnp.where(own, other, first)
+    return first
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, several: int) -> jax.Array:
+    return _forward(q, k, v, bias, several)[0]
+
+
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, several: int
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    exponentials = (_exponentials_on_tpu if for_tpu() else _exponentials)(_spread(q, several), k, bias)
     scale = 1 / exponentials.sum(axis=-2, keepdims=True)  # [..., heads, 1, Q]
     exponentials = exponentials.astype(v.dtype)
     attended = jnp.einsum("...dk,...kq->...dq", v, exponentials, preferred_element_type=jnp.float32)
-    attended = (attended * scale).astype(v.dtype)
+    attended = (_collect(attended, several) * scale).astype(v.dtype)
     return attended, (q, k, v, exponentials, scale, attended)
 
 
-def _backward(residuals: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, ...]:
+def _backward(several: int, residuals: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, ...]:
     q, k, v, exponentials, scale, attended = residuals
     wide = jnp.float32
     gradient = (gradient.astype(wide) * scale).astype(v.dtype)
     # What a query's weights sum to in the gradient of a softmax, sum_k w_k dw_k, is also the sum over d of o_d do_d.
     mean = jnp.sum(attended.astype(wide) * gradient.astype(wide), axis=-2, keepdims=True)  # [..., heads, 1, Q]
+    gradient = _spread(gradient, several)
     of_v = jnp.einsum("...dq,...kq->...dk", gradient, exponentials)
     of_weights = jnp.einsum("...dk,...dq->...kq", v, gradient, preferred_element_type=wide)
     of_logits = (exponentials.astype(wide) * (of_weights - mean)).astype(v.dtype)
-    of_q = jnp.einsum("...dk,...kq->...dq", k, of_logits)
-    of_k = jnp.einsum("...dq,...kq->...dk", q, of_logits)
+    of_q = _collect(jnp.einsum("...dk,...kq->...dq", k, of_logits), several)
+    of_k = jnp.einsum("...dq,...kq->...dk", _spread(q, several), of_logits)
     return of_q, of_k, of_v, of_logits.astype(wide)
 
 

@@ -37,12 +37,16 @@ class PositionBias(nnx.Module):
         return self.fc2(jax.nn.relu(self.fc1(jnp.asarray(windows.differences)))).transpose(0, 1, 4, 2, 3)
 
     def __call__(self, windows: Windows) -> jax.Array:
-        """The bias of every pair of every window, [B or 1, windows or 1, heads, N keys, N queries]."""
-        bias = self.tables(windows)
+        """The bias of every pair of every window, [B or 1, windows or 1, heads, N keys, N queries].
+
+        Queries of windows that are attended to together lie side by side; see `Windows.side_by_side`.
+        """
+        bias = windows.lay_side_by_side(self.tables(windows), 1)
         if windows.steps is not None:
-            bias = select_case(bias, *windows.steps)
+            row_step, column_step = (windows.lay_side_by_side(step, 1) for step in windows.steps)
+            bias = select_case(bias, row_step, column_step)
         if windows.mask is not None:
-            bias = bias + jnp.asarray(windows.mask)[None, :, None]
+            bias = bias + windows.lay_side_by_side(jnp.asarray(windows.mask), 0)[None, :, None]
         return bias
 
 
@@ -78,8 +82,10 @@ class SwinBlock(layers.Block):
                 tables = self.position.tables(windows)[:, 0]
                 attended = self.proj(fused_attention.attend_in_windows(q, k, v, windows, tables))
             else:
-                q, k, v = split_heads(self.qkv, windows.cut(normed), 3, self.heads)  # [B, windows, heads, d, N]
-                attended = merge_heads(self.proj, attend(q, k, v, self.position(windows)))
+                several = windows.side_by_side
+                q, k, v = split_heads(self.qkv, windows.cut(normed), 3, self.heads, several)
+                attended = attend(q, k, v, self.position(windows), several)  # [B, windows, heads, d, N]
+                attended = merge_heads(self.proj, attended)
                 attended = windows.join(attended, x.shape[1:3])
             x = x + self.drop(attended, drop_keys, 0)
         with jax.named_scope("mlp"):

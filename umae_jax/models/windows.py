@@ -1,5 +1,6 @@
 """Windows over a grid of tokens: where they lie, what may see what, and which position differences occur (SPEC 3)."""
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from umae_jax.masking import expand
+from umae_jax.models.attention import LANES, for_tpu
 from umae_jax.positions import window_differences
 
 # What is added before the softmax to pairs that the cyclic shift brought together from opposite borders.
@@ -27,6 +29,7 @@ class Windows:
         regions: int [windows, N], what of the map a token is from; tokens of different regions of a window are no
             neighbours. None without a shift and padding.
         offsets: int8 [B, windows, 2, N], dy and dx of the unit that each token is from; None on a whole image.
+        side_by_side: how many neighbouring windows are attended to at a time; see `attention.py`.
     """
 
     size: tuple[int, int]
@@ -35,6 +38,21 @@ class Windows:
     differences: np.ndarray
     regions: np.ndarray | None
     offsets: jax.Array | None
+    side_by_side: int
+
+    def lay_side_by_side(self, pairs: jax.Array, axis: int) -> jax.Array:
+        """Put the queries of neighbouring windows side by side: [..., windows, ..., N, N] -> [..., N, several * N].
+
+        Args:
+            pairs: of keys and queries.
+            axis: that of windows, which becomes so many times shorter; where there is one for all, it stays.
+        """
+        several = self.side_by_side
+        if pairs.shape[axis] == 1:
+            return jnp.concatenate([pairs] * several, axis=-1)
+        pairs = pairs.reshape(*pairs.shape[:axis], -1, several, *pairs.shape[axis + 1 :])
+        pairs = jnp.moveaxis(pairs, axis + 1, -2)  # [..., N keys, several, N queries]
+        return pairs.reshape(*pairs.shape[:-2], -1)
 
     @property
     def mask(self) -> np.ndarray | None:
@@ -64,7 +82,7 @@ class Windows:
         return _cut(x, self.size)
 
     def join(self, x: jax.Array, grid: tuple[int, ...]) -> jax.Array:
-        """The inverse of `cut`: [B, windows, N, C] -> [B, H, W, C]."""
+        """The inverse of `cut`: [B, windows, N, C], or several windows at a time, -> [B, H, W, C]."""
         rows, columns = self.size
         height, width = grid[0] + self.padding[0], grid[1] + self.padding[1]
         x = x.reshape(x.shape[0], height // rows, width // columns, rows, columns, -1)
@@ -128,9 +146,14 @@ def make_windows(
     )
     padding = (-grid[0] % size[0], -grid[1] % size[1])
     regions = _regions(grid, size, shift, padding)
+    tokens = size[0] * size[1]
+    side_by_side = 1
+    if for_tpu():
+        windows = (grid[0] + padding[0]) * (grid[1] + padding[1]) // tokens
+        side_by_side = math.gcd(windows, max(1, LANES // tokens))
     if offset is None:
         # Every window has the same differences, so that the first one tells them all.
-        return Windows(size, shift, padding, window_differences(size, size, (0, 0), None), regions, None)
+        return Windows(size, shift, padding, window_differences(size, size, (0, 0), None), regions, None, side_by_side)
     unit_side = grid[0] / offset.shape[1]
     if unit_side >= 1:
         offset = expand(offset, int(unit_side))
@@ -138,4 +161,5 @@ def make_windows(
         offset = offset[:, :: int(1 / unit_side), :: int(1 / unit_side)]
     offset = jnp.roll(offset.astype(jnp.int8), (-shift[0], -shift[1]), axis=(1, 2))
     offsets = _cut(jnp.stack([offset // 2, offset % 2], axis=-1), size).transpose(0, 1, 3, 2)
-    return Windows(size, shift, padding, window_differences(grid, size, shift, unit_side), regions, offsets)
+    differences = window_differences(grid, size, shift, unit_side)
+    return Windows(size, shift, padding, differences, regions, offsets, side_by_side)
