@@ -30,6 +30,13 @@ def by_tokens(x):
     return jnp.moveaxis(x, -1, -3).reshape(*x.shape[:-3], x.shape[-1], -1)
 
 
+def add(maps, biases):
+    wide = [
+        x.astype(jnp.float32) + jnp.expand_dims(bias, range(x.ndim - 1)) for x, bias in zip(maps, biases, strict=True)
+    ]
+    return [x.astype(maps[0].dtype) for x in wide]
+
+
 def plain_in_windows(q, k, v, windows, tables):
     bias = tables[:, None]
     if windows.steps is not None:
@@ -72,17 +79,18 @@ def compare(ours, plain, arguments, gradient):
 )
 def test_windows_are_those_of_the_plain_form(grid, cells, window, shifted, heads, width, dtype):
     batch = 16
-    q, k, v, gradient = draw(*[(batch, *grid, heads * width)] * 4, dtype=dtype)
+    *maps, gradient = draw(*[(batch, *grid, heads * width)] * 4, dtype=dtype)
     offset = None if cells is None else masking.sample_uniform_mask(jax.random.key(1), batch, cells, 0.25).offset
     windows = make_windows(grid, window, shifted=shifted, offset=offset)
     tokens = windows.size[0] * windows.size[1]
-    (tables,) = draw((1 if cells is None else 9, heads, tokens, tokens), dtype="float32")
+    table = (1 if cells is None else 9, heads, tokens, tokens)
+    biases, tables = draw((3, heads * width), table, dtype="float32")
     with jax.set_mesh(make_mesh(2)):
-        assert takes_windows(q.shape, windows, heads)
+        assert takes_windows(gradient.shape, windows, heads)
         compare(
-            lambda q, k, v, tables: attend_in_windows(q, k, v, windows, tables, interpret=True),
-            lambda q, k, v, tables: plain_in_windows(q, k, v, windows, tables),
-            (q, k, v, tables),
+            lambda maps, biases, tables: attend_in_windows(maps, biases, windows, tables, interpret=True),
+            lambda maps, biases, tables: plain_in_windows(*add(maps, biases), windows, tables),
+            (tuple(maps), biases, tables),
             gradient,
         )
 
@@ -91,14 +99,15 @@ def test_windows_are_those_of_the_plain_form(grid, cells, window, shifted, heads
 @pytest.mark.parametrize(("queries", "heads", "width"), [(24, 2, 4), (16, 5, 32), (8, 3, 128)])
 def test_attention_to_all_is_that_of_the_plain_form(queries, heads, width, dtype):
     wide = heads * width
-    q, k, v, gradient = draw(*((8, count, wide) for count in (queries, 24, 24, queries)), dtype=dtype)
+    *maps, gradient = draw(*((8, count, wide) for count in (queries, 24, 24, queries)), dtype=dtype)
+    (biases,) = draw((3, wide), dtype="float32")
 
-    def plain(q, k, v):
-        return by_tokens(attend(*(by_heads(x, heads) for x in (q, k, v))))
+    def plain(maps, biases):
+        return by_tokens(attend(*(by_heads(x, heads) for x in add(maps, biases))))
 
     with jax.set_mesh(make_mesh()):
         assert takes_all(24, 24 - queries, wide, heads)
-        compare(lambda q, k, v: attend_to_all(q, k, v, heads, interpret=True), plain, (q, k, v), gradient)
+        compare(lambda *x: attend_to_all(*x, heads, interpret=True), plain, (tuple(maps), biases), gradient)
 
 
 @pytest.mark.parametrize(
