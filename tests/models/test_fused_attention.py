@@ -4,15 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from umae_jax import masking
+from umae_jax import masking, plan
 from umae_jax.models.attention import attend
 from umae_jax.models.fused_attention import attend_in_windows, attend_to_all, takes_all, takes_windows
+from umae_jax.models.layers import DropPath
+from umae_jax.models.swin import SwinBlock
 from umae_jax.models.windows import make_windows
 from umae_jax.positions import select_case
-from umae_jax.training.mesh import make_mesh
+from umae_jax.training.mesh import batch_sharding, make_mesh, replicated
 
-TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}  # of the largest value
+TOLERANCES = {"float32": 1e-5, "bfloat16": 4e-2}  # of the largest value
 
 
 def draw(*shapes, dtype):
@@ -126,3 +129,34 @@ def test_other_windows_take_the_plain_form(grid, cells, window, width):
     with jax.set_mesh(make_mesh()):
         assert not takes_windows((8, *grid, 2 * width), windows, 2)
     assert not takes_all(24, 0, 8, 2), "without a mesh"
+
+
+@pytest.fixture
+def tpus():
+    pytest.importorskip("libtpu", reason="the plan extra is not installed")  # part of the test extra
+    cached = jax.config.jax_enable_compilation_cache
+    yield plan.find_target("v5e:2x2").devices
+    jax.config.update("jax_enable_compilation_cache", cached)
+
+
+def test_a_block_of_the_papers_sizes_compiles_for_tpus(tpus):
+    mesh = make_mesh(2, tpus)
+    block = SwinBlock(96, 3, 4, drop=DropPath(), position_width=32, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    block.fused_attention = True
+    graph, params = nnx.split(block)
+
+    def loss(params, x, offset):
+        windows = make_windows((32, 32), 8, shifted=True, offset=offset)
+        return nnx.merge(graph, params)(x, windows, None).sum()
+
+    def shaped(sharding, *arrays):
+        return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), arrays)
+
+    arrays = jnp.zeros((8, 32, 32, 96), jnp.bfloat16), jnp.zeros((8, 8, 8), jnp.int32)
+    arguments = shaped(replicated(mesh), params) + shaped(batch_sharding(mesh), *arrays)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(jax.grad(loss), out_shardings=replicated(mesh)).lower(*arguments)
+    program = lowered.compile().as_text()
+    assert program.count('custom_call_target="tpu_custom_call"') == 2  # forward and backward
+    assert "all-reduce" in program
+    assert "all-gather" not in program

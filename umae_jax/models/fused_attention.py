@@ -322,8 +322,10 @@ def _for_each_term(terms: Terms, some: Callable[[Any], Any], whole: Callable[[An
 def cost(form: _Form, maps: Maps, terms: Terms, made: Maps) -> pl.CostEstimate:
     """What a call must compute and move at least, forward or backward.
 
-    Bytes are those of memory: channels lie in whole lanes there. Operations are those of the matrix products, not what
-    matrix units spend on narrow ones; transcendentals the exponentials.
+    Bytes are those of memory, where channels lie in whole lanes. Operations are those of the matrix products,
+    transcendentals the exponentials: a bound, and a loose one. A product over d channels costs a matrix unit what one
+    over 128 would, and each pair takes some ten (forward) to forty (backward, with nine cases) operations of the vector
+    unit, which are what the kernel spends its time on.
     """
     (batch, height, width, channels), (_, rows, columns, _) = maps[0].shape, maps[1].shape
     pairs = batch * height * width * rows * columns // math.prod(form.windows)
