@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from umae_jax.compiled import Collective, account, read_program
+from umae_jax.compiled import Collective, Kernel, account, read_program
 from umae_jax.training.mesh import make_mesh
 
 PROGRAM = """HloModule jit_step, num_partitions=8
@@ -20,6 +20,8 @@ PROGRAM = """HloModule jit_step, num_partitions=8
   %gather = bf16[512,512]{1,0} all-gather(%x), replica_groups=mesh['axis_0'=8,'axis_1'=2] {'axis_0'}, dimensions={0}
   %s0 = bf16[256,512]{1,0} all-gather(%y), channel_id=9, replica_groups=[1,8]<=[8], frontend_attributes={chain_id="3"}
   %s1 = bf16[256,512]{1,0} all-gather(%y), channel_id=9, replica_groups=[1,8]<=[8], frontend_attributes={chain_id="3"}
+  %k = f32[8] custom-call(%p), metadata={op_name="k"}, {"cost_estimate":{"flops":"20","transcendentals":"3",\
+"bytes_accessed":"8"}}
   %move = (bf16[48,12]{1,0}, bf16[48,12]{1,0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}
   %fused.2 = bf16[96,2048]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.8
 }
@@ -39,7 +41,8 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 
 def test_loops_are_counted_as_often_as_they_go_round_and_pieces_once():
-    cycles, collectives = read_program(PROGRAM, 8)
+    cycles, collectives, kernels = read_program(PROGRAM, 8)
+    assert kernels == {Kernel("k", 20, 3, 8): 4}
     assert cycles == {"mlp/dot": 4 * 100, "": 7}
     assert collectives == (
         Collective("all-gather", 8, 8, 4 * (512 + 256) * 512 * 2),  # one of them in two pieces

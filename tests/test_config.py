@@ -105,6 +105,7 @@ def test_a_configuration_that_misses_keys_is_told():
         ("mesh.fsdp", 3, "3 does not divide the 8 devices"),
         ("dtype", "float16", "dtype must be float32 or bfloat16"),
         ("rematerialize", "all", "rematerialize must be one of none, pairs, blocks, not 'all'"),
+        ("fused_attention", None, "fused_attention must be True or False, not None"),
         ("image_size", (64,), "image_size is height and width"),
         ("model.method", "um", "model.method: 'um' is none of um_mae, mae, simmim, classifier"),
         ("model.encoder", "resnet", "model.encoder: 'resnet' is none of swin, pvt, vit"),

@@ -49,6 +49,21 @@ def test_a_plan_for_tpus(tmp_path):
     assert "v5e:2x2" in table
 
 
+def test_a_plan_of_a_step_with_kernels(tmp_path):
+    pytest.importorskip("libtpu", reason="the plan extra is not installed")  # part of the test extra
+    path = tmp_path / "plan.json"
+    arguments = ("--config", "tests/tiny.py", "--config.fused_attention=True", "--config.mesh.fsdp=2")
+    table, _ = commands.run("plan", *arguments, "--topology=v5e:2x2", "--nolargest", "--parts", "--json", path)
+    (plan,) = json.loads(path.read_text())
+    # Windows of 2 x 2 tokens, at stage 2, take the plain form.
+    parts = [
+        f"{part}, {way}" for part in ("decoder, attention", "stage 1, attention") for way in ("backward", "forward")
+    ]
+    assert list(plan["kernels"]) == parts
+    assert all(0 < limit < plan["step"] for limit in (plan["kernels_limit"], plan["scheduled"], plan["interconnect"]))
+    assert "v5e:2x2, what kernels must do at least" in table
+
+
 def test_without_the_compiler_it_says_what_to_install():
     program = (
         "import importlib.util as util\n"

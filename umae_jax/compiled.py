@@ -16,6 +16,7 @@ _SCOPE = re.compile(r'op_name="([^"]*)"')
 _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
+_KERNEL = re.compile(r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"(\d+)","bytes_accessed":"(\d+)"')
 _LIMIT = re.compile(r"[su]32\[\][^ ]* constant\((\d+)\)")
 
 
@@ -42,6 +43,21 @@ class Collective:
         return passes * self.bytes * share / (link * links)
 
 
+class Kernel(NamedTuple):
+    """A call of a kernel, of whose inside the compiler tells nothing; what it must do at least, as it says itself.
+
+    Attributes:
+        scope: such as "jit(step)/jvp(decoder)/attention/shard_map/forward_kernel/pallas_call".
+        flops, transcendentals: operations of its matrix products, and exponentials and the like.
+        bytes: moved between memory and chip.
+    """
+
+    scope: str
+    flops: int
+    transcendentals: int
+    bytes: int
+
+
 class Account(NamedTuple):
     """A compiled program, a device.
 
@@ -51,6 +67,7 @@ class Account(NamedTuple):
         cycles: that XLA:TPU schedules, without collectives and without what is inside a kernel; None elsewhere.
         cycles_by_scope: the same by the scope of an operation, such as "jit(step)/jvp(encoder)/stage_1/mlp/mul".
         collectives: between devices.
+        kernels: how often each is called.
     """
 
     arguments: int
@@ -60,6 +77,7 @@ class Account(NamedTuple):
     cycles: int | None
     cycles_by_scope: dict[str, int]
     collectives: tuple[Collective, ...]
+    kernels: dict[Kernel, int]
 
 
 class _Occurrence(NamedTuple):
@@ -75,6 +93,7 @@ class _Computation:
     def __init__(self) -> None:
         self.cycles: Counter[str] = Counter()  # by the scope of the operation
         self.collectives: Counter[_Occurrence] = Counter()
+        self.kernels: Counter[Kernel] = Counter()
         self.called: list[str] = []
         self.loops: list[tuple[str, str, int | None]] = []  # condition, body, how often if the program says it
         self.limit = 1
@@ -120,8 +139,8 @@ def _collective(line: str, name: str, devices: int) -> _Occurrence | None:
     return _Occurrence(kind, group, sum(sizes), "".join(chain.groups()) if chain else "")
 
 
-def read_program(text: str, devices: int) -> tuple[Counter[str], tuple[Collective, ...]]:
-    """Scheduled cycles by scope, and collectives, of a compiled program, each as often as loops repeat it.
+def read_program(text: str, devices: int) -> tuple[Counter[str], tuple[Collective, ...], Counter[Kernel]]:
+    """Scheduled cycles by scope, collectives and kernels of a compiled program, each as often as loops repeat it.
 
     Args:
         text: XLA's own, after compilation.
@@ -135,9 +154,12 @@ def read_program(text: str, devices: int) -> tuple[Counter[str], tuple[Collectiv
             entry = name if begins[1] else entry
             continue
         here = computations[name]
+        named = _SCOPE.search(line)
+        scope = named[1] if named else ""
         if cycles := _CYCLES.search(line):
-            scope = _SCOPE.search(line)
-            here.cycles[scope[1] if scope else ""] += int(cycles[1])
+            here.cycles[scope] += int(cycles[1])
+        if kernel := _KERNEL.search(line):
+            here.kernels[Kernel(scope, *map(int, kernel.groups()))] += 1
         if collective := _collective(line, name, devices):
             here.collectives[collective] += 1
         if limit := _LIMIT.search(line):
@@ -150,11 +172,14 @@ def read_program(text: str, devices: int) -> tuple[Counter[str], tuple[Collectiv
 
     cycles_of: Counter[str] = Counter()
     collectives: Counter[_Occurrence] = Counter()
+    kernels: Counter[Kernel] = Counter()
 
     def add(name: str, times: int) -> None:
         here = computations[name]
         for scope, cycles in here.cycles.items():
             cycles_of[scope] += times * cycles
+        for kernel, count in here.kernels.items():
+            kernels[kernel] += times * count
         for collective, count in here.collectives.items():
             # XLA:TPU cuts one that it overlaps with work into pieces, and each names all of it.
             before = collectives[collective]
@@ -171,7 +196,7 @@ def read_program(text: str, devices: int) -> tuple[Counter[str], tuple[Collectiv
             together[kind, group][0] += count
             together[kind, group][1] += count * size
     found = tuple(Collective(kind, group, *numbers) for (kind, group), numbers in sorted(together.items()))
-    return cycles_of, found
+    return cycles_of, found, kernels
 
 
 def account(compiled: Any, devices: int) -> Account:  # noqa: ANN401 - JAX's Compiled
@@ -183,8 +208,9 @@ def account(compiled: Any, devices: int) -> Account:  # noqa: ANN401 - JAX's Com
     """
     memory = compiled.memory_analysis()
     costs = compiled.cost_analysis()
-    cycles, collectives = read_program(compiled.as_text(), devices)
+    cycles, collectives, kernels = read_program(compiled.as_text(), devices)
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     peak = arguments + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
     moved = costs.get("bytes accessed", 0.0)
-    return Account(arguments, temporaries, peak, moved, sum(cycles.values()) or None, dict(cycles), collectives)
+    total = sum(cycles.values()) or None
+    return Account(arguments, temporaries, peak, moved, total, dict(cycles), collectives, dict(kernels))

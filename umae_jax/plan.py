@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from umae_jax import cli
 from umae_jax.benchmarking import growth, parts
+from umae_jax.benchmarking.parts import Bound
 from umae_jax.compiled import Account
 from umae_jax.config import check, resolve_steps
 from umae_jax.data.sources import open_source
@@ -55,9 +56,11 @@ class Plan:
 
     The compiler's: arguments, temporaries and peak (bytes of memory), bytes (moved to and from memory; where a
     batch is computed in parts it does not tell), cycles (scheduled, without collectives), parts (the same by part
-    of the model, forward and backward), collectives. Counted on the program before it is compiled: flops.
-    Estimated: scheduled (seconds of these cycles), flops_limit and bytes_limit (seconds at the chip's best),
-    interconnect (seconds that collectives take at the links' best), step (seconds, with nothing overlapped),
+    of the model, forward and backward), collectives. Told by kernels, into which the compiler does not look: kernels
+    (what they must do at least, by part of the model and direction). Counted on the program before it is compiled:
+    flops. Estimated: scheduled (seconds of these cycles), flops_limit and bytes_limit (seconds at the chip's best),
+    kernels_limit (the same of the kernels), interconnect (seconds that collectives take at the links' best), step
+    (seconds, with nothing overlapped),
     communication (share of a step), reading_cores (of hosts, a chip), and the rest.
     """
 
@@ -76,9 +79,11 @@ class Plan:
     cycles: int | None
     parts: dict[str, tuple[int, int]] | None
     collectives: list[dict[str, Any]]
+    kernels: dict[str, Bound]
     scheduled: float | None
     flops_limit: float | None
     bytes_limit: float | None
+    kernels_limit: float | None
     interconnect: float | None
     step: float | None
     communication: float | None
@@ -173,7 +178,10 @@ def make_plan(config: ConfigDict, target: Target, images: int, flops: float | No
         collectives.append({**dataclasses.asdict(one), "seconds": seconds_of})
     times = [one["seconds"] for one in collectives]
     interconnect = None if told is None or None in times else sum(times)
-    step = None if scheduled is None or interconnect is None else scheduled + interconnect
+    kernels = parts.bounds(told.kernels, chip) if told and chip else {}
+    kernels_limit = sum(bound.seconds for bound in kernels.values()) if told and chip else None
+    estimates = scheduled, kernels_limit, interconnect
+    step = None if None in estimates else sum(seconds for seconds in estimates if seconds)
     steps = resolve_steps(config, "total", images, config.batch_size)
     hours = None if step is None else steps * step / 3600
     flops_limit = flops / chips / chip.flops if flops and chip else None
@@ -195,9 +203,11 @@ def make_plan(config: ConfigDict, target: Target, images: int, flops: float | No
         cycles=told.cycles if told else None,
         parts=parts.by_part(told.cycles_by_scope) if told and told.cycles else None,
         collectives=collectives,
+        kernels=kernels,
         scheduled=scheduled,
         flops_limit=flops_limit,
         bytes_limit=bytes_limit,
+        kernels_limit=kernels_limit,
         interconnect=interconnect,
         step=step,
         communication=None if step is None or interconnect is None else interconnect / step,
@@ -236,6 +246,10 @@ def table(plans: Sequence[Plan]) -> str:
     row("  largest batch a chip", *(_value(plan.largest_batch, 1, "", 0) for plan in plans))
     row("  bytes moved", *(_value(plan.bytes, 1e9, " GB") for plan in plans))
     row("  scheduled, without collectives", *(_value(plan.cycles, 1e6, " M cycles") for plan in plans))
+    with_kernels = any(plan.kernels for plan in plans)
+    if with_kernels:
+        calls = [sum(bound.calls for bound in plan.kernels.values()) for plan in plans]
+        row("  kernels, which it does not schedule", *map(str, calls))
     kinds = sorted({(one["kind"], one["devices"]) for plan in plans for one in plan.collectives})
     for kind, devices in kinds:
         found = [
@@ -253,7 +267,12 @@ def table(plans: Sequence[Plan]) -> str:
     row("  operations at the chip's best", *(_value(plan.flops_limit, 1e-3, " ms") for plan in plans))
     row("  bytes at the memory's best", *(_value(plan.bytes_limit, 1e-3, " ms") for plan in plans))
     row("  collectives at the links' best", *(_value(plan.interconnect, 1e-3, " ms", 2) for plan in plans))
-    row("  step: scheduled and collectives", *(_value(plan.step, 1e-3, " ms") for plan in plans))
+    if with_kernels:
+        row("  kernels at the chip's best", *(_value(plan.kernels_limit, 1e-3, " ms", 2) for plan in plans))
+    row(
+        "  step: scheduled" + (", kernels" if with_kernels else "") + " and collectives",
+        *(_value(plan.step, 1e-3, " ms") for plan in plans),
+    )
     row("  images/s/chip", *(_value(plan.images_per_second, 1, "", 0) for plan in plans))
     row("  share of the collectives", *(_value(plan.communication, 0.01, "%") for plan in plans))
     row("  host cores that read for a chip", *(_value(plan.reading_cores, 1, "") for plan in plans))
@@ -324,6 +343,9 @@ def main() -> None:
         if _PARTS.value and plan.parts and target.chip:
             cli.result(f"\n{plan.target}, the cycles of a step by part of the model:")
             cli.result(parts.table(plan.parts, target.chip.clock))
+            if plan.kernels:
+                cli.result(f"\n{plan.target}, what kernels must do at least, of which nothing is in the above:")
+                cli.result(parts.table_of_bounds(plan.kernels))
     if path:
         numbers = [dataclasses.asdict(plan) for plan in plans]
         write_whole(path, (json.dumps(numbers, indent=2) + "\n").encode())

@@ -1,6 +1,8 @@
 import pytest
 
-from umae_jax.benchmarking.parts import by_part, part_of, table
+from umae_jax.benchmarking.parts import Bound, bounds, by_part, part_of, table
+from umae_jax.compiled import Kernel
+from umae_jax.hardware import Chip
 
 STEP = "jit(train_step)/"
 
@@ -29,3 +31,17 @@ def test_cycles_are_summed_by_part_forward_and_backward():
     assert parts == {"other": (100, 0), "loss": (5, 10)}
     last = table(parts, clock=1000.0).splitlines()[-1]
     assert last.split() == ["all", "0.00", "0.00", "0.00", "100.0%", "115.00"]
+
+
+def test_kernels_are_bounded_by_part_and_direction():
+    chip = Chip(flops=100.0, memory=1.0, bandwidth=10.0)
+    kernels = {
+        Kernel(STEP + "jvp(decoder)/attention/shard_map/forward_kernel/pallas_call", 50, 5, 20): 2,
+        Kernel(STEP + "transpose(jvp(decoder))/attention/shard_map/backward_kernel/pallas_call", 200, 7, 10): 1,
+    }
+    told = bounds(kernels, chip)
+    assert told == {
+        "decoder, attention, backward": Bound(1, 200, 7, 10, flops_limit=2.0, bytes_limit=1.0),
+        "decoder, attention, forward": Bound(2, 100, 10, 40, flops_limit=1.0, bytes_limit=4.0),
+    }
+    assert [bound.seconds for bound in told.values()] == [2.0, 4.0]

@@ -4,6 +4,8 @@ import pytest
 
 from tests import tiny, tiny_classifier
 from umae_jax.errors import UserError
+from umae_jax.training.assembly import assemble
+from umae_jax.training.mesh import make_mesh
 from umae_jax.training.trainer import check_same_model, durations
 
 DIR = Path("DIR")
@@ -55,3 +57,10 @@ def test_a_warm_up_longer_than_the_run_is_cut(capsys):
     config.optimizer.warmup_steps = 100
     assert durations(config, 50) == (12, 12)
     assert "the warm-up of 100 steps is cut to the 12 of the run" in capsys.readouterr().err
+
+
+def test_a_kernel_that_the_devices_cannot_run_is_refused():
+    config = tiny.get_config()
+    config.fused_attention = True
+    with pytest.raises(UserError, match="fused_attention: the kernel is written for TPUs, not for cpu devices; leave"):
+        assemble(config, make_mesh())

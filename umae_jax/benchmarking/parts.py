@@ -3,6 +3,10 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
+
+from umae_jax.compiled import Kernel
+from umae_jax.hardware import Chip
 
 _STAGE = re.compile(r"stage_(\d+)$")
 _PLACES = ("decoder", "loss", "optimizer", "images")
@@ -32,6 +36,53 @@ def by_part(cycles: Mapping[str, int]) -> dict[str, tuple[int, int]]:
         (backward if "transpose(" in scope else forward)[part_of(scope)] += count
     names = sorted({*forward, *backward}, key=lambda name: -(forward[name] + backward[name]))
     return {name: (forward[name], backward[name]) for name in names}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What kernels must do at least.
+
+    Attributes:
+        calls: how many there are.
+        flops, transcendentals, bytes: of all of them.
+        flops_limit, bytes_limit: seconds at the chip's best.
+    """
+
+    calls: int
+    flops: int
+    transcendentals: int
+    bytes: int
+    flops_limit: float
+    bytes_limit: float
+
+    @property
+    def seconds(self) -> float:
+        """The least that they take, if operations and bytes overlap."""
+        return max(self.flops_limit, self.bytes_limit)
+
+
+def bounds(kernels: Mapping[Kernel, int], chip: Chip) -> dict[str, Bound]:
+    """What kernels must do at least by part of the model and direction, such as "stage 1, attention, forward"."""
+    sums: dict[str, Counter[str]] = {}
+    for kernel, calls in kernels.items():
+        direction = "backward" if "transpose(" in kernel.scope else "forward"
+        counts = {"calls": 1, **kernel._asdict()}
+        del counts["scope"]
+        here = sums.setdefault(f"{part_of(kernel.scope)}, {direction}", Counter())
+        here.update({name: calls * count for name, count in counts.items()})
+    return {
+        name: Bound(**count, flops_limit=count["flops"] / chip.flops, bytes_limit=count["bytes"] / chip.bandwidth)
+        for name, count in sorted(sums.items())
+    }
+
+
+def table_of_bounds(bounds: Mapping[str, Bound]) -> str:
+    """Calls, billions of operations, exponentials and bytes, and milliseconds at the chip's best."""
+    lines = [f"{'':34}{'calls':>8}{'GFLOP':>10}{'G exp':>8}{'GB':>8}{'FLOP, ms':>10}{'bytes, ms':>10}"]
+    for name, one in bounds.items():
+        numbers = f"{one.flops / 1e9:10.1f}{one.transcendentals / 1e9:8.2f}{one.bytes / 1e9:8.2f}"
+        lines.append(f"{name:34}{one.calls:8}{numbers}{one.flops_limit * 1e3:10.2f}{one.bytes_limit * 1e3:10.2f}")
+    return "\n".join(lines)
 
 
 def table(parts: Mapping[str, tuple[int, int]], clock: float) -> str:

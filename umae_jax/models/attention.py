@@ -50,15 +50,15 @@ def split_heads(
     return tuple(split)
 
 
-def split_channels(linear: nnx.Linear, x: jax.Array, parts: int) -> tuple[jax.Array, ...]:
-    """The same with channels last, those of a head side by side: [..., C] -> parts of [..., heads * d]."""
+def split_channels(linear: nnx.Linear, x: jax.Array, parts: int) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """The same with channels last: [..., C] -> parts of [..., heads * d] without their biases, and these apart.
+
+    The biases are float32 [parts, heads * d].
+    """
     kernels = jnp.split(linear.kernel[...].astype(linear.dtype), parts, axis=-1)
-    biases = jnp.split(_bias(linear), parts)
     x = x.astype(linear.dtype)
-    return tuple(
-        jnp.einsum("...c,cd->...d", x, kernel) + bias.reshape(*(1,) * (x.ndim - 1), -1)
-        for kernel, bias in zip(kernels, biases, strict=True)
-    )
+    biases = cast(nnx.Param[jax.Array], linear.bias)[...].reshape(parts, -1)
+    return tuple(jnp.einsum("...c,cd->...d", x, kernel) for kernel in kernels), biases
 
 
 def merge_heads(linear: nnx.Linear, x: jax.Array) -> jax.Array:

@@ -32,16 +32,19 @@ Ref = Any  # of Pallas: an array in fast memory, of which a step sees its block
 Maps = tuple[Any, ...]  # arrays [B, H, W, C], or what stands for them inside the kernel
 
 
-class Bias(NamedTuple):
-    """What is added before the softmax, in the form that the kernel reads; `queries` are those of a product's heads.
+class Terms(NamedTuple):
+    """What is added to queries, keys and values, and before the softmax, as the kernel reads it.
 
     Attributes:
-        tables: float32 [products, 9 or 1, K, heads * Q], the bias of each case.
+        biases: float32 [3, C], of the linear layers that make queries, keys and values.
+        tables: float32 [products, 9 or 1, K, heads * Q], the position bias of each case, for the heads that share a
+            product side by side; None: there is none.
         offsets: float32 [B, windows, 2, heads * N], dy and dx of each token's unit; None where there is one case.
         regions: float32 [windows, 1, heads * N]: tokens of different regions may not see each other; None: all may.
     """
 
-    tables: jax.Array | Ref
+    biases: jax.Array | Ref
+    tables: jax.Array | Ref | None
     offsets: jax.Array | Ref | None
     regions: jax.Array | Ref | None
 
@@ -123,7 +126,9 @@ def _roll(x: jax.Array, shift: tuple[int, int]) -> jax.Array:
 def _in_windows(
     form: _Form,
     inputs: Maps,
+    biases: Ref,
     outputs: Maps,
+    of_biases: Ref | None,
     scratch: tuple[Ref, ...],
     compute: Callable[..., Maps],
 ) -> None:
@@ -131,7 +136,9 @@ def _in_windows(
 
     Args:
         form: of the call.
-        inputs, outputs: maps [images, H, W, C]; the first input is the queries'.
+        inputs, outputs: maps [images, H, W, C]; the first inputs are queries, keys and values.
+        biases: [3, C], what is added to these.
+        of_biases: [3, C], to which the sums of the first outputs are added.
         scratch: one an input and output, float32 [H, W, channels that are read together].
         compute: of image, window, products and the inputs' windows [N, channels], those of the outputs.
     """
@@ -142,14 +149,17 @@ def _in_windows(
 
     rolled, made = scratch[: len(inputs)], scratch[len(inputs) :]
     _, height, width, channels = inputs[0].shape
-    queries = height * width // (form.windows[0] * form.windows[1])
+    queries = height * width // math.prod(form.windows)
 
     @pl.loop(0, inputs[0].shape[0])
     def of_image(image: jax.Array) -> None:
         for lanes, products in _groups(form.heads, channels, queries):
             here = slice(0, lanes.stop - lanes.start)
-            for ref, copy in zip(inputs, rolled, strict=True):
-                copy[:, :, here] = _roll(ref[image, :, :, lanes].astype(jnp.float32), form.shift)
+            for number, (ref, copy) in enumerate(zip(inputs, rolled, strict=True)):
+                x = ref[image, :, :, lanes].astype(jnp.float32)
+                if number < biases.shape[0]:
+                    x += biases[number : number + 1, lanes][None]
+                copy[:, :, here] = _roll(x, form.shift)
 
             @pl.loop(0, form.windows[0])
             def of_row(row: jax.Array, here: slice = here, products: list[_Product] = products) -> None:
@@ -160,9 +170,11 @@ def _in_windows(
                         at = place(copy, row, column)
                         copy[*at, here] = x.reshape(at[0].size, at[1].size, here.stop)
 
-            for ref, copy in zip(outputs, made, strict=True):
-                back = _roll(copy[:, :, here], (-form.shift[0], -form.shift[1]))
-                ref[image, :, :, lanes] = back.astype(ref.dtype)
+            for number, (ref, copy) in enumerate(zip(outputs, made, strict=True)):
+                x = copy[:, :, here]
+                if of_biases is not None:
+                    of_biases[number : number + 1, lanes] += x.sum(axis=(0, 1), keepdims=True)[0]
+                ref[image, :, :, lanes] = _roll(x, (-form.shift[0], -form.shift[1])).astype(ref.dtype)
 
 
 def _differences(row: jax.Array, keys: int) -> jax.Array:
@@ -181,40 +193,40 @@ def _choose(step: jax.Array, cases: list[jax.Array]) -> jax.Array:
 
 
 def _add_to_tables(
-    of_tables: Ref, bias: Bias, image: jax.Array, window: jax.Array, product: _Product, of_logits: jax.Array
+    of_tables: Ref, terms: Terms, image: jax.Array, window: jax.Array, product: _Product, of_logits: jax.Array
 ) -> None:
     """Add the gradient of the logits of all pairs to that of the cases that they are of."""
     lanes = of_logits.shape[1]
-    if bias.offsets is None:
+    if terms.offsets is None:
         of_tables[product.number, 0, :, :lanes] += of_logits
         return
-    row, column = _steps(bias.offsets, image, window, of_logits.shape)
+    row, column = _steps(terms.offsets, image, window, of_logits.shape)
     for case in range(9):
         here = (row == case // 3 - 1) & (column == case % 3 - 1)
         of_tables[product.number, case, :, :lanes] += jnp.where(here, of_logits, 0)
 
 
 def _weights(
-    bias: Bias | None, image: jax.Array, window: jax.Array, product: _Product, k: jax.Array, q: jax.Array
+    terms: Terms, image: jax.Array, window: jax.Array, product: _Product, k: jax.Array, q: jax.Array
 ) -> jax.Array:
     """The softmax over keys, float32 [K, heads * Q], of keys [K, C] and spread queries [heads * Q, C]."""
     logits = _dot(k, q, 1, 1)
     keys, lanes = logits.shape
-    if bias is not None:
-        tables = [bias.tables[product.number, case, :, :lanes] for case in range(bias.tables.shape[1])]
-        if bias.offsets is None:
+    if terms.tables is not None:
+        tables = [terms.tables[product.number, case, :, :lanes] for case in range(terms.tables.shape[1])]
+        if terms.offsets is None:
             logits += tables[0]
         else:
-            row, column = _steps(bias.offsets, image, window, logits.shape)
+            row, column = _steps(terms.offsets, image, window, logits.shape)
             logits += _choose(row, [_choose(column, tables[3 * case : 3 * case + 3]) for case in range(3)])
-        if bias.regions is not None:
-            apart = _differences(bias.regions[window], keys)[:, :lanes]
+        if terms.regions is not None:
+            apart = _differences(terms.regions[window], keys)[:, :lanes]
             logits += jnp.where(apart == 0, 0.0, ACROSS_BORDERS)
     exponentials = jnp.exp(logits - logits.max(axis=0, keepdims=True))
     return exponentials * (1 / exponentials.sum(axis=0, keepdims=True))
 
 
-def _forward_kernel(form: _Form, maps: Maps, bias: Bias | None, made: Maps, _: None, *scratch: Ref) -> None:
+def _forward_kernel(form: _Form, maps: Maps, terms: Terms, made: Maps, _of: None, *scratch: Ref) -> None:
     """Queries, keys and values to what is attended to."""
     dtype = maps[0].dtype
 
@@ -223,23 +235,24 @@ def _forward_kernel(form: _Form, maps: Maps, bias: Bias | None, made: Maps, _: N
         k, v = k.astype(dtype), v.astype(dtype)
         attended = jnp.zeros_like(q)
         for product in products:
-            weights = _weights(bias, image, window, product, k, product.spread(q * product.scale).astype(dtype))
+            weights = _weights(terms, image, window, product, k, product.spread(q * product.scale).astype(dtype))
             attended += product.collect(_dot(weights.astype(dtype), v, 0, 0))
         return (attended,)
 
-    _in_windows(form, maps, made, scratch, compute)
+    _in_windows(form, maps, terms.biases, made, None, scratch, compute)
 
 
 def _backward_kernel(
-    form: _Form, maps: Maps, bias: Bias | None, made: Maps, of_tables: Ref | None, *scratch: Ref
+    form: _Form, maps: Maps, terms: Terms, made: Maps, of_terms: tuple[Ref, Ref | None], *scratch: Ref
 ) -> None:
-    """Queries, keys, values and the gradient of what was attended to, to the gradients of these and of the tables."""
+    """Queries, keys, values and the gradient of what is attended to, to those of the three, of biases and tables."""
     dtype = maps[0].dtype
-    if of_tables is not None:
+    of_biases, of_tables = of_terms
 
-        @pl.when(pl.program_id(0) == 0)
-        def _() -> None:
-            of_tables[...] = jnp.zeros_like(of_tables)
+    @pl.when(pl.program_id(0) == 0)
+    def begin() -> None:
+        for of_term in jax.tree.leaves(of_terms):
+            of_term[...] = jnp.zeros_like(of_term)
 
     def compute(image: jax.Array, window: jax.Array, products: list[_Product], *windows: jax.Array) -> Maps:
         q, k, v, gradient = windows
@@ -248,33 +261,33 @@ def _backward_kernel(
         for product in products:
             queries = product.spread(q * product.scale).astype(dtype)
             spread = product.spread(gradient).astype(dtype)
-            weights = _weights(bias, image, window, product, k, queries)
+            weights = _weights(terms, image, window, product, k, queries)
             of_weights = _dot(v, spread, 1, 1)
             of_logits = weights * (of_weights - (weights * of_weights).sum(axis=0, keepdims=True))
-            if bias is not None:
-                _add_to_tables(of_tables, bias, image, window, product, of_logits)
+            if of_tables is not None:
+                _add_to_tables(of_tables, terms, image, window, product, of_logits)
             of_logits = of_logits.astype(dtype)
             of_v += _dot(weights.astype(dtype), spread, 1, 0)
             of_k += _dot(of_logits, queries, 1, 0)
             of_q += product.collect(_dot(of_logits, k, 0, 0)) * product.scale
         return of_q, of_k, of_v
 
-    _in_windows(form, maps, made, scratch, compute)
+    _in_windows(form, maps, terms.biases, made, of_biases, scratch, compute)
 
 
-def _call(kernel: Callable[..., None], form: _Form, maps: Maps, bias: Bias | None, made: Maps, tables: bool) -> Any:  # noqa: ANN401
+def _call(kernel: Callable[..., None], form: _Form, maps: Maps, terms: Terms, made: Maps, of_terms: Any) -> Any:  # noqa: ANN401
     """Run a kernel over all images, some of them a step.
 
     Args:
         kernel: one of the two above.
         form: of the call.
         maps: that it reads, the queries first.
-        bias: if there is one.
+        terms: as the kernels read them.
         made: the maps that it writes are like these.
-        tables: whether it also writes the gradient of the bias' tables.
+        of_terms: what it writes of all images together is like these, in float32.
 
     Returns:
-        The maps, and the gradient of the tables or None.
+        What it writes.
     """
     batch, height, width, channels = maps[0].shape
     most = max(1, TOKENS_A_STEP // (height * width))
@@ -287,38 +300,32 @@ def _call(kernel: Callable[..., None], form: _Form, maps: Maps, bias: Bias | Non
     def whole(array: jax.Array) -> pl.BlockSpec:
         return pl.BlockSpec(array.shape, lambda step: (0,) * array.ndim)
 
-    of_bias = None if bias is None else _bias_of(bias, some, whole)
-    of_tables = bias.tables if tables and bias is not None else None
     return pl.pallas_call(
         partial(kernel, form),
-        jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), (made, of_tables)),
+        jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), (made, of_terms)),
         grid=(batch // images,),
-        in_specs=(tuple(map(some, maps)), of_bias),
-        out_specs=(tuple(map(some, made)), None if of_tables is None else whole(of_tables)),
+        in_specs=(tuple(map(some, maps)), _for_each_term(terms, some, whole)),
+        out_specs=(tuple(map(some, made)), jax.tree.map(whole, of_terms)),
         scratch_shapes=[pltpu.VMEM((*array.shape[1:3], lanes), jnp.float32) for array in (*maps, *made)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=FAST_MEMORY, fuse_transposed_lhs_in_matmul=False
-        ),
-        cost_estimate=cost(form, maps, made, bias),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=FAST_MEMORY),
+        cost_estimate=cost(form, maps, terms, made),
         interpret=form.interpret,
         name=kernel.__name__.strip("_"),
-    )(maps, bias)
+    )(maps, terms)
 
 
-def _bias_of(bias: Bias, some: Callable[..., Any], whole: Callable[..., Any]) -> Bias:
-    """What holds of the parts of a bias: of those that images have, and of those that all share."""
-    return Bias(
-        whole(bias.tables),
-        None if bias.offsets is None else some(bias.offsets),
-        None if bias.regions is None else whole(bias.regions),
-    )
+def _for_each_term(terms: Terms, some: Callable[[Any], Any], whole: Callable[[Any], Any]) -> Any:  # noqa: ANN401
+    """What holds of terms, by what holds of those that images have, and of those that all share."""
+    return jax.tree.map(whole, terms)._replace(offsets=None if terms.offsets is None else some(terms.offsets))
 
 
-def cost(form: _Form, maps: Maps, made: Maps, bias: Bias | None) -> pl.CostEstimate:
+def cost(form: _Form, maps: Maps, terms: Terms, made: Maps) -> pl.CostEstimate:
     """What a call must compute and move at least, forward or backward.
 
-    Bytes are those of memory: channels lie in whole lanes there. Operations are those of the matrix products, not what
-    matrix units spend on narrow ones; transcendentals the exponentials.
+    Bytes are those of memory, where channels lie in whole lanes. Operations are those of the matrix products,
+    transcendentals the exponentials: a bound, and a loose one. A product over d channels costs a matrix unit what one
+    over 128 would, and each pair takes some ten (forward) to forty (backward, with nine cases) operations of the vector
+    unit, which are what the kernel spends its time on.
     """
     (batch, height, width, channels), (_, rows, columns, _) = maps[0].shape, maps[1].shape
     pairs = batch * height * width * rows * columns // math.prod(form.windows)
@@ -330,36 +337,37 @@ def cost(form: _Form, maps: Maps, made: Maps, bias: Bias | None) -> pl.CostEstim
     return pl.CostEstimate(
         flops=2 * products * pairs * channels,
         transcendentals=pairs * form.heads,
-        bytes_accessed=sum(size(array) for array in jax.tree.leaves((maps, made, bias))),
+        bytes_accessed=sum(size(array) for array in jax.tree.leaves((maps, terms, made))),
     )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(form: _Form, maps: Maps, bias: Bias | None) -> jax.Array:
-    (attended,), _ = _call(_forward_kernel, form, maps, bias, maps[:1], tables=False)
+def _attend(form: _Form, maps: Maps, terms: Terms) -> jax.Array:
+    (attended,), _ = _call(_forward_kernel, form, maps, terms, maps[:1], None)
     return attended
 
 
-def _forward(form: _Form, maps: Maps, bias: Bias | None) -> tuple[jax.Array, tuple[Maps, Bias | None]]:
-    return _attend(form, maps, bias), (maps, bias)
+def _forward(form: _Form, maps: Maps, terms: Terms) -> tuple[jax.Array, tuple[Maps, Terms]]:
+    return _attend(form, maps, terms), (maps, terms)
 
 
-def _backward(form: _Form, residuals: tuple[Maps, Bias | None], gradient: jax.Array) -> tuple[Maps, Bias | None]:
-    maps, bias = residuals
-    of_maps, of_tables = _call(_backward_kernel, form, (*maps, gradient), bias, maps, tables=True)
-    return of_maps, None if bias is None else Bias(of_tables, None, None)
+def _backward(form: _Form, residuals: tuple[Maps, Terms], gradient: jax.Array) -> tuple[Maps, Terms]:
+    maps, terms = residuals
+    learned = terms.biases, terms.tables
+    of_maps, (of_biases, of_tables) = _call(_backward_kernel, form, (*maps, gradient), terms, maps, learned)
+    return of_maps, Terms(of_biases, of_tables, None, None)
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _on_each_device(form: _Form, maps: Maps, bias: Bias | None) -> jax.Array:
+def _on_each_device(form: _Form, maps: Maps, terms: Terms) -> jax.Array:
     """Each device attends in its own images: the compiler cannot split a kernel."""
     whole = PartitionSpec()
     images = PartitionSpec(jax.sharding.get_abstract_mesh().axis_names)
-    specs = (images,) * 3, None if bias is None else _bias_of(bias, lambda _: images, lambda _: whole)
+    specs = (images,) * 3, _for_each_term(terms, lambda _: images, lambda _: whole)
     attend = jax.shard_map(partial(_attend, form), in_specs=specs, out_specs=images, check_vma=False)
-    return attend(maps, bias)
+    return attend(maps, terms)
 
 
 def takes(tokens: int, channels: int, heads: int) -> bool:
@@ -394,12 +402,13 @@ def takes_all(tokens: int, first_query: int, channels: int, heads: int) -> bool:
 
 
 def attend_in_windows(
-    q: jax.Array, k: jax.Array, v: jax.Array, windows: Windows, tables: jax.Array, *, interpret: bool = False
+    maps: Maps, biases: jax.Array, windows: Windows, tables: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
     """Softmax attention in windows of maps.
 
     Args:
-        q, k, v: [B, H, W, heads * d].
+        maps: queries, keys and values [B, H, W, heads * d], to which their biases are still to be added.
+        biases: float32 [3, heads * d].
         windows: of the maps.
         tables: float32 [9 or 1, heads, N keys, N queries], the bias of each case, in the order of `select_case`.
         interpret: have JAX run the kernels' programs, on any device.
@@ -407,9 +416,8 @@ def attend_in_windows(
     Returns:
         [B, H, W, heads * d].
     """
-    batch, height, width, channels = q.shape
+    shape = batch, height, width, channels = maps[0].shape
     counts = (height // windows.size[0], width // windows.size[1])
-    maps: Maps = (q, k, v)
     if counts == (1, 1):  # tokens need not be cut
         maps = tuple(x.reshape(batch, 1, height * width, channels) for x in maps)
     cases, heads, tokens, _ = tables.shape
@@ -418,16 +426,27 @@ def attend_in_windows(
     tables = jnp.pad(tables, ((0, 0), (0, products * together - heads), (0, 0), (0, 0)))
     tables = tables.reshape(cases, products, together, tokens, tokens).transpose(1, 0, 3, 2, 4)
     offsets, regions = windows.offsets, windows.regions
-    bias = Bias(
+    terms = Terms(
+        biases,
         tables.reshape(products, cases, tokens, together * tokens),
         None if offsets is None else jnp.tile(offsets.astype(jnp.float32), together),
         None if regions is None else jnp.tile(jnp.asarray(regions, jnp.float32), together)[:, None],
     )
     form = _Form(heads, counts, windows.shift, interpret)
-    return _on_each_device(form, maps, bias).reshape(q.shape)
+    return _on_each_device(form, maps, terms).reshape(shape)
 
 
-def attend_to_all(q: jax.Array, k: jax.Array, v: jax.Array, heads: int, *, interpret: bool = False) -> jax.Array:
-    """Softmax attention: queries [B, Q, heads * d], keys and values [B, K, heads * d] -> [B, Q, heads * d]."""
+def attend_to_all(maps: Maps, biases: jax.Array, heads: int, *, interpret: bool = False) -> jax.Array:
+    """Softmax attention among all tokens.
+
+    Args:
+        maps: queries [B, Q, heads * d], keys and values [B, K, heads * d], likewise without their biases.
+        biases: float32 [3, heads * d].
+        heads: of the channels.
+        interpret: have JAX run the kernels' programs, on any device.
+
+    Returns:
+        [B, Q, heads * d].
+    """
     form = _Form(heads, (1, 1), (0, 0), interpret)
-    return _on_each_device(form, (q[:, None], k[:, None], v[:, None]), None)[:, 0]
+    return _on_each_device(form, tuple(x[:, None] for x in maps), Terms(biases, None, None, None))[:, 0]

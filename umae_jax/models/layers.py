@@ -214,8 +214,8 @@ class TransformerBlock(Block):
         with jax.named_scope("attention"):
             normed = self.norm1(x)
             if self.fused_attention and fused_attention.takes_all(x.shape[1], first_query, x.shape[2], self.heads):
-                q, k, v = split_channels(self.qkv, normed, 3)  # [B, N, C]
-                attended = self.proj(fused_attention.attend_to_all(q[:, first_query:], k, v, self.heads))
+                (q, k, v), biases = split_channels(self.qkv, normed, 3)  # [B, N, C]
+                attended = self.proj(fused_attention.attend_to_all((q[:, first_query:], k, v), biases, self.heads))
             else:
                 q, k, v = split_heads(self.qkv, normed, 3, self.heads)  # [B, heads, d, N]
                 attended = merge_heads(self.proj, attend(q[..., first_query:], k, v))

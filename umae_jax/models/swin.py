@@ -78,9 +78,9 @@ class SwinBlock(layers.Block):
         with jax.named_scope("attention"):
             normed = self.norm1(x).astype(self.qkv.dtype)
             if self.fused_attention and fused_attention.takes_windows(x.shape, windows, self.heads):
-                q, k, v = split_channels(self.qkv, normed, 3)  # [B, H, W, C]
+                maps, biases = split_channels(self.qkv, normed, 3)  # [B, H, W, C]
                 tables = self.position.tables(windows)[:, 0]
-                attended = self.proj(fused_attention.attend_in_windows(q, k, v, windows, tables))
+                attended = self.proj(fused_attention.attend_in_windows(maps, biases, windows, tables))
             else:
                 several = windows.side_by_side
                 q, k, v = split_heads(self.qkv, windows.cut(normed), 3, self.heads, several)
