@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -43,6 +42,8 @@ AXES = {
     BATCH: "images a chip",
     DEVICES: "chips",
 }
+
+NOTES = {True: "grows with pixels to the power", False: "off a straight line by at most"}  # whether of images' size
 
 
 class Setting(NamedTuple):
@@ -113,7 +114,7 @@ class Point(NamedTuple):
     cost: Cost
 
 
-# What is drawn of a whole step.
+# What is drawn of a whole step, and as what its cycles are drawn.
 QUANTITIES: dict[str, Callable[[Cost], float | None]] = {
     "scheduled cycles": lambda cost: cost.cycles,
     "operations": lambda cost: cost.flops,
@@ -121,6 +122,8 @@ QUANTITIES: dict[str, Callable[[Cost], float | None]] = {
     "temporaries": lambda cost: cost.temporaries,
     "bytes of collectives": lambda cost: cost.collectives or None,
 }
+GROUPS = ("encoder attention", "encoder MLPs", "decoder attention", "decoder, rest", "optimizer", "rest")
+WHATEVER_ITS_BATCH = ("bytes of collectives", "optimizer")  # cost a step the same, and say nothing of an image
 
 
 def settings(config: ConfigDict, targets: Sequence[Target], say: Callable[[str], None]) -> list[Setting]:
@@ -249,13 +252,12 @@ def to_json(points: Sequence[Point]) -> str:
 
 
 def group_of(part: str) -> str:
-    """The parts of a model, as `parts.part_of` names them, in few groups."""
+    """Which of GROUPS a part of a model, as `parts.part_of` names it, belongs to."""
     place, _, layer = part.partition(", ")
     if place == "decoder":
         return "decoder attention" if layer == "attention" else "decoder, rest"
-    return {"attention": "encoder attention", "mlp": "encoder MLPs"}.get(
-        layer, place if place == "optimizer" else "rest"
-    )
+    groups = {"attention": "encoder attention", "mlp": "encoder MLPs"}
+    return groups.get(layer, "optimizer" if place == "optimizer" else "rest")
 
 
 class Line(NamedTuple):
@@ -278,46 +280,48 @@ class Line(NamedTuple):
 
     @property
     def bend(self) -> float:
-        """The largest distance from the closest straight line, relative to y."""
-        return float(np.max(np.abs(np.polyval(np.polyfit(self.x, self.y, 1), self.x) / self.y - 1)))
+        """The largest distance from the closest straight line, as a share of the largest y."""
+        return float(np.max(np.abs(np.polyval(np.polyfit(self.x, self.y, 1), self.x) - self.y)) / np.max(self.y))
 
 
 def lines(points: Sequence[Point], *, by_group: bool) -> list[Line]:
     """The lines of points that all vary the same thing with the same windows; those with no cost are left out.
 
     Args:
-        points: fewer than two give no lines.
-        by_group: cycles by groups of parts, the most first, rather than QUANTITIES.
+        points: fewer than two that fit give no lines.
+        by_group: cycles of GROUPS rather than QUANTITIES.
     """
     fitting = sorted((point for point in points if not point.cost.needs), key=lambda point: point.value)
     if len(fitting) < 2:
         return []
+    size = fitting[0].varied == SIZE
     x = np.array([_place(point) for point in fitting])
+    images = np.array([point.images if size else 1 for point in fitting])
     columns: dict[str, list[float | None]]
     if by_group:
-        grouped = [Counter[str]() for _ in fitting]
-        for point, groups in zip(fitting, grouped, strict=True):
-            for part, cycles in point.cost.parts.items():
-                groups[group_of(part)] += cycles
-        names = [name for name, _ in grouped[-1].most_common()]
-        columns = {name: [groups[name] for groups in grouped] for name in names}
+        columns = {name: [_cycles(point.cost, name) for point in fitting] for name in GROUPS}
     else:
         columns = {name: [of(point.cost) for point in fitting] for name, of in QUANTITIES.items()}
-    images = np.array([point.images if point.varied == SIZE else 1 for point in fitting])
-    return [Line(name, x, np.array(column, np.float64) / images) for name, column in columns.items() if all(column)]
+    return [
+        Line(name, x, np.array(column, np.float64) / images)
+        for name, column in columns.items()
+        if all(column) and not (size and name in WHATEVER_ITS_BATCH)
+    ]
+
+
+def _place(point: Point) -> float:
+    """Where a point lies on the axis of what is varied."""
+    return float(point.value**2 if point.varied == SIZE else point.value)
+
+
+def _cycles(cost: Cost, group: str) -> int:
+    return sum(cycles for part, cycles in cost.parts.items() if group_of(part) == group)
 
 
 def series(points: Sequence[Point], varied: str) -> list[list[Point]]:
     """The points that vary a thing, one list for each size of windows, the configuration's own first."""
     chosen = [point for point in points if point.varied == varied]
     return [[point for point in chosen if point.window == window] for window in dict.fromkeys(p.window for p in chosen)]
-
-
-def note(line: Line, varied: str) -> str:
-    """How a line grows, in words."""
-    if varied == SIZE:
-        return f"pixels to the power {line.exponent:.2f}"
-    return f"{line.bend:.1%} off a straight line"
 
 
 def table(points: Sequence[Point]) -> str:
@@ -338,11 +342,12 @@ def table(points: Sequence[Point]) -> str:
                     _number(cost.flops, 1e12 * share, 8, 3),
                     _number(cost.bytes, 1e9 * share, 10, 2),
                     _number(cost.temporaries, GIB * share, 8, 3),
-                    _number(cost.collectives, 1e6 * share, 11, 1),
+                    _number(None if varied == SIZE else cost.collectives, 1e6, 11, 1),
                 ]
                 text.append(f"{point.value:28,}{point.images:8}" + "".join(numbers) + (f"  {cost.needs}"))
+            text.append(f"{NOTES[varied == SIZE]:>28}")
             for by_group in (False, True):
-                text += [f"{line.name:>28}  {note(line, varied)}" for line in lines(one, by_group=by_group)]
+                text += [f"{_label(line, varied):>28}" for line in lines(one, by_group=by_group)]
     return "\n".join(line.rstrip() for line in text).strip()
 
 
@@ -350,67 +355,68 @@ def _number(value: float | None, scale: float, width: int, digits: int) -> str:
     return f"{'-' if value is None else f'{value / scale:,.{digits}f}':>{width}}"
 
 
+def _label(line: Line, varied: str) -> str:
+    return f"{line.name}: " + (f"{line.exponent:.2f}" if varied == SIZE else f"{line.bend:.1%}")
+
+
 def draw(points: Sequence[Point], title: str, path: Path) -> None:
-    """Draw one column for each thing that is varied: the whole step, and where the compiler tells, its parts.
+    """Draw a row for each thing that is varied: the whole step, and where the compiler tells, its parts.
 
     Both axes are logarithmic for the size of images, beside a dotted line of slope 1; else neither, beside the closest
     straight lines.
+
+    Raises:
+        UserError: if too few points fit in memory to draw anything.
     """
     import matplotlib.figure
 
     shown = [varied for varied in AXES if any(lines(one, by_group=False) for one in series(points, varied))]
-    require(bool(shown), "nothing can be drawn: of each thing that is varied at most one value fits in memory")
-    rows = 2 if any(point.cost.parts for point in points) else 1
-    figure = matplotlib.figure.Figure(figsize=(5 * len(shown), 4.6 * rows), layout="constrained")
+    require(bool(shown), "--growth: of each thing that is varied only one value fits in memory; choose a smaller batch")
+    columns = 2 if any(point.cost.parts for point in points) else 1
+    figure = matplotlib.figure.Figure(figsize=(5.4 * columns, 3.7 * len(shown) + 0.4), layout="constrained")
     figure.suptitle(title)
-    axes = figure.subplots(rows, len(shown), squeeze=False)
-    for column, varied in enumerate(shown):
-        for row in range(rows):
-            _panel(axes[row][column], points, varied, by_group=row == 1)
-    figure.savefig(path, dpi=110)
+    axes = figure.subplots(len(shown), columns, squeeze=False)
+    for row, varied in enumerate(shown):
+        for column in range(columns):
+            _panel(axes[row][column], points, varied, by_group=column == 1)
+    figure.savefig(path, dpi=90)
 
 
 def _panel(axes: "Axes", points: Sequence[Point], varied: str, *, by_group: bool) -> None:
     size = varied == SIZE
     each = "an image" if size else "a chip and step"
     first, *others = series(points, varied)
-    own, largest = first[0].value, 0.0
-    origin = _place(first[0])
-    scales, colors = {}, {}
-    for line in lines(first, by_group=by_group):
-        at_origin = float(line.y[list(line.x).index(origin)])
-        scales[line.name] = scale = 1e6 if by_group else at_origin
-        largest = max(largest, at_origin / scale)
-        style = "-" if size else ""
-        (drawn,) = axes.plot(line.x, line.y / scale, f"{style}o", label=f"{line.name}: {note(line, varied)}")
-        colors[line.name] = drawn.get_color()
-        if not size:
-            ends = line.x[[0, -1]]
-            axes.plot(ends, np.polyval(np.polyfit(line.x, line.y / scale, 1), ends), ":", color=colors[line.name])
-    for other in others:
-        for line in lines(other, by_group=by_group):
-            if line.name in scales:
-                color, y = colors[line.name], line.y / scales[line.name]
-                axes.plot(line.x, y, "o--", color=color, markerfacecolor="white", linewidth=1)
-    ticks = {_place(point): str(point.value) for point in points if point.varied == varied}
+    origin, guide = _place(first[0]), 0.0
+    scales: dict[str, float] = {}
+    for number, one in enumerate((first, *others)):
+        for line in lines(one, by_group=by_group):
+            if number == 0:
+                at_origin = float(line.y[list(line.x).index(origin)])
+                scales[line.name] = 1e6 if by_group else at_origin
+                guide = max(guide, at_origin / scales[line.name])
+            if line.name not in scales:
+                continue
+            y = line.y / scales[line.name]
+            color = f"C{(GROUPS if by_group else tuple(QUANTITIES)).index(line.name)}"
+            label = _label(line, varied) if number == 0 else None
+            face = color if number == 0 else "white"
+            axes.plot(line.x, y, "o", color=color, markerfacecolor=face, label=label)
+            straight = y if size else np.polyval(np.polyfit(line.x, y, 1), line.x)
+            axes.plot(line.x, straight, "-" if number == 0 else "--", color=color, linewidth=1)
+    ticks = {_place(point): f"{point.value}" for point in points if point.varied == varied}
+    top = axes.get_ylim()[1]
     if size:
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_ylim(*axes.get_ylim())  # as it is without the line below
         x = np.array(sorted(ticks))
-        axes.plot(x, largest * x / origin, ":", color="black", label="in proportion to pixels")
-        if others:
-            axes.set_title(f"filled: model.window {first[0].window}; hollow: {others[0][0].window}", fontsize="small")
+        axes.plot(x, guide * x / origin, ":", color="black", label="in proportion: 1")
+        axes.set_ylim(top=10 * top)  # room for the legend
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.5 * top)
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.set_xticks([], minor=True)
-    axes.set_xlabel(AXES[varied])
-    axes.set_ylabel(f"M cycles {each}" if by_group else f"{each}, over that of {own}")
+    windows = f" (model.window {first[0].window}; hollow: {others[0][0].window})" if size and others else ""
+    axes.set_xlabel(AXES[varied] + windows)
+    axes.set_ylabel(f"M cycles {each}" if by_group else f"{each}, times that at {first[0].value}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small")
-
-
-def _place(point: Point) -> float:
-    """Where a point lies on the axis of what is varied."""
-    return float(point.value**2 if point.varied == SIZE else point.value)
+    axes.legend(title=NOTES[size], fontsize="x-small", title_fontsize="x-small", ncols=2, loc="upper left")
