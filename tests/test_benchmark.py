@@ -18,6 +18,8 @@ def test_the_loader_is_measured_beside_plain_pillow(tmp_path):
     # Grossly wrong accounting, such as work that the other did, would show.
     assert 0.1 < result["ratio"]["median"] < 4
     assert result["ratio"]["least"] <= result["ratio"]["median"] <= result["ratio"]["most"]
+    assert result["with the step"]["images_per_second"] > 0
+    assert 0 <= result["with the step"]["data_wait"] < 1
 
 
 def test_steps_take_turns():

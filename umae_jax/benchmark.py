@@ -25,7 +25,7 @@ _CONFIG = cli.define_config()
 _AGAINST = flags.DEFINE_multi_string("against", [], "Files of further configurations; take the first one's dtype.")
 _PEER = flags.DEFINE_multi_string("peer", [], f"Steps in PyTorch of the configuration's sizes: {', '.join(PEERS)}.")
 _BATCH = flags.DEFINE_integer("batch", None, "Images a device and step; 8 on CPUs, else 128.", lower_bound=1)
-_LOADER = flags.DEFINE_boolean("loader", False, "Measure the reading of images instead.")
+_LOADER = flags.DEFINE_boolean("loader", False, "Measure the reading of images instead, alone and for the step.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each takes its turn.", lower_bound=1)
 _IMAGES = flags.DEFINE_integer("images", 512, "Images a turn that are read.", lower_bound=1)
 _JSON = flags.DEFINE_boolean("json", False, "Print JSON instead of a table.")
@@ -46,14 +46,20 @@ def read_other(path: str) -> ConfigDict:
     return config
 
 
+def set_batch(config: ConfigDict) -> None:
+    """Give a configuration the batch that is measured."""
+    config.unlock()
+    batch = _BATCH.value or (8 if jax.default_backend() == "cpu" else 128)
+    config.batch_size, config.accumulate = batch * jax.device_count(), 1
+
+
 def time_steps(config: ConfigDict) -> None:
     """Time steps in turn, and print what was found."""
-    batch = _BATCH.value or (8 if jax.default_backend() == "cpu" else 128)
     contenders = []
     own = config_flags.get_config_filename(flags.FLAGS[_CONFIG.name])
     for name, one in [(own, config), *((path, read_other(path)) for path in _AGAINST.value)]:
-        one.unlock()
-        one.batch_size, one.accumulate, one.dtype = batch * jax.device_count(), 1, config.dtype
+        set_batch(one)
+        one.dtype = config.dtype
         check(one)
         cli.say(f"{Path(name).stem}: compiling")
         contenders.append(steps.our_step(Path(name).stem, one))
@@ -73,6 +79,9 @@ def main() -> None:
     config = cli.read_config(_CONFIG)
     if _LOADER.value:
         result = reading.compare(config, _IMAGES.value, _ROUNDS.value)
+        set_batch(config)
+        cli.say("compiling the step that images are read for")
+        result["with the step"] = reading.feed(config, _IMAGES.value)
         cli.result(json.dumps(result) if _JSON.value else reading.table(result, config))
     else:
         time_steps(config)

@@ -1,7 +1,7 @@
-"""How fast images are read, beside plain Pillow.
+"""How fast images are read, beside plain Pillow and by a training step.
 
-Both make the same crops of the same images, in turn. Images a second and core count the processor time that this
-process spends, so that neither threads nor other programs blur the comparison.
+The first two make the same crops of the same images, in turn. Images a second and core count the processor time that
+this process spends, so that neither threads nor other programs blur the comparison.
 """
 
 import io
@@ -16,12 +16,16 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from umae_jax.benchmarking import steps
 from umae_jax.config import check
 from umae_jax.data.loader import Loader, readers
 from umae_jax.data.sources import Source, open_source
 from umae_jax.data.transforms import random_crop
 from umae_jax.errors import require
+from umae_jax.training.loop import Clock
 from umae_jax.training.mesh import batch_sharding, make_mesh
+
+WARM = 2  # steps that are not timed
 
 
 class Rate(NamedTuple):
@@ -98,8 +102,39 @@ def compare(config: ConfigDict, images: int, rounds: int) -> dict[str, Any]:
     return {"images": turn, "rounds": rounds, "source": len(source), "threads": threads, **medians, "ratio": ratio}
 
 
+def feed(config: ConfigDict, images: int) -> dict[str, float]:
+    """Train on what the loader reads, as a run does, and see how long the step waits for it.
+
+    Args:
+        config: what is trained, and its data.
+        images: that are timed, rounded up to whole batches, after two steps that are not.
+
+    Returns:
+        `images_per_second`, and `data_wait`, the fraction of the time that was spent waiting for images.
+
+    Raises:
+        UserError: if there are no such images, or the configuration's numbers do not fit together.
+    """
+    check(config)
+    source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
+    _, step, _, state = steps.prepare(config)
+    loader = Loader.of(config, source, batch_sharding(make_mesh()))
+    clock, pending = Clock(), None
+    for number in range(WARM + -(-images // config.batch_size)):
+        if number == WARM:
+            jax.block_until_ready(pending)
+            clock.restart()
+        state, metrics = step(state, clock.next(loader))
+        clock.count(config.batch_size)
+        jax.block_until_ready(pending)  # the step before, as the loop reads its metrics
+        pending = metrics
+    jax.block_until_ready(pending)
+    loader.close()
+    return clock.rates()
+
+
 def table(result: dict[str, Any], config: ConfigDict) -> str:
-    """What `compare` found."""
+    """What `compare` and `feed` found."""
     size = " x ".join(map(str, config.image_size))
     lines = [
         f"{result['source']} images of {config.data.source} to {size}, {result['rounds']} rounds of {result['images']}",
@@ -110,4 +145,10 @@ def table(result: dict[str, Any], config: ConfigDict) -> str:
         lines.append(f"{name:14}{rate['per_core']:16.1f}{rate['per_second']:12.1f}{threads:10}")
     ratio = result["ratio"]
     told = f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})"
-    return "\n".join([*lines, f"loader over plain Pillow, a core: {told}"])
+    fed = result["with the step"]
+    lines += [
+        f"loader over plain Pillow, a core: {told}",
+        f"with the step, {config.batch_size} images at a time: {fed['images_per_second']:.1f} images/s, "
+        f"{fed['data_wait']:.1%} of the time waiting for images",
+    ]
+    return "\n".join(lines)

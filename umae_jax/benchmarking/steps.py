@@ -5,7 +5,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,9 +15,10 @@ from umae_jax.benchmarking.peers import make_peer
 from umae_jax.compiled import account
 from umae_jax.data.loader import Batch
 from umae_jax.hardware import GIB, KINDS
-from umae_jax.training.assembly import assemble, count_flops
+from umae_jax.training.assembly import Assembly, assemble, count_flops
 from umae_jax.training.mesh import make_mesh, shardings_of
 from umae_jax.training.runs import initialize
+from umae_jax.training.step import TrainState
 
 LEAST_SECONDS = 1.0  # that a turn takes, in whole steps
 
@@ -46,17 +47,41 @@ class Contender:
     seconds: list[float] = dataclasses.field(default_factory=list)
 
 
+class Ready(NamedTuple):
+    """A configuration's step, compiled for all devices.
+
+    Attributes:
+        assembly: what it is made of.
+        compiled: the step.
+        compile_seconds: that this took.
+        state: the first one.
+    """
+
+    assembly: Assembly
+    compiled: jax.stages.Compiled
+    compile_seconds: float
+    state: TrainState
+
+
+def prepare(config: ConfigDict) -> Ready:
+    """Compile the step of a configuration and make its first state.
+
+    Raises:
+        UserError: if the configuration's numbers do not fit together.
+    """
+    assembly = assemble(config, make_mesh(config.mesh.fsdp))
+    start = time.perf_counter()
+    compiled = assembly.lower().compile()
+    return Ready(assembly, compiled, time.perf_counter() - start, initialize(config, assembly.run))
+
+
 def our_step(name: str, config: ConfigDict) -> Contender:
     """The compiled step of a configuration with its first state and one batch of noise, on all devices.
 
     Raises:
         UserError: if the configuration's numbers do not fit together.
     """
-    mesh = make_mesh(config.mesh.fsdp)
-    assembly = assemble(config, mesh)
-    start = time.perf_counter()
-    compiled = assembly.lower().compile()
-    seconds = time.perf_counter() - start
+    assembly, compiled, seconds, state = prepare(config)
     noise = np.random.default_rng(0)
 
     def fill(shape: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -65,7 +90,6 @@ def our_step(name: str, config: ConfigDict) -> Contender:
     size = config.batch_size
     host = Batch(fill(assembly.batch.image), np.arange(size, dtype=np.uint32), *np.zeros((2, size), np.int32))
     batch = jax.device_put(host, shardings_of(assembly.batch))
-    state = initialize(config, assembly.run)
 
     def take(steps: int) -> None:
         nonlocal state
@@ -73,7 +97,7 @@ def our_step(name: str, config: ConfigDict) -> Contender:
             state, metrics = compiled(state, batch)
         jax.block_until_ready(metrics)
 
-    told = account(compiled, mesh.size)
+    told = account(compiled, assembly.mesh.size)
     parameters = sum(math.prod(array.shape) for array in jax.tree.leaves(assembly.run.state.params))
     return Contender(name, take, parameters, seconds, count_flops(config), told.temporaries, told.peak)
 

@@ -31,25 +31,29 @@ class Action(NamedTuple):
     metric: str = ""
 
 
-class _Clock:
+class Clock:
     """Speed, and the share of time spent waiting for data, since the last report."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
+        """Count from now on."""
         self._start, self._images, self._waited = time.monotonic(), 0, 0.0
 
     def next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch; time spent here is time waited."""
         start = time.monotonic()
         batch = next(batches)
         self._waited += time.monotonic() - start
         return batch
 
     def count(self, images: int) -> None:
+        """So many images have been trained on."""
         self._images += images
 
     def rates(self) -> dict[str, float]:
+        """`images_per_second` and `data_wait`, a fraction; counts anew."""
         seconds = max(time.monotonic() - self._start, 1e-9)
         rates = {"images_per_second": self._images / seconds, "data_wait": min(1.0, self._waited / seconds)}
         self.restart()
@@ -94,7 +98,7 @@ def train(
             cannot be written.
     """
     report = Report(workdir, first_step, total_steps)
-    clock = _Clock()
+    clock = Clock()
     saved = first_step if first_step else None
 
     def read(number: int, metrics: Metrics) -> None:
