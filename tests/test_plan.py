@@ -42,6 +42,11 @@ def test_a_plan_for_tpus(tmp_path):
         assert plan["reading_cores"] == pytest.approx(plan["images_per_second"] / 400)
         assert plan["chip_hours"] == pytest.approx(4 * 12 * plan["step"] / 3600)
         assert sum(map(sum, plan["parts"].values())) == plan["cycles"]
+        assert sum(map(sum, plan["parts_bytes"].values())) > plan["arguments"]  # which are all read
+        assert {"stage 1, attention", "decoder, mlp", "optimizer"} <= {*plan["parts_bytes"]}
+        # The products are not all of a model so small, and none is counted twice.
+        assert 0.5 < sum(map(sum, plan["parts_flops"].values())) / plan["flops"] < 1
+        assert {"stage 1, attention", "decoder, mlp"} <= {*plan["parts_flops"]} <= {*plan["parts"]}
         assert {"stage 1, attention", "stage 2, mlp", "decoder, attention", "loss", "optimizer"} <= {*plan["parts"]}
         assert sum(backward for _, backward in plan["parts"].values()) > plan["cycles"] / 4
     assert plans[1]["scheduled"] < plans[0]["scheduled"]

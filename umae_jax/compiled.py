@@ -17,6 +17,8 @@ _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _KERNEL = re.compile(r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"(\d+)","bytes_accessed":"(\d+)"')
+_OPERATION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_MOVES_NOTHING = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")
 _LIMIT = re.compile(r"[su]32\[\][^ ]* constant\((\d+)\)")
 
 
@@ -66,6 +68,7 @@ class Account(NamedTuple):
         bytes: moved between memory and chip.
         cycles: that XLA:TPU schedules, without collectives and without what is inside a kernel; None elsewhere.
         cycles_by_scope: the same by the scope of an operation, such as "jit(step)/jvp(encoder)/stage_1/mlp/mul".
+        bytes_by_scope: operands and results of each operation, on the chip or not: near `bytes`, not the same.
         collectives: between devices.
         kernels: how often each is called.
     """
@@ -76,6 +79,7 @@ class Account(NamedTuple):
     bytes: float
     cycles: int | None
     cycles_by_scope: dict[str, int]
+    bytes_by_scope: dict[str, int]
     collectives: tuple[Collective, ...]
     kernels: dict[Kernel, int]
 
@@ -92,9 +96,12 @@ class _Occurrence(NamedTuple):
 class _Computation:
     def __init__(self) -> None:
         self.cycles: Counter[str] = Counter()  # by the scope of the operation
+        self.bytes: Counter[str] = Counter()  # likewise
+        self.sizes: dict[str, int] = {}  # bytes of the results of each operation
         self.collectives: Counter[_Occurrence] = Counter()
         self.kernels: Counter[Kernel] = Counter()
         self.called: list[str] = []
+        self.fused: list[str] = []
         self.loops: list[tuple[str, str, int | None]] = []  # condition, body, how often if the program says it
         self.limit = 1
 
@@ -139,8 +146,37 @@ def _collective(line: str, name: str, devices: int) -> _Occurrence | None:
     return _Occurrence(kind, group, sum(sizes), "".join(chain.groups()) if chain else "")
 
 
-def read_program(text: str, devices: int) -> tuple[Counter[str], tuple[Collective, ...], Counter[Kernel]]:
-    """Scheduled cycles by scope, collectives and kernels of a compiled program, each as often as loops repeat it.
+def _moved(line: str, sizes: dict[str, int]) -> int:
+    """Bytes that an operation reads and writes; its result is added to the sizes, of its computation's results."""
+    found = _OPERATION.match(line)
+    if found is None:
+        return 0
+    name, shape, kind, rest = found.groups()
+    sizes[name] = sum(_size(shape))
+    if kind in _MOVES_NOTHING or kind.endswith("-start"):
+        return 0
+    if kind.endswith("-done"):  # of a copy or slice that goes on beside other work
+        return 2 * sizes[name]
+    operands, _, _ = rest.partition(")")
+    return sizes[name] + sum(sizes.get(operand, 0) for operand in re.findall(r"%([\w.\-]+)", operands))
+
+
+class Program(NamedTuple):
+    """What the text of a compiled program says, each as often as loops repeat it.
+
+    Attributes:
+        cycles, bytes: by scope; see `Account`.
+        collectives, kernels: as there.
+    """
+
+    cycles: Counter[str]
+    bytes: Counter[str]
+    collectives: tuple[Collective, ...]
+    kernels: Counter[Kernel]
+
+
+def read_program(text: str, devices: int) -> Program:
+    """Read a compiled program.
 
     Args:
         text: XLA's own, after compilation.
@@ -156,6 +192,7 @@ def read_program(text: str, devices: int) -> tuple[Counter[str], tuple[Collectiv
         here = computations[name]
         named = _SCOPE.search(line)
         scope = named[1] if named else ""
+        here.bytes[scope] += _moved(line, here.sizes)
         if cycles := _CYCLES.search(line):
             here.cycles[scope] += int(cycles[1])
         if kernel := _KERNEL.search(line):
@@ -167,15 +204,20 @@ def read_program(text: str, devices: int) -> tuple[Counter[str], tuple[Collectiv
         if loop := _LOOP.search(line):
             told = _TRIPS.search(line)
             here.loops.append((loop[1], loop[2], int(told[1]) if told else None))
-        elif " fusion(" in line or " call(" in line or "-start(" in line:
+        elif " fusion(" in line:
+            here.fused += _CALLED.findall(line)
+        elif " call(" in line or "-start(" in line:
             here.called += _CALLED.findall(line)
 
     cycles_of: Counter[str] = Counter()
+    bytes_of: Counter[str] = Counter()
     collectives: Counter[_Occurrence] = Counter()
     kernels: Counter[Kernel] = Counter()
 
-    def add(name: str, times: int) -> None:
+    def add(name: str, times: int, *, fused: bool = False) -> None:
         here = computations[name]
+        for scope, size in here.bytes.items() if not fused else ():  # what is fused moves nothing by itself
+            bytes_of[scope] += times * size
         for scope, cycles in here.cycles.items():
             cycles_of[scope] += times * cycles
         for kernel, count in here.kernels.items():
@@ -185,7 +227,9 @@ def read_program(text: str, devices: int) -> tuple[Counter[str], tuple[Collectiv
             before = collectives[collective]
             collectives[collective] = max(before, times) if collective.chain else before + times * count
         for called in here.called:
-            add(called, times)
+            add(called, times, fused=fused)
+        for called in here.fused:
+            add(called, times, fused=True)
         for condition, body, trips in here.loops:
             add(body, times * (trips or computations[condition].limit))
 
@@ -196,7 +240,7 @@ def read_program(text: str, devices: int) -> tuple[Counter[str], tuple[Collectiv
             together[kind, group][0] += count
             together[kind, group][1] += count * size
     found = tuple(Collective(kind, group, *numbers) for (kind, group), numbers in sorted(together.items()))
-    return cycles_of, found, kernels
+    return Program(cycles_of, bytes_of, found, kernels)
 
 
 def account(compiled: Any, devices: int) -> Account:  # noqa: ANN401 - JAX's Compiled
@@ -208,9 +252,18 @@ def account(compiled: Any, devices: int) -> Account:  # noqa: ANN401 - JAX's Com
     """
     memory = compiled.memory_analysis()
     costs = compiled.cost_analysis()
-    cycles, collectives, kernels = read_program(compiled.as_text(), devices)
+    program = read_program(compiled.as_text(), devices)
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     peak = arguments + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
     moved = costs.get("bytes accessed", 0.0)
-    total = sum(cycles.values()) or None
-    return Account(arguments, temporaries, peak, moved, total, dict(cycles), collectives, dict(kernels))
+    return Account(
+        arguments=arguments,
+        temporaries=temporaries,
+        peak=peak,
+        bytes=moved,
+        cycles=sum(program.cycles.values()) or None,
+        cycles_by_scope=dict(program.cycles),
+        bytes_by_scope=dict(program.bytes),
+        collectives=program.collectives,
+        kernels=dict(program.kernels),
+    )

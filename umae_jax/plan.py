@@ -15,7 +15,7 @@ import dataclasses
 import importlib.util
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from umae_jax.files import locate_here, write_whole
 from umae_jax.hardware import GIB, GPUS, topology
 from umae_jax.targets import DoesNotFit, Target, compile_for, find_target, local_target, lower_for
 from umae_jax.training import finetuning
-from umae_jax.training.assembly import count_flops
+from umae_jax.training.assembly import count_flops, products_by_scope
 from umae_jax.training.metrics import duration
 
 IMAGENET, CLASSES = 1_281_167, 1000  # training images and classes of ImageNet-1K
@@ -45,7 +45,9 @@ _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_multi_string("topology", [], "Such as v5e:16x16, or h100 where it is; several are compared.")
 _IMAGES = flags.DEFINE_integer("images", None, "Images of an epoch, where the data are elsewhere.", lower_bound=1)
 _LARGEST = flags.DEFINE_boolean("largest", True, "Search for the largest batch that fits; takes some compilations.")
-_PARTS = flags.DEFINE_boolean("parts", False, "Print how the cycles divide among the parts of the model.")
+_PARTS = flags.DEFINE_boolean(
+    "parts", False, "Print how cycles, operations and bytes divide among the parts of the model."
+)
 _GROWTH = flags.DEFINE_string("growth", None, "A folder for growth.json and growth.png: show how cost grows instead.")
 _JSON = flags.DEFINE_string("json", None, "A file to write the numbers to.")
 
@@ -56,12 +58,13 @@ class Plan:
 
     The compiler's: arguments, temporaries and peak (bytes of memory), bytes (moved to and from memory; where a
     batch is computed in parts it does not tell), cycles (scheduled, without collectives), parts (the same by part
-    of the model, forward and backward), collectives. Told by kernels, into which the compiler does not look: kernels
-    (what they must do at least, by part of the model and direction). Counted on the program before it is compiled:
-    flops. Estimated: scheduled (seconds of these cycles), flops_limit and bytes_limit (seconds at the chip's best),
+    of the model, forward and backward), parts_bytes (operands and results of operations, likewise), collectives.
+    Told by kernels, into which the compiler does not look: kernels (what they must do at least, by part of the
+    model and direction). Counted on the program before it is compiled: flops, parts_flops (of matrix products, by
+    part). Estimated: scheduled (seconds of these cycles), flops_limit and bytes_limit (seconds at the chip's best),
     kernels_limit (the same of the kernels), interconnect (seconds that collectives take at the links' best), step
-    (seconds, with nothing overlapped),
-    communication (share of a step), reading_cores (of hosts, a chip), and the rest.
+    (seconds, with nothing overlapped), communication (share of a step), reading_cores (of hosts, a chip), and the
+    rest.
     """
 
     target: str
@@ -78,6 +81,8 @@ class Plan:
     bytes: float | None
     cycles: int | None
     parts: dict[str, tuple[int, int]] | None
+    parts_bytes: dict[str, tuple[int, int]] | None
+    parts_flops: dict[str, tuple[int, int]]
     collectives: list[dict[str, Any]]
     kernels: dict[str, Bound]
     scheduled: float | None
@@ -147,7 +152,15 @@ def largest_batch(config: ConfigDict, target: Target, memory: float, first: Acco
     return low
 
 
-def make_plan(config: ConfigDict, target: Target, images: int, flops: float | None, *, search: bool) -> Plan:
+def make_plan(
+    config: ConfigDict,
+    target: Target,
+    images: int,
+    flops: float | None,
+    products: Mapping[str, int],
+    *,
+    search: bool,
+) -> Plan:
     """Plan a run on a target.
 
     Args:
@@ -155,6 +168,7 @@ def make_plan(config: ConfigDict, target: Target, images: int, flops: float | No
         target: what it is for.
         images: of an epoch.
         flops: of a step, on all chips together, if they are known.
+        products: of these, those of matrix products by scope; empty where nobody asks for them.
         search: whether to search for the largest batch.
 
     Raises:
@@ -202,6 +216,10 @@ def make_plan(config: ConfigDict, target: Target, images: int, flops: float | No
         bytes=moved,
         cycles=told.cycles if told else None,
         parts=parts.by_part(told.cycles_by_scope) if told and told.cycles else None,
+        parts_bytes=parts.by_part(told.bytes_by_scope) if told and told.cycles else None,
+        parts_flops={
+            name: (forward // chips, backward // chips) for name, (forward, backward) in parts.by_part(products).items()
+        },
         collectives=collectives,
         kernels=kernels,
         scheduled=scheduled,
@@ -334,15 +352,16 @@ def main() -> None:
     for target in targets:
         check(config, len(target.devices))
     flops = count_flops(config)
+    products: Mapping[str, int] = products_by_scope(config) if _PARTS.value else {}
     for target in targets:
         cli.say(f"{target.name}: compiling, which takes minutes for large models")
-        plans.append(make_plan(config, target, images, flops, search=_LARGEST.value))
+        plans.append(make_plan(config, target, images, flops, products, search=_LARGEST.value))
         cli.say(f"{target.name}: compiled in {duration(plans[-1].compile_seconds)}")
     cli.result(table(plans))
     for plan, target in zip(plans, targets, strict=True):
         if _PARTS.value and plan.parts and target.chip:
             cli.result(f"\n{plan.target}, the cycles of a step by part of the model:")
-            cli.result(parts.table(plan.parts, target.chip.clock))
+            cli.result(parts.table(plan.parts, target.chip.clock, plan.parts_flops, plan.parts_bytes or {}))
             if plan.kernels:
                 cli.result(f"\n{plan.target}, what kernels must do at least, of which nothing is in the above:")
                 cli.result(parts.table_of_bounds(plan.kernels))

@@ -29,8 +29,11 @@ def test_cycles_are_summed_by_part_forward_and_backward():
     cycles = {STEP + "jvp(loss)/sub": 2, STEP + "jvp(loss)/mul": 3, STEP + "transpose(jvp(loss))/mul": 10, "": 100}
     parts = by_part(cycles)
     assert parts == {"other": (100, 0), "loss": (5, 10)}
-    last = table(parts, clock=1000.0).splitlines()[-1]
-    assert last.split() == ["all", "0.00", "0.00", "0.00", "100.0%", "115.00"]
+    flops, moved = {"loss": (2 * 10**9, 10**9)}, {"other": (0, 5 * 10**8)}
+    rows = [line.split() for line in table(parts, 1000.0, flops, moved).splitlines()[1:]]
+    assert rows[0] == ["other", "0.00", "0.00", "0.00", "87.0%", "100.00", "0.0", "0.50"]
+    assert rows[1] == ["loss", "0.00", "0.00", "0.00", "13.0%", "15.00", "3.0", "0.00"]
+    assert rows[2] == ["all", "0.00", "0.00", "0.00", "100.0%", "115.00", "3.0", "0.50"]
 
 
 def test_kernels_are_bounded_by_part_and_direction():

@@ -28,11 +28,11 @@ def part_of(scope: str) -> str:
     return ", ".join(parts) or ("encoder" if "encoder" in names else "other")
 
 
-def by_part(cycles: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """Cycles by scope to cycles by part of the model, forward and backward, the most first."""
+def by_part(counts: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Cycles or other counts by scope to those by part of the model, forward and backward, the most first."""
     forward: Counter[str] = Counter()
     backward: Counter[str] = Counter()
-    for scope, count in cycles.items():
+    for scope, count in counts.items():
         (backward if "transpose(" in scope else forward)[part_of(scope)] += count
     names = sorted({*forward, *backward}, key=lambda name: -(forward[name] + backward[name]))
     return {name: (forward[name], backward[name]) for name in names}
@@ -85,13 +85,32 @@ def table_of_bounds(bounds: Mapping[str, Bound]) -> str:
     return "\n".join(lines)
 
 
-def table(parts: Mapping[str, tuple[int, int]], clock: float) -> str:
-    """Million cycles, their share, and milliseconds at so many cycles a second."""
-    total = sum(map(sum, parts.values()))
-    lines = [f"{'':24}{'forward':>10}{'backward':>10}{'together':>10}  M cycles{'share':>8}{'ms':>8}"]
-    whole = (sum(forward for forward, _ in parts.values()), sum(backward for _, backward in parts.values()))
-    for name, (forward, backward) in [*parts.items(), ("all", whole)]:
+def table(
+    cycles: Mapping[str, tuple[int, int]],
+    clock: float,
+    flops: Mapping[str, tuple[int, int]],
+    moved: Mapping[str, tuple[int, int]],
+) -> str:
+    """What each part costs: million cycles, their share, milliseconds; billions of operations and of bytes.
+
+    Args:
+        cycles: by part, forward and backward.
+        clock: cycles a second.
+        flops: operations of matrix products, likewise; empty if they are not known.
+        moved: bytes, likewise.
+    """
+
+    def whole(counts: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+        return sum(forward for forward, _ in counts.values()), sum(backward for _, backward in counts.values())
+
+    total = sum(whole(cycles))
+    units = f"{'share':>8}{'ms':>8}{'GFLOP':>10}{'GB':>8}"
+    lines = [f"{'':24}{'forward':>10}{'backward':>10}{'together':>10}  M cycles{units}"]
+    tables = [{**counts, "all": whole(counts)} for counts in (cycles, flops, moved)]
+    for name, (forward, backward) in tables[0].items():
         both = forward + backward
         numbers = "".join(f"{count / 1e6:10.2f}" for count in (forward, backward, both))
-        lines.append(f"{name:24}{numbers}{both / total:18.1%}{both / clock * 1e3:8.2f}")
+        operations, size = (sum(counts.get(name, (0, 0))) / 1e9 for counts in tables[1:])
+        times = f"{both / total:18.1%}{both / clock * 1e3:8.2f}"
+        lines.append(f"{name:24}{numbers}{times}{f'{operations:,.1f}' if flops else '-':>10}{size:8.2f}")
     return "\n".join(lines)

@@ -1,8 +1,11 @@
 """The step of a configuration as its run would take it, without a run: for plans and benchmarks."""
 
-from typing import NamedTuple
+import math
+from collections import Counter
+from typing import Any, NamedTuple
 
 import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -47,14 +50,45 @@ def assemble(config: ConfigDict, mesh: Mesh) -> Assembly:
     return Assembly(run, step, abstract_batch(config, config.batch_size, batch_sharding(mesh)), mesh)
 
 
+def products_by_scope(config: ConfigDict) -> Counter[str]:
+    """Operations of a step's matrix products on all chips together, by scope; that is nearly all of `count_flops`.
+
+    Scopes are as in `compiled.Account`, but for the names of functions at their beginning.
+    """
+    assembly = assemble(_without_kernels(config), make_mesh(1, jax.local_devices(backend="cpu")[:1]))
+    counts: Counter[str] = Counter()
+
+    def walk(jaxpr: Any, scope: str, times: int) -> None:  # noqa: ANN401 - Jaxpr, whose variables' types are vague
+        for equation in jaxpr.eqns:
+            here = f"{scope}/{equation.source_info.name_stack}"
+            if equation.primitive.name == "dot_general":
+                (summed, _), _ = equation.params["dimension_numbers"]
+                left = equation.invars[0].aval.shape
+                counts[here] += times * 2 * equation.outvars[0].aval.size * math.prod(left[axis] for axis in summed)
+            inner = times * equation.params.get("length", 1)  # of a loop
+            for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr)):
+                if isinstance(parameter, Jaxpr | ClosedJaxpr):
+                    walk(getattr(parameter, "jaxpr", parameter), here, inner)
+
+    walk(jax.make_jaxpr(assembly.step)(assembly.run.state, assembly.batch).jaxpr, "", 1)
+    return counts
+
+
+def _without_kernels(config: ConfigDict) -> ConfigDict:
+    """The same operations, countable on any device."""
+    config = config.copy_and_resolve_references()
+    config.unlock()
+    config.fused_attention = False
+    return config
+
+
 def count_flops(config: ConfigDict) -> float | None:
     """Operations of a step on all chips together, by the program before it is compiled; None if that cannot be told."""
     try:
         mesh = make_mesh(1, jax.local_devices(backend="cpu")[:1])
     except RuntimeError:  # JAX has been kept from using the CPU, and the compilers for accelerators do not tell
         return None
-    config = config.copy_and_resolve_references()
-    config.unlock()
-    config.fused_attention = False  # the same operations, and not for the CPU
     # A loop's body is counted once; the optimiser, outside it, is next to nothing.
-    return (assemble(config, mesh).lower().cost_analysis() or {}).get("flops", 0.0) * config.accumulate
+    return (assemble(_without_kernels(config), mesh).lower().cost_analysis() or {}).get(
+        "flops", 0.0
+    ) * config.accumulate
