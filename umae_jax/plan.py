@@ -237,7 +237,8 @@ def show_growth(config: ConfigDict, targets: Sequence[Target], folder: Path) -> 
     settings = growth.settings(config, targets, cli.say)
     points = growth.measure(settings, folder / "costs", cli.say)
     write_whole(folder / "growth.json", growth.to_json(points).encode())
-    growth.draw(points, f"{config.model.encoder}, {config.model.method}, around {settings[0]}", folder / "growth.png")
+    title = f"{config.model.encoder}, {config.model.method}: around {settings[0]}"
+    growth.draw(points, title, folder / "growth.png")
     cli.result(growth.table(points))
     cli.say(f"drawn in {folder / 'growth.png'}")
 
