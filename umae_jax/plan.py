@@ -25,21 +25,18 @@ from ml_collections import ConfigDict
 from umae_jax import cli
 from umae_jax.benchmarking import growth, parts
 from umae_jax.benchmarking.parts import Bound
-from umae_jax.compiled import Account
 from umae_jax.config import check, resolve_steps
 from umae_jax.data.sources import open_source
 from umae_jax.errors import UserError, require
 from umae_jax.files import locate_here, write_whole
 from umae_jax.hardware import GIB, GPUS, topology
-from umae_jax.targets import DoesNotFit, Target, compile_for, find_target, local_target, lower_for
+from umae_jax.targets import DoesNotFit, Target, compile_for, find_target, largest_batch, local_target, lower_for
 from umae_jax.training import finetuning
 from umae_jax.training.assembly import count_flops, products_by_scope
 from umae_jax.training.metrics import duration
 
 IMAGENET, CLASSES = 1_281_167, 1000  # training images and classes of ImageNet-1K
-MOST = 1 << 15  # images a chip; more is not looked for
 READ = 400  # images that a core of a host reads and crops a second, as the README has measured
-STEP = 8  # images a chip; the largest batch is searched for among multiples of this
 
 _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_multi_string("topology", [], "Such as v5e:16x16, or h100 where it is; several are compared.")
@@ -101,57 +98,6 @@ class Plan:
     compile_seconds: float
 
 
-def largest_batch(config: ConfigDict, target: Target, memory: float, first: Account | None) -> int:
-    """The largest batch a chip whose step fits, found by compiling, to an eighth; 0 if not even STEP fits.
-
-    Args:
-        config: of the run.
-        target: what it is for.
-        memory: of a chip.
-        first: of the configuration's own batch; None if it does not fit.
-    """
-    chips = len(target.devices)
-    trial = config.copy_and_resolve_references()
-    trial.unlock()
-    trial.accumulate = 1
-    known: dict[int, Account | None] = {}
-
-    def fits(batch: int) -> Account | None:
-        if batch not in known:
-            trial.batch_size = batch * chips
-            try:
-                known[batch] = compile_for(lower_for(trial, target), target)
-            except DoesNotFit:
-                known[batch] = None
-            cli.say(f"{target.name}: {batch} images a chip {'fit' if known[batch] else 'do not fit'}")
-        return known[batch]
-
-    own = max(STEP, config.batch_size // chips // config.accumulate // STEP * STEP)
-    if own * chips * config.accumulate == config.batch_size and config.accumulate == 1:
-        known[own] = first
-    low = own
-    while not fits(low):
-        if low == STEP:
-            return 0
-        low = max(STEP, low // 2 // STEP * STEP)
-    high = min((batch for batch, told in known.items() if told is None), default=MOST)
-    if (there := known[low]) and high == MOST:
-        # Temporaries grow with the batch, the rest does not: a first guess. Near the limit the compiler saves, and they
-        # grow less; from there on steps of an eighth.
-        guess = int(low * (memory - there.arguments) / max(there.temporaries, 1)) // STEP * STEP
-        guess = min(max(low + STEP, guess), MOST)
-        while guess < MOST and fits(guess):
-            low, guess = guess, guess + max(STEP, guess // 8 // STEP * STEP)
-        high = guess
-    while high - low > max(STEP, low // 8):
-        middle = (low + high) // 2 // STEP * STEP
-        if fits(middle):
-            low = middle
-        else:
-            high = middle
-    return low
-
-
 def make_plan(
     config: ConfigDict,
     target: Target,
@@ -176,12 +122,12 @@ def make_plan(
     """
     chips = len(target.devices)
     check(config, chips)
-    chip, told, needs = target.chip, None, ""
+    chip, told, refused = target.chip, None, None
     start = time.monotonic()
     try:
         told = compile_for(lower_for(config, target), target)
     except DoesNotFit as answer:
-        needs = str(answer)
+        refused = answer
     seconds = time.monotonic() - start
     scheduled = told.cycles / chip.clock if told and told.cycles and chip and chip.clock else None
     collectives: list[dict[str, Any]] = []
@@ -206,8 +152,8 @@ def make_plan(
         chips=chips,
         batch=config.batch_size / chips,
         fits=told is not None,
-        needs=needs,
-        largest_batch=largest_batch(config, target, target.memory, told) if search and target.memory else None,
+        needs=str(refused or ""),
+        largest_batch=largest_batch(config, target, told or refused, cli.say) if search and target.memory else None,
         memory=target.memory,
         arguments=told.arguments if told else None,
         temporaries=told.temporaries if told else None,
@@ -328,7 +274,8 @@ def show_growth(config: ConfigDict, targets: Sequence[Target], folder: Path) -> 
     settings = growth.settings(config, targets, cli.say)
     points = growth.measure(settings, folder / "costs", cli.say)
     write_whole(folder / "growth.json", growth.to_json(points).encode())
-    growth.draw(points, f"{config.model.encoder}, {config.model.method}, around {settings[0]}", folder / "growth.png")
+    title = f"{config.model.encoder}, {config.model.method}: around {settings[0]}"
+    growth.draw(points, title, folder / "growth.png")
     cli.result(growth.table(points))
     cli.say(f"drawn in {folder / 'growth.png'}")
 

@@ -2,9 +2,10 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,9 @@ from umae_jax.errors import require
 from umae_jax.hardware import GIB, GPUS, KINDS, Chip, Topology, topology
 from umae_jax.training.assembly import assemble
 from umae_jax.training.mesh import make_mesh
+
+MOST = 1 << 15  # images a chip; more is not looked for
+STEP = 8  # images a chip; the largest batch is searched for among multiples of this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +79,15 @@ def local_target() -> Target:
 
 
 class DoesNotFit(Exception):  # noqa: N818 - an answer
-    """The compiler's words."""
+    """That a step needs more memory than a chip has, in words.
+
+    Attributes:
+        needed: bytes; infinite where the compiler does not tell.
+    """
+
+    def __init__(self, needed: float) -> None:
+        super().__init__("does not fit" if math.isinf(needed) else f"needs {needed / GIB:.2f} GiB")
+        self.needed = needed
 
 
 def lower_for(config: ConfigDict, target: Target) -> jax.stages.Lowered:
@@ -99,8 +111,65 @@ def compile_for(lowered: jax.stages.Lowered, target: Target) -> Account:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         needed = re.search(r"\(([\d.]+)G\) exceeds available", str(error)) or re.search(r"Used ([\d.]+)G", str(error))
-        raise DoesNotFit(f"needs {needed[1]} GiB" if needed else "does not fit") from None
+        raise DoesNotFit(float(needed[1]) * GIB if needed else math.inf) from None
     told = account(compiled, len(target.devices))
     if target.memory and told.peak > target.memory:  # XLA:GPU compiles what will not fit
-        raise DoesNotFit(f"needs {told.peak / GIB:.2f} GiB")
+        raise DoesNotFit(told.peak)
     return told
+
+
+def largest_batch(
+    config: ConfigDict, target: Target, own: Account | DoesNotFit | None, say: Callable[[str], None]
+) -> int:
+    """The largest batch a chip whose step fits, found by compiling, to an eighth; 0 if not even STEP fits.
+
+    Memory grows about in proportion to the batch, so that few are tried: one where the last two say that memory ends,
+    and one an eighth above to see that it does.
+
+    Args:
+        config: of the run.
+        target: what it is for; its memory must be known.
+        own: what compiling the configuration itself gave.
+        say: takes a line to the user on each batch that is tried.
+    """
+    assert target.memory is not None
+    memory, chips = target.memory, len(target.devices)
+    trial = config.copy_and_resolve_references().unlock()
+    trial.accumulate = 1
+    # By images a chip. Near the limit the compiler saves, and needs less than it says of what does not fit.
+    needs: dict[int, float] = {0: own.arguments if isinstance(own, Account) else 0}
+    images = config.batch_size // chips // config.accumulate
+    if config.accumulate == 1 and images % STEP == 0 and own is not None:
+        needs[images] = own.peak if isinstance(own, Account) else own.needed
+
+    def fits(batch: int) -> bool:
+        if batch not in needs:
+            trial.batch_size = batch * chips
+            try:
+                needs[batch] = compile_for(lower_for(trial, target), target).peak
+            except DoesNotFit as answer:
+                needs[batch] = answer.needed
+            say(f"{target.name}: {batch} images a chip {'fit' if needs[batch] <= memory else 'do not fit'}")
+        return needs[batch] <= memory
+
+    def end(first: int, second: int) -> float:
+        """Where memory ends by a straight line through two batches; halfway where that says nothing."""
+        slope = (needs[second] - needs[first]) / (second - first)
+        return first + (memory - needs[first]) / slope if 0 < slope < math.inf else (first + second) / 2
+
+    low, high = 0, MOST + STEP
+    batch = max(STEP, images // STEP * STEP)
+    while True:
+        if fits(batch):
+            low = batch
+        else:
+            high = batch
+        least = low + max(STEP, low // 8 // STEP * STEP)
+        if high <= least:
+            return low
+        if high > MOST:
+            batch = max(least, int(end(max(one for one in needs if one < low), low)))
+        else:
+            quarter = (high - low) // 4
+            batch = min(max(int(end(low, high)), low + quarter), high - quarter)
+        batch = min(max(batch // STEP * STEP, low + STEP), high - STEP)
