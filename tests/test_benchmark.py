@@ -23,7 +23,9 @@ def test_the_loader_is_measured_beside_plain_pillow(tmp_path):
 
 
 def test_steps_take_turns():
-    printed, _ = commands.run("benchmark", *TINY, "--against=tests/tiny.py", "--batch=2", "--rounds=2", "--json")
+    printed, _ = commands.run(
+        "benchmark", *TINY, "--against=tests/tiny.py", "--batch=2", "--rounds=2", "--parts", "--json"
+    )
     result = json.loads(printed)
     first, second = result["steps"]
     assert result["device"] == "8 x cpu"
@@ -35,6 +37,9 @@ def test_steps_take_turns():
         assert one["seconds"]["least"] <= one["seconds"]["median"] <= one["seconds"]["most"]
         assert one["peak"] >= one["temporaries"] > 0
         assert one["utilization"] is None  # nothing is published of this device
+        assert {"stage 1, attention", "stage 2, mlp", "decoder, mlp", "optimizer"} <= {*one["parts"]}
+        for part in ("stage 1, attention", "decoder, mlp"):
+            assert min(one["parts"][part]) > 0  # forward and backward
     assert first["speed"] == {"least": 1, "median": 1, "most": 1}
     assert 0.1 < second["speed"]["median"] < 10  # it is the same step
 

@@ -16,10 +16,12 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from umae_jax import cli
-from umae_jax.benchmarking import reading, steps
+from umae_jax.benchmarking import parts, profile, reading, steps
 from umae_jax.benchmarking.peers import PEERS
 from umae_jax.config import check
 from umae_jax.errors import UserError, require
+
+PROFILED = 3  # steps
 
 _CONFIG = cli.define_config()
 _AGAINST = flags.DEFINE_multi_string("against", [], "Files of further configurations; take the first one's dtype.")
@@ -28,6 +30,7 @@ _BATCH = flags.DEFINE_integer("batch", None, "Images a device and step; 8 on CPU
 _LOADER = flags.DEFINE_boolean("loader", False, "Measure the reading of images instead, alone and for the step.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each takes its turn.", lower_bound=1)
 _IMAGES = flags.DEFINE_integer("images", 512, "Images a turn that are read.", lower_bound=1)
+_PARTS = flags.DEFINE_boolean("parts", False, "Also tell by JAX's profiler where the time of our steps goes.")
 _JSON = flags.DEFINE_boolean("json", False, "Print JSON instead of a table.")
 
 
@@ -66,12 +69,19 @@ def time_steps(config: ConfigDict) -> None:
     contenders += [steps.peer_step(name, config) for name in _PEER.value]
     steps.time_in_turn(contenders, _ROUNDS.value, cli.say)
     told = steps.results(contenders, config.batch_size)
+    for contender, result in zip(contenders, told, strict=True):
+        if _PARTS.value and contender.program:
+            result["parts"] = parts.by_part(profile.measure(contender.take, contender.program, PROFILED))
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     if _JSON.value:
         cli.result(json.dumps({"device": device, "dtype": config.dtype, "rounds": _ROUNDS.value, "steps": told}))
     else:
         cli.result(f"{device}, {config.batch_size} images a step, {config.dtype}, {_ROUNDS.value} rounds")
         cli.result(steps.table(told))
+        for result in told:
+            if result.get("parts"):
+                cli.result(f"\n{result['name']}, the time of operations, threads and devices added up:")
+                cli.result(parts.table_of_times(result["parts"]))
 
 
 def main() -> None:

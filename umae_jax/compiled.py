@@ -243,6 +243,21 @@ def read_program(text: str, devices: int) -> Program:
     return Program(cycles_of, bytes_of, found, kernels)
 
 
+def scopes_of_operations(text: str) -> dict[str, str]:
+    """The scope of each operation of a compiled program by its name; "" where it has none. Without control flow.
+
+    Args:
+        text: XLA's own, after compilation.
+    """
+    scopes = {}
+    for line in text.splitlines():
+        found = _OPERATION.match(line)
+        if found and found[3] not in _MOVES_NOTHING:
+            scope = _SCOPE.search(line)
+            scopes[found[1]] = scope[1] if scope else ""
+    return scopes
+
+
 def account(compiled: Any, devices: int) -> Account:  # noqa: ANN401 - JAX's Compiled
     """What the compiler tells of a compiled program.
 

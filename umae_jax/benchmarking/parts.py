@@ -114,3 +114,14 @@ def table(
         times = f"{both / total:18.1%}{both / clock * 1e3:8.2f}"
         lines.append(f"{name:24}{numbers}{times}{f'{operations:,.1f}' if flops else '-':>10}{size:8.2f}")
     return "\n".join(lines)
+
+
+def table_of_times(nanoseconds: Mapping[str, tuple[int, int]]) -> str:
+    """Milliseconds of each part, forward and backward, and its share."""
+    whole = [sum(both[way] for both in nanoseconds.values()) for way in (0, 1)]
+    lines = [f"{'':24}{'forward':>10}{'backward':>10}{'together':>10}  ms{'share':>8}"]
+    for name, (forward, backward) in {**nanoseconds, "all": (whole[0], whole[1])}.items():
+        both = forward + backward
+        numbers = "".join(f"{spent / 1e6:10.2f}" for spent in (forward, backward, both))
+        lines.append(f"{name:24}{numbers}{both / sum(whole):12.1%}")
+    return "\n".join(lines)

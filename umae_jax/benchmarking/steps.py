@@ -34,6 +34,7 @@ class Contender:
         compile_seconds: that the step took to compile, or to be read from where it was kept; None where nothing is.
         flops: operations of a step, on all devices together, if they are known.
         temporaries, peak: bytes of memory a device, by the compiler, if they are known.
+        program: the text of the compiled step; None of a peer's.
         seconds: of a step, one number a turn.
     """
 
@@ -44,6 +45,7 @@ class Contender:
     flops: float | None
     temporaries: int | None
     peak: int | None
+    program: str | None
     seconds: list[float] = dataclasses.field(default_factory=list)
 
 
@@ -99,7 +101,8 @@ def our_step(name: str, config: ConfigDict) -> Contender:
 
     told = account(compiled, assembly.mesh.size)
     parameters = sum(math.prod(array.shape) for array in jax.tree.leaves(assembly.run.state.params))
-    return Contender(name, take, parameters, seconds, count_flops(config), told.temporaries, told.peak)
+    flops, program = count_flops(config), compiled.as_text()
+    return Contender(name, take, parameters, seconds, flops, told.temporaries, told.peak, program)
 
 
 def peer_step(name: str, config: ConfigDict) -> Contender:
@@ -114,7 +117,7 @@ def peer_step(name: str, config: ConfigDict) -> Contender:
         for _ in range(steps):
             peer.step()
 
-    return Contender(name, take, peer.parameters, None, None, None, None)
+    return Contender(name, take, peer.parameters, None, None, None, None, None)
 
 
 def time_in_turn(contenders: Sequence[Contender], rounds: int, say: Callable[[str], None]) -> None:
