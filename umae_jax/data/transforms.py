@@ -2,6 +2,7 @@
 
 import io
 import math
+import random
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -24,7 +25,15 @@ READ_TRIES = 32
 SHRINK_MARGIN = 2.0
 
 
-def random_crop(rng: np.random.Generator, width: int, height: int, size: tuple[int, int], area: float) -> Box:
+def sample_rng(seed: int, index: int) -> random.Random:
+    """The generator of one sample, by the run's seed and the sample's global index.
+
+    Python's own: it takes a fifth of the time that NumPy's takes to set up and to draw a number at a time.
+    """
+    return random.Random(seed << 64 | index)
+
+
+def random_crop(rng: random.Random, width: int, height: int, size: tuple[int, int], area: float) -> Box:
     """The box of a random resized crop (SPEC 10): `area` to all of the image, aspect ratio 3/4 to 4/3 of the output's.
 
     Args:
@@ -39,8 +48,7 @@ def random_crop(rng: np.random.Generator, width: int, height: int, size: tuple[i
         ratio = aspect * math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         box_width, box_height = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
         if 0 < box_width <= width and 0 < box_height <= height:
-            left = int(rng.integers(width - box_width + 1))
-            upper = int(rng.integers(height - box_height + 1))
+            left, upper = rng.randrange(width - box_width + 1), rng.randrange(height - box_height + 1)
             return (left, upper, left + box_width, upper + box_height)
     return central_crop(width, height, size)
 
@@ -213,7 +221,7 @@ class LoadCrop:
     def __call__(self, index: int, record: int) -> Sample:
         """The sample of a global index, from the record that the shuffle gave it."""
         unreadable: list[Unreadable] = []
-        rng = np.random.default_rng((self.seed, index))
+        rng = sample_rng(self.seed, index)
         place = record
         while len(unreadable) < READ_TRIES:
             name = f"record {place}"
@@ -226,7 +234,7 @@ class LoadCrop:
                     pixels = self.augment(pixels, rng)
             except Exception as error:  # decoders raise anything, and no file may stop a run
                 unreadable.append(Unreadable(name, reason(error)))
-                place = int(rng.integers(len(self.source)))
+                place = rng.randrange(len(self.source))
             else:
                 return Sample(pixels, np.uint32(index), np.int32(label), tuple(unreadable))
         return _blank(index, self.size, self.channels, *unreadable)
