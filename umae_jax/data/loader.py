@@ -1,4 +1,4 @@
-"""Grain reads, shuffles and prefetches; each process takes its share; what comes out are global sharded arrays.
+"""Grain reads ahead; each process takes its share; what comes out are global sharded arrays.
 
 `Loader` is the endless stream of training, `OnePass` gives every image once.
 """
@@ -30,11 +30,10 @@ from umae_jax.errors import UserError, listing, require
 MOST_UNREADABLE = 0.5
 JUDGE_AFTER = 16
 CHUNK = 16  # samples, at most
-# Reading a photograph of 500 x 375 pixels to a crop of 256 x 256 takes 1.2 to 1.3 ms of a core, of which the decoder
-# takes 0.95 and resizing 0.2 without the interpreter's lock. The rest, and what Grain and JAX do with the pixels, takes
-# 0.15 ms at best; if all of that holds the lock, eight cores are what one process can keep busy, and more of them need
-# more processes. These leave to this one 0.25 ms an image to take over and to hand on (measured on a busy machine), so
-# some 4,000 images a second and host. Reasoned from two cores; not yet measured on many.
+# One process keeps about eight cores busy: of reading a photograph of 500 x 375 pixels to a crop of 256 x 256, 13 percent
+# hold the interpreter's lock (0.2 of 1.5 ms on a busy machine); decoding, resizing and copying into the batch do not.
+# More cores need more processes. These leave to this one 0.16 ms an image to take over and to hand on, so some 6,000
+# images a second and host. Reasoned from two cores; not yet measured on many.
 CORES_A_PROCESS = 8
 THREADS_A_CORE = 2  # one decodes while the other waits for a file or the lock
 CHUNKS_A_WORKER = 4  # that may lie in shared memory: being written, waiting, being read, and one to spare
@@ -164,7 +163,11 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Share:
-    """What this process reads of the endless, shuffled stream: of every batch, these rows."""
+    """What this process reads of the endless, shuffled stream: of every batch, these rows.
+
+    Every epoch has an order of its own, drawn at once: it takes 4 bytes a record, and less time than Grain's shuffle,
+    which computes place after place and takes 90 microseconds each where a source is small.
+    """
 
     load: LoadCrop
     first_sample: int
