@@ -30,10 +30,10 @@ from umae_jax.errors import UserError, listing, require
 MOST_UNREADABLE = 0.5
 JUDGE_AFTER = 16
 CHUNK = 16  # samples, at most
-# One process keeps about eight cores busy: of reading a photograph of 500 x 375 pixels to a crop of 256 x 256, 13 percent
-# hold the interpreter's lock (0.2 of 1.5 ms on a busy machine); decoding, resizing and copying into the batch do not.
-# More cores need more processes. These leave to this one 0.16 ms an image to take over and to hand on, so some 6,000
-# images a second and host. Reasoned from two cores; not yet measured on many.
+# One process keeps about eight cores busy: of reading a photograph of 500 x 375 pixels to 256 x 256, 13 percent hold
+# the interpreter's lock, 0.2 of 1.5 ms on a busy machine; the rest decodes, resizes, reads and copies into the
+# batch. More cores need more processes. These leave to this one 0.16 ms an image to take over and to hand on, so some
+# 6,000 images a second and host. Reasoned from two cores; not yet measured on many.
 CORES_A_PROCESS = 8
 THREADS_A_CORE = 2  # one decodes while the other waits for a file or the lock
 CHUNKS_A_WORKER = 4  # that may lie in shared memory: being written, waiting, being read, and one to spare
