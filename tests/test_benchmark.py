@@ -16,7 +16,7 @@ def test_the_loader_is_measured_beside_plain_pillow(tmp_path):
     assert result["loader"]["per_core"] > 0
     assert result["plain Pillow"]["per_core"] > 0
     # Grossly wrong accounting, such as work that the other did, would show.
-    assert 0.1 < result["ratio"]["median"] < 4
+    assert 0.1 < result["ratio"]["median"] < 20  # the loader's decoder shrinks, plain Pillow's does not
     assert result["ratio"]["least"] <= result["ratio"]["median"] <= result["ratio"]["most"]
     assert result["with the step"]["images_per_second"] > 0
     assert 0 <= result["with the step"]["data_wait"] < 1

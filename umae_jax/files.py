@@ -135,7 +135,8 @@ def _buckets() -> fsspec.AbstractFileSystem:
 def read_file(path: str) -> bytes:
     """All of a file, here or in a bucket, under the name that `files_in_bucket` gave."""
     if not in_bucket(path):
-        return Path(path).read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
     return _buckets().cat_file(path.removeprefix(BUCKETS))
 
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from tests.images import encode, picture
-from umae_jax.data.jpeg import decode_upper
+from umae_jax.data import jpeg
 
 SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
 
@@ -14,6 +14,11 @@ def photograph(height=131, width=97):
     """Noisy enough that every block is coded."""
     noise = np.random.default_rng(0).integers(-40, 40, (height, width, 3))
     return Image.fromarray((picture(height=height, width=width) + noise).clip(0, 255).astype(np.uint8))
+
+
+def decode_upper(data, *arguments):
+    layout = jpeg.read_layout(data)
+    return None if layout is None else jpeg.decode_upper(data, layout, *arguments)
 
 
 def decode(data, mode="RGB"):

@@ -1,10 +1,10 @@
 import io
+import random
 
 import numpy as np
 import pytest
 import scipy.stats
-from PIL import Image
-from PIL.JpegImagePlugin import JpegImageFile
+from PIL import Image, ImageOps
 
 from tests.images import encode, picture
 from umae_jax.data.sources import open_source
@@ -85,10 +85,10 @@ def test_grayscale_models_get_one_channel():
 @pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=["plain", "progressive"])
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 def test_crops_of_photographs_are_those_of_plain_pillow(subsampling, options):
-    rng = np.random.default_rng(0)
+    rng = random.Random(0)
     for record in open_source("photos"):
         photograph = Image.open(io.BytesIO(record.data)).convert("RGB").resize((403, 317))
-        data = encode(photograph, "JPEG", quality=int(rng.integers(60, 99)), subsampling=subsampling, **options)
+        data = encode(photograph, "JPEG", quality=rng.randrange(60, 99), subsampling=subsampling, **options)
         for area in (0.05, 0.2, 1.0):
             box = random_crop(rng, *photograph.size, (96, 96), area)
             ours = EncodedImage(data).crop(box, (96, 96), 3).astype(int)
@@ -99,18 +99,25 @@ def test_crops_of_photographs_are_those_of_plain_pillow(subsampling, options):
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 3), ("L", 1)])
-def test_pillow_does_not_decode_plain_jpegs(monkeypatch, mode, channels):
+def test_pillow_does_not_open_plain_jpegs(monkeypatch, mode, channels):
     data = encode(Image.fromarray(picture()).convert(mode), "JPEG")
     expected = whole(data, channels)
 
-    def load(self):
-        raise AssertionError("decoded by Pillow")
+    def opened(_):
+        raise AssertionError("opened by Pillow")
 
-    monkeypatch.setattr(JpegImageFile, "load", load)
-    np.testing.assert_array_equal(whole(data, channels), expected)
     progressive = encode(Image.fromarray(picture()).convert(mode), "JPEG", progressive=True)
-    with pytest.raises(AssertionError, match="decoded by Pillow"):
+    monkeypatch.setattr(Image, "open", opened)
+    np.testing.assert_array_equal(whole(data, channels), expected)
+    with pytest.raises(AssertionError, match="opened by Pillow"):
         whole(progressive, channels)
+
+
+def test_more_pixels_than_pillow_opens_are_refused(monkeypatch):
+    data = encode(Image.fromarray(picture(height=60, width=80)), "JPEG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60 * 80 // 2 - 1)
+    with pytest.raises(Image.DecompressionBombError):
+        whole(data)
 
 
 def test_colour_becomes_gray_as_with_pillow():
@@ -126,17 +133,24 @@ def test_a_truncated_jpeg_is_refused_wherever_the_crop_lies():
         EncodedImage(data[: len(data) * 3 // 4]).crop((0, 0, 50, 20), (16, 16), 3)
 
 
-def test_a_large_jpeg_decoded_small_looks_the_same():
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(
+    ("kind", "options"), [("JPEG", {}), ("MPO", {"save_all": True, "append_images": [Image.new("RGB", (80, 60))]})]
+)
+def test_a_large_jpeg_decoded_small_looks_the_same(kind, options, orientation):
     """Decoding at a reduced scale is an approximation: it must stay close to decoding in full."""
     large = Image.fromarray(picture(height=1200, width=1600))
-    data = encode(large, "JPEG", quality=95)
-    box = (200, 100, 1500, 1100)
-    reference = np.asarray(Image.open(io.BytesIO(data)).resize((64, 64), Image.Resampling.BICUBIC, box))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(large, kind, quality=95, exif=exif, **options)
+    box = (100, 200, 1100, 1200)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    reference = np.asarray(upright.resize((64, 64), Image.Resampling.BICUBIC, box))
     assert np.abs(EncodedImage(data).crop(box, (64, 64), 3).astype(int) - reference).max() <= 4
 
 
 def test_random_crops_follow_the_recipe():
-    rng = np.random.default_rng(0)
+    rng = random.Random(0)
     width, height = 500, 375
     areas, ratios = [], []
     for _ in range(2000):
@@ -155,7 +169,7 @@ def test_random_crops_follow_the_recipe():
 
 
 def test_crops_of_an_output_that_is_not_square_take_its_aspect():
-    rng = np.random.default_rng(0)
+    rng = random.Random(0)
     boxes = [random_crop(rng, 1000, 1000, (64, 128), 0.2) for _ in range(500)]
     ratios = [(right - left) / (lower - upper) for left, upper, right, lower in boxes]
     assert min(ratios) > 2 * 3 / 4 * 0.98
@@ -173,4 +187,4 @@ def test_central_crops_lie_inside_whatever_the_rounding():
 
 
 def test_an_extreme_shape_falls_back_to_the_centre():
-    assert random_crop(np.random.default_rng(0), 1000, 2, (64, 64), 0.9) == central_crop(1000, 2, (64, 64))
+    assert random_crop(random.Random(0), 1000, 2, (64, 64), 0.9) == central_crop(1000, 2, (64, 64))

@@ -20,7 +20,7 @@ from umae_jax.benchmarking import steps
 from umae_jax.config import check
 from umae_jax.data.loader import Loader, readers
 from umae_jax.data.sources import Source, open_source
-from umae_jax.data.transforms import random_crop
+from umae_jax.data.transforms import random_crop, sample_rng
 from umae_jax.errors import require
 from umae_jax.training.loop import Clock
 from umae_jax.training.mesh import batch_sharding, make_mesh
@@ -49,7 +49,7 @@ def plain_pillow(source: Source, config: ConfigDict, images: range) -> None:
             image = Image.open(io.BytesIO(source[number % len(source)].data)).convert("RGB")
         except OSError:  # the loader skips it as well
             continue
-        rng = np.random.default_rng((config.seed, number))
+        rng = sample_rng(config.seed, number)
         box = random_crop(rng, image.width, image.height, config.image_size, config.data.area)
         np.asarray(image.resize(config.image_size[::-1], Image.Resampling.BICUBIC, box))
 

@@ -1,5 +1,6 @@
 """RandAugment on the host, with Pillow: timm's `rand-m9-mstd0.5-inc1` (SPEC 10). Imports nothing of JAX."""
 
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -108,15 +109,14 @@ class RandAugment:
     magnitude_std: float
     fill: tuple[int, ...]
 
-    def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def __call__(self, pixels: np.ndarray, rng: random.Random) -> np.ndarray:
         """uint8 [H, W, 3 or 1] -> the same, changed by draws from `rng`."""
         channels = pixels.shape[-1]
         image = Image.fromarray(pixels if channels == 3 else pixels[..., 0])
-        for name in rng.choice(list(OPERATIONS), self.operations):
-            apply, magnitude, sign = rng.random(), rng.normal(self.magnitude, self.magnitude_std), rng.choice((-1, 1))
+        for operation in rng.choices(list(OPERATIONS.values()), k=self.operations):
+            apply, magnitude, sign = rng.random(), rng.gauss(self.magnitude, self.magnitude_std), rng.choice((-1, 1))
             if apply < APPLY:
-                operation = OPERATIONS[name]
-                argument = operation.argument(float(np.clip(magnitude, 0, MOST)) / MOST, float(sign))
+                argument = operation.argument(min(max(magnitude, 0.0), MOST) / MOST, float(sign))
                 image = operation.apply(image, argument, self.fill if channels == 3 else self.fill[0])
         changed = np.asarray(image)
         return changed if channels == 3 else changed[..., None]

@@ -1,14 +1,18 @@
-"""Grain reads, shuffles and prefetches; each process takes its share; what comes out are global sharded arrays.
+"""Grain reads ahead; each process takes its share; what comes out are global sharded arrays.
 
 `Loader` is the endless stream of training, `OnePass` gives every image once.
 """
 
+import functools
 import itertools
 import math
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import grain
@@ -26,11 +30,10 @@ from umae_jax.errors import UserError, listing, require
 MOST_UNREADABLE = 0.5
 JUDGE_AFTER = 16
 CHUNK = 16  # samples, at most
-# Reading a photograph of 500 x 375 pixels to a crop of 256 x 256 takes 1.2 to 1.3 ms of a core, of which the decoder
-# takes 0.95 and resizing 0.2 without the interpreter's lock. The rest, and what Grain and JAX do with the pixels, takes
-# 0.15 ms at best; if all of that holds the lock, eight cores are what one process can keep busy, and more of them need
-# more processes. These leave to this one 0.25 ms an image to take over and to hand on (measured on a busy machine), so
-# some 4,000 images a second and host. Reasoned from two cores; not yet measured on many.
+# One process keeps about eight cores busy: of reading a photograph of 500 x 375 pixels to 256 x 256, 13 percent hold
+# the interpreter's lock, 0.2 of 1.5 ms on a busy machine; the rest decodes, resizes, reads and copies into the
+# batch. More cores need more processes. These leave to this one 0.16 ms an image to take over and to hand on, so some
+# 6,000 images a second and host. Reasoned from two cores; not yet measured on many.
 CORES_A_PROCESS = 8
 THREADS_A_CORE = 2  # one decodes while the other waits for a file or the lock
 CHUNKS_A_WORKER = 4  # that may lie in shared memory: being written, waiting, being read, and one to spare
@@ -84,7 +87,11 @@ def _init_worker(_index: int, _count: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SPARED))
 
 
-def _join(chunks: Sequence[_Chunk]) -> _Chunk:
+def _join_samples(chunks: Sequence[Sequence[Sample]]) -> _Chunk:
+    return _stack([*itertools.chain(*chunks)])
+
+
+def _join_stacked(chunks: Sequence[_Chunk]) -> _Chunk:
     arrays, unreadable = zip(*chunks, strict=True)
     return _Chunk(Batch(*map(np.concatenate, zip(*arrays, strict=True))), tuple(itertools.chain(*unreadable)))
 
@@ -145,33 +152,59 @@ def readers(config: ConfigDict) -> Readers:
     return Readers(threads, int(workers))
 
 
-class _Rows:
-    """Of every batch of samples, these rows."""
-
-    def __init__(self, samples: grain.MapDataset, batch_size: int, rows: np.ndarray) -> None:
-        self.samples, self.batch_size, self.rows = samples, batch_size, rows
-
-    def __len__(self) -> int:
-        return len(self.samples) // self.batch_size * len(self.rows)
-
-    def __getitem__(self, index: int) -> Sample:
-        batch, place = divmod(index, len(self.rows))
-        return self.samples[batch * self.batch_size + int(self.rows[place])]
+_drawing = threading.Lock()
 
 
-def _read(samples: grain.MapDataset, local: int, threads: int, workers: int) -> grain.DatasetIterator:
-    """Samples of this process, in order, as batches of `local`, read ahead by threads or by workers."""
+@functools.lru_cache(maxsize=2)  # where an epoch ends, threads read from two
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order of an epoch's records: int32 [count]."""
+    return np.random.default_rng((seed, epoch, count)).permutation(np.arange(count, dtype=np.int32))
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What this process reads of the endless, shuffled stream: of every batch, these rows.
+
+    Every epoch has an order of its own, drawn at once: it takes 4 bytes a record, and less time than Grain's shuffle,
+    which computes place after place and takes 90 microseconds each where a source is small.
+    """
+
+    load: LoadCrop
+    first_sample: int
+    batch_size: int
+    rows: np.ndarray
+
+    def __call__(self, place: int) -> Sample:
+        batch, row = divmod(place, len(self.rows))
+        index = self.first_sample + batch * self.batch_size + int(self.rows[row])
+        count = len(self.load.source)
+        epoch, number = divmod(index, count)
+        with _drawing:  # one of the threads draws, the others wait
+            order = _permutation(self.load.seed, epoch, count)
+        return self.load(index, int(order[number]))
+
+
+def _read_chunk(read: Callable[[int], Sample], size: int, number: int) -> list[Sample]:
+    return [read(place) for place in range(number * size, (number + 1) * size)]
+
+
+def _read(
+    read: Callable[[int], Sample], count: int, local: int, threads: int, workers: int
+) -> grain.DatasetIterator[_Chunk]:
+    """Samples 0 to `count` of this process, in order, as batches of `local`, read ahead by threads or by workers."""
     # Threads and workers take chunks, large enough to be worth handing over, small enough that two batches read ahead
     # are all that memory holds. They come back in order, so that batches do not depend on who read them.
     chunk = math.gcd(local, CHUNK)
     ahead = 2 * local // chunk // max(1, workers)
     reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + ahead)
-    chunks = samples.batch(chunk, batch_fn=_stack).to_iter_dataset(reading)
-    if workers:
-        if not flags.FLAGS.is_parsed():  # a notebook or a test; the workers read Grain's flags
-            flags.FLAGS.mark_as_parsed()
-        chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_init_worker)
-    return iter(chunks.batch(local // chunk, batch_fn=_join, drop_remainder=True))
+    chunks = grain.MapDataset.range(count // chunk).map(functools.partial(_read_chunk, read, chunk))
+    if not workers:  # pixels are copied once, into the batch
+        return iter(chunks.to_iter_dataset(reading).batch(local // chunk, batch_fn=_join_samples, drop_remainder=True))
+    if not flags.FLAGS.is_parsed():  # a notebook or a test; the workers read Grain's flags
+        flags.FLAGS.mark_as_parsed()
+    options = grain.MultiprocessingOptions(num_workers=workers)
+    stacked = chunks.map(_stack).to_iter_dataset(reading).mp_prefetch(options, worker_init_fn=_init_worker)
+    return iter(stacked.batch(local // chunk, batch_fn=_join_stacked, drop_remainder=True))
 
 
 def _name(unreadable: Sequence[Unreadable], named: set[str]) -> None:
@@ -231,11 +264,9 @@ class Loader:
         _check_divides(batch_size)
         rows = _rows(batch_size, sharding)
         load = LoadCrop(source, seed, size, channels, area, augment)
-        samples = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat().map_with_index(load)
-        samples = samples[first_sample:last_sample]
-        if len(rows) < batch_size:
-            samples = grain.MapDataset.source(_Rows(samples, batch_size, rows))
-        self._batches = _read(samples, len(rows), threads, workers)
+        batches = sys.maxsize if last_sample is None else (last_sample - first_sample) // batch_size
+        count = min(batches * len(rows), sys.maxsize)
+        self._batches = _read(_Share(load, first_sample, batch_size, rows), count, len(rows), threads, workers)
         self._sharding = sharding
         self._classes = classes
         self._named: set[str] = set()
@@ -354,8 +385,8 @@ class OnePass:
             records = np.sort(np.random.default_rng(seed).permutation(records)[:images])
         records = np.pad(records, (0, -len(records) % batch_size), constant_values=-1)
         self._records = records.reshape(-1, batch_size)[:, rows].ravel()
-        samples = grain.MapDataset.source(self._records).map_with_index(LoadWhole(source, size, channels, share))
-        self._batches = _read(samples, len(rows), threads, workers)
+        load = LoadWhole(source, size, channels, share, self._records)
+        self._batches = _read(load, len(self._records), len(rows), threads, workers)
         self._local = len(rows)
 
     @classmethod
