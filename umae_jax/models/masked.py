@@ -9,6 +9,7 @@ from flax import nnx
 from umae_jax.errors import require
 from umae_jax.masking import Mask, sample_random_mask, sample_uniform_mask, visible_count
 from umae_jax.models.encoder import Encoder, Normalize, already_normalized, check_image_size
+from umae_jax.models.tpu import last_in_lanes
 from umae_jax.patches import patchify
 
 Sampler = Callable[[jax.Array, int, tuple[int, int], float], Mask]
@@ -99,4 +100,4 @@ class MaskedImageModel(nnx.Module):
 
     def masked_pixels(self, images: jax.Array, mask: Mask) -> jax.Array:
         """The units that were not sampled, as they are: [B, H, W, C] -> [B, 3, cell rows, cell columns, pixels]."""
-        return mask.masked_units(patchify(images, self.unit))
+        return mask.masked_units(last_in_lanes(patchify(images, self.unit)))

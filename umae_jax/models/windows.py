@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from umae_jax.masking import expand
-from umae_jax.models.attention import LANES, for_tpu
+from umae_jax.models.tpu import LANES, for_tpu
 from umae_jax.positions import window_differences
 
 # What is added before the softmax to pairs that the cyclic shift brought together from opposite borders.
