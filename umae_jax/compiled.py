@@ -66,7 +66,8 @@ class Account(NamedTuple):
     Attributes:
         arguments, temporaries, peak: bytes of memory; the peak counts donated arguments once.
         bytes: moved between memory and chip.
-        cycles: that XLA:TPU schedules, without collectives and without what is inside a kernel; None elsewhere.
+        cycles: that XLA:TPU schedules, without collectives and without what is inside a kernel or the branches of a
+            choice, of which attention's usual one does nothing; None elsewhere.
         cycles_by_scope: the same by the scope of an operation, such as "jit(step)/jvp(encoder)/stage_1/mlp/mul".
         bytes_by_scope: operands and results of each operation, on the chip or not: near `bytes`, not the same.
         collectives: between devices.

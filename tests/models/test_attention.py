@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from umae_jax.models.attention import attend, merge_heads, split_heads
+from umae_jax.models import attention
+from umae_jax.models.attention import Bias, attend, merge_heads, split_heads
 
 
 def plain(q, k, v, bias=None):
@@ -26,26 +27,53 @@ def inputs(dtype, scale=1.0):
     return tuple(x.astype(dtype) for x in (q, k, v)), bias, gradient.astype(dtype)
 
 
+def ours(q, k, v, bias=None):
+    return attend(q, k, v, None if bias is None else Bias(bias))
+
+
+@pytest.fixture(params=["here", "TPUs"])
+def platform(request, monkeypatch):
+    """What is done for TPUs gives the same numbers elsewhere, too."""
+    monkeypatch.setattr(attention, "for_tpu", lambda: request.param == "TPUs")
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 4e-2)])
 @pytest.mark.parametrize("biased", [False, True])
-def test_values_and_gradients_are_those_of_the_plain_form(dtype, tolerance, biased):
-    (q, k, v), bias, gradient = inputs(dtype)
+@pytest.mark.parametrize("scale", [1, 3])  # of logits that are known to be small, and of such that are not
+def test_values_and_gradients_are_those_of_the_plain_form(platform, dtype, tolerance, biased, scale):
+    (q, k, v), bias, gradient = inputs(dtype, scale)
     arguments = (q, k, v, bias) if biased else (q, k, v)
 
     def both(function, *arguments):
         values, pull = jax.vjp(function, *arguments)
         return values, pull(gradient)
 
-    ours, theirs = (jax.jit(lambda *x, f=f: both(f, *x))(*arguments) for f in (attend, plain))
-    for our, their in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    found = (jax.jit(lambda *x, f=f: both(f, *x))(*arguments) for f in (ours, plain))
+    for our, their in zip(*map(jax.tree.leaves, found), strict=True):
         assert our.dtype == their.dtype
         our, their = (np.asarray(x, np.float32) for x in (our, their))
         np.testing.assert_allclose(our, their, atol=tolerance * max(1, np.abs(their).max()))
 
 
-def test_large_logits_overflow_nothing():
-    (q, k, v), _, _ = inputs("float32", scale=100.0)
+def test_large_logits_overflow_nothing(platform):
+    (q, k, v), bias, _ = inputs("float32", scale=100.0)
     np.testing.assert_allclose(jax.jit(attend)(q, k, v), jax.jit(plain)(q, k, v), rtol=1e-4, atol=1e-3)
+    small, bias = q / 1e4, 300 * bias
+    np.testing.assert_allclose(
+        jax.jit(ours)(small, k, v, bias), jax.jit(plain)(small, k, v, bias), rtol=1e-4, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("length", [39.9, 40.1])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_largest_logits_that_are_called_small_harm_nothing(platform, length, sign):
+    """All keys alike, so that every logit is the bound itself, and as far as can be from 0."""
+    q, v = jnp.full((1, 4, 3), length / 2), jax.random.normal(jax.random.key(0), (1, 4, 256))
+    k = jnp.full((1, 4, 256), sign / 1.0)
+    values, pull = jax.vjp(jax.jit(attend), q, k, v)
+    np.testing.assert_allclose(values, jnp.broadcast_to(v.mean(-1, keepdims=True), values.shape), rtol=1e-5)
+    _, _, of_v = pull(jnp.full_like(values, 1e-12))
+    np.testing.assert_allclose(of_v, jnp.full_like(v, 3e-12 / 256), rtol=1e-5)
 
 
 def test_heads_are_those_of_the_linear_layers():

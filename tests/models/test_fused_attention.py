@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from umae_jax import masking, plan
-from umae_jax.models.attention import attend
+from umae_jax.models.attention import Bias, attend
 from umae_jax.models.fused_attention import attend_in_windows, attend_to_all, takes_all, takes_windows
 from umae_jax.models.layers import DropPath
 from umae_jax.models.swin import SwinBlock
@@ -47,7 +47,7 @@ def plain_in_windows(q, k, v, windows, tables):
     if windows.mask is not None:
         bias = bias + windows.mask[None, :, None]
     heads = tables.shape[1]
-    attended = attend(*(by_heads(windows.cut(x), heads) for x in (q, k, v)), bias)
+    attended = attend(*(by_heads(windows.cut(x), heads) for x in (q, k, v)), Bias(bias))
     return windows.join(by_tokens(attended), q.shape[1:3])
 
 

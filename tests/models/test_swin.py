@@ -55,7 +55,7 @@ def test_the_nine_cases_are_the_bias_of_every_pair(grid, cells, window, shifted)
     @jax.jit
     def both(position, offset):
         windows = make_windows(grid, window, shifted=shifted, offset=offset)
-        return position(windows), direct_bias(position, windows, offset, grid), windows.mask
+        return position(windows)(), direct_bias(position, windows, offset, grid), windows.mask
 
     ours, direct, mask = both(position, offset)
     if mask is not None:
@@ -71,7 +71,7 @@ def test_the_bias_on_a_whole_image_is_the_direct_one():
     place = jnp.arange(4, dtype=jnp.float32)
     coordinates = jnp.stack(jnp.meshgrid(place, place, indexing="ij"), -1).reshape(-1, 2)
     direct = position_bias(position, coordinates[:, None] - coordinates[None, :]).transpose(2, 0, 1)
-    np.testing.assert_allclose(position(windows)[0, 0], direct, atol=1e-5)
+    np.testing.assert_allclose(position(windows)()[0, 0], direct, atol=1e-5)
 
 
 def companions(grid, window, shifted):

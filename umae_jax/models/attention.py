@@ -10,37 +10,39 @@ several * d, N], and meet the queries spread over as many rows, each window's in
 products cost a matrix unit what they did, which d channels fill by a quarter, and each pass over pairs has full lanes.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-LANES = 128
+from umae_jax.models.tpu import for_tpu
 
-
-def for_tpu() -> bool:
-    """Whether what is traced will run on TPUs: so the mesh says that is set."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device is not None and device.platform == "tpu"
+# Logits up to this may be exponentiated as they are: e^40 is 2e17, so that sums over many keys and gradients divided by
+# them stay far inside the range of float32 and bfloat16.
+SMALL = 40.0
 
 
 def split_heads(
-    linear: nnx.Linear, x: jax.Array, parts: int, heads: int, side_by_side: int = 1
+    linear: nnx.Linear, x: jax.Array, parts: int, heads: int, *, side_by_side: int = 1, first_query: int = 0
 ) -> tuple[jax.Array, ...]:
     """A linear layer whose output is so many arrays: [..., N, C] -> parts of [..., heads, d, N].
 
-    One product a part: each is written where attention reads it, which one product for all would not be.
+    One product a part: each is written where attention reads it, which one product for all would not be. The first
+    part, the queries, is only of tokens from `first_query` on.
 
     With several windows `side_by_side`, [..., windows, N, C] -> [..., windows / several, heads, d, several * N] of the
-    first part, the queries, and [..., windows / several, heads, several * d, N] of the others.
+    first part and [..., windows / several, heads, several * d, N] of the others.
     """
     kernel = linear.kernel[...].reshape(x.shape[-1], parts, heads, -1).astype(linear.dtype)
     bias = _bias(linear).reshape(parts, *(1,) * (x.ndim - 2), heads, -1, 1)
     x = x.astype(linear.dtype)
     if side_by_side == 1:
-        return tuple(jnp.einsum("...nc,chd->...hdn", x, kernel[:, part]) + bias[part] for part in range(parts))
+        read = [x[..., first_query:, :], *(parts - 1) * [x]]
+        return tuple(jnp.einsum("...nc,chd->...hdn", x, kernel[:, part]) + bias[part] for part, x in enumerate(read))
+    assert first_query == 0
     x = x.reshape(*x.shape[:-3], -1, side_by_side, *x.shape[-2:])  # [..., windows / several, several, N, C]
     queries = jnp.einsum("...nc,chd->...hdn", x.reshape(*x.shape[:-3], -1, x.shape[-1]), kernel[:, 0]) + bias[0]
     split = [queries]
@@ -72,18 +74,65 @@ def _bias(linear: nnx.Linear) -> jax.Array:
     return cast(nnx.Param[jax.Array], linear.bias)[...].astype(linear.dtype)  # all layers here have one
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None, side_by_side: int = 1) -> jax.Array:
+class Bias(NamedTuple):
+    """What is added to logits before the softmax.
+
+    Attributes:
+        tables: float32, the numbers that it is made of.
+        of_pairs: from these to the bias of each pair, which broadcasts to [..., heads, K, Q]. It chooses one of the
+            numbers for each, and may lower some pairs further, but not all of a query.
+    """
+
+    tables: jax.Array
+    of_pairs: Callable[[jax.Array], jax.Array] = lambda tables: tables
+
+    def __call__(self) -> jax.Array:
+        """The bias of each pair."""
+        return self.of_pairs(self.tables)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: Bias | None = None, side_by_side: int = 1) -> jax.Array:
     """Softmax attention: queries [..., heads, d, Q], keys and values [..., heads, d, K] -> [..., heads, d, Q].
 
-    `bias`, float32, is added before the softmax, which is computed in float32; it broadcasts to [..., heads, K, Q].
+    The softmax is computed in float32.
 
     With several windows `side_by_side`, Q counts the queries of all of them, and keys and values are
     [..., heads, several * d, K].
     """
     q = q * jnp.asarray(q.shape[-2] ** -0.5, q.dtype)
     if bias is None:
-        bias = jnp.zeros((1,) * q.ndim, jnp.float32)
-    return _attend(q, k, v, jnp.broadcast_to(bias, (*q.shape[:-2], k.shape[-1], q.shape[-1])), side_by_side)
+        bias = Bias(jnp.zeros((1,) * q.ndim, jnp.float32))
+    of_pairs = jnp.broadcast_to(bias(), (*q.shape[:-2], k.shape[-1], q.shape[-1]))
+    q_fixed, k_fixed, tables = jax.lax.stop_gradient((q, k, bias.tables))
+    spread = _spread(q_fixed, side_by_side)
+    shift = _shift(spread, k_fixed, Bias(tables, bias.of_pairs), side_by_side)
+    return _attend(q, k, v, of_pairs, spread, shift, side_by_side)
+
+
+def _shift(q: jax.Array, k: jax.Array, bias: Bias, several: int) -> jax.Array:
+    """What is subtracted from the logits of each query before the exponentials: float32 [..., heads, 1, Q].
+
+    A softmax is the same whatever that is; it only has to keep exponentials and their sums inside float32. The largest
+    logit does, for which XLA:TPU goes through all pairs once more: it computes logits twice rather than store them.
+    Where the lengths of queries and keys tell that all logits are small, nothing is subtracted and that pass saved;
+    but not for windows side by side, whose pass costs less than to lay queries and keys out for a branch.
+    """
+
+    def largest(q: jax.Array) -> jax.Array:
+        return _logits(q, k, bias()).max(axis=-2, keepdims=True)
+
+    def longest(x: jax.Array) -> jax.Array:
+        return jnp.sqrt(jnp.max(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-2)))
+
+    if not for_tpu():
+        return largest(q)
+    if several > 1:  # barriers keep the compiler from storing logits between their maximum and their exponentials
+        return jax.lax.optimization_barrier(largest(jax.lax.optimization_barrier(q)))
+    return jax.lax.cond(
+        longest(q) * longest(k) + jnp.max(jnp.abs(bias.tables)) < SMALL,
+        lambda: jnp.zeros((*q.shape[:-2], 1, q.shape[-1]), jnp.float32),
+        lambda: largest(q),
+    )
 
 
 def _own_lanes(x: jax.Array, several: int) -> list[jax.Array]:
@@ -108,15 +157,17 @@ def _collect(x: jax.Array, several: int) -> jax.Array:
     return first
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, several: int) -> jax.Array:
-    return _forward(q, k, v, bias, several)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, spread: jax.Array, shift: jax.Array, several: int
+) -> jax.Array:
+    return _forward(q, k, v, bias, spread, shift, several)[0]
 
 
 def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, several: int
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, spread: jax.Array, shift: jax.Array, several: int
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    exponentials = (_exponentials_on_tpu if for_tpu() else _exponentials)(_spread(q, several), k, bias)
+    exponentials = jnp.exp(_logits(spread, k, bias) - shift)
     scale = 1 / exponentials.sum(axis=-2, keepdims=True)  # [..., heads, 1, Q]
     exponentials = exponentials.astype(v.dtype)
     attended = jnp.einsum("...dk,...kq->...dq", v, exponentials, preferred_element_type=jnp.float32)
@@ -124,7 +175,7 @@ def _forward(
     return attended, (q, k, v, exponentials, scale, attended)
 
 
-def _backward(several: int, residuals: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, ...]:
+def _backward(several: int, residuals: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array | None, ...]:
     q, k, v, exponentials, scale, attended = residuals
     wide = jnp.float32
     gradient = (gradient.astype(wide) * scale).astype(v.dtype)
@@ -136,7 +187,7 @@ def _backward(several: int, residuals: tuple[jax.Array, ...], gradient: jax.Arra
     of_logits = (exponentials.astype(wide) * (of_weights - mean)).astype(v.dtype)
     of_q = _collect(jnp.einsum("...dk,...kq->...dq", k, of_logits), several)
     of_k = jnp.einsum("...dq,...kq->...dk", _spread(q, several), of_logits)
-    return of_q, of_k, of_v, of_logits.astype(wide)
+    return of_q, of_k, of_v, of_logits.astype(wide), None, None  # all of the queries' is in theirs; a shift has none
 
 
 _attend.defvjp(_forward, _backward)
@@ -145,19 +196,3 @@ _attend.defvjp(_forward, _backward)
 def _logits(q: jax.Array, k: jax.Array, bias: jax.Array) -> jax.Array:
     """float32 [..., heads, K, Q]."""
     return jnp.einsum("...dk,...dq->...kq", k, q, preferred_element_type=jnp.float32) + bias
-
-
-def _exponentials(q: jax.Array, k: jax.Array, bias: jax.Array) -> jax.Array:
-    """Those of the softmax over keys, at most 1: float32 [..., heads, K, Q]."""
-    logits = _logits(q, k, bias)
-    return jnp.exp(logits - logits.max(axis=-2, keepdims=True))
-
-
-def _exponentials_on_tpu(q: jax.Array, k: jax.Array, bias: jax.Array) -> jax.Array:
-    """The same where a matrix product costs less than to write and read its result.
-
-    The logits are computed twice, once for their maximum and once for their exponentials, each fused into the product;
-    barriers keep the compiler from computing them once and storing them.
-    """
-    most = _logits(jax.lax.optimization_barrier(q), k, bias).max(axis=-2, keepdims=True)
-    return jnp.exp(_logits(q, k, bias) - jax.lax.optimization_barrier(most))

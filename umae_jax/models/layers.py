@@ -217,8 +217,8 @@ class TransformerBlock(Block):
                 (q, k, v), biases = split_channels(self.qkv, normed, 3)  # [B, N, C]
                 attended = self.proj(fused_attention.attend_to_all((q[:, first_query:], k, v), biases, self.heads))
             else:
-                q, k, v = split_heads(self.qkv, normed, 3, self.heads)  # [B, heads, d, N]
-                attended = merge_heads(self.proj, attend(q[..., first_query:], k, v))
+                q, k, v = split_heads(self.qkv, normed, 3, self.heads, first_query=first_query)  # [B, heads, d, N]
+                attended = merge_heads(self.proj, attend(q, k, v))
             x = x[:, first_query:] + self.drop(attended, drop_keys, 0)
         with jax.named_scope("mlp"):
             return x + self.drop(self.mlp(self.norm2(x)), drop_keys, 1)

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from umae_jax.errors import UserError, require
 from umae_jax.masking import Mask
 from umae_jax.models import fused_attention, layers
-from umae_jax.models.attention import attend, merge_heads, split_channels, split_heads
+from umae_jax.models.attention import Bias, attend, merge_heads, split_channels, split_heads
 from umae_jax.models.encoder import Encoder, Features, Sizes, uniform
 from umae_jax.models.layers import DropPath
 from umae_jax.models.windows import Windows, make_windows
@@ -36,18 +36,22 @@ class PositionBias(nnx.Module):
         """
         return self.fc2(jax.nn.relu(self.fc1(jnp.asarray(windows.differences)))).transpose(0, 1, 4, 2, 3)
 
-    def __call__(self, windows: Windows) -> jax.Array:
+    def __call__(self, windows: Windows) -> Bias:
         """The bias of every pair of every window, [B or 1, windows or 1, heads, N keys, N queries].
 
         Queries of windows that are attended to together lie side by side; see `Windows.side_by_side`.
         """
-        bias = windows.lay_side_by_side(self.tables(windows), 1)
-        if windows.steps is not None:
-            row_step, column_step = (windows.lay_side_by_side(step, 1) for step in windows.steps)
-            bias = select_case(bias, row_step, column_step)
-        if windows.mask is not None:
-            bias = bias + windows.lay_side_by_side(jnp.asarray(windows.mask), 0)[None, :, None]
-        return bias
+
+        def of_pairs(tables: jax.Array) -> jax.Array:
+            bias = windows.lay_side_by_side(tables, 1)
+            if windows.steps is not None:
+                row_step, column_step = (windows.lay_side_by_side(step, 1) for step in windows.steps)
+                bias = select_case(bias, row_step, column_step)
+            if windows.mask is not None:
+                bias = bias + windows.lay_side_by_side(jnp.asarray(windows.mask), 0)[None, :, None]
+            return bias
+
+        return Bias(self.tables(windows), of_pairs)
 
 
 class SwinBlock(layers.Block):
@@ -83,7 +87,7 @@ class SwinBlock(layers.Block):
                 attended = self.proj(fused_attention.attend_in_windows(maps, biases, windows, tables))
             else:
                 several = windows.side_by_side
-                q, k, v = split_heads(self.qkv, windows.cut(normed), 3, self.heads, several)
+                q, k, v = split_heads(self.qkv, windows.cut(normed), 3, self.heads, side_by_side=several)
                 attended = attend(q, k, v, self.position(windows), several)  # [B, windows, heads, d, N]
                 attended = merge_heads(self.proj, attended)
                 attended = windows.join(attended, x.shape[1:3])
