@@ -11,7 +11,7 @@ TARGET = targets.Target("a slice", (None,) * 4, None, 16 * GIB)
 
 
 def told(peak):
-    return Account(GIB, peak - GIB, peak, 0.0, None, {}, {}, (), {})
+    return Account(GIB, peak - GIB, peak, 0.0, None, None, {}, {}, (), {})
 
 
 @pytest.mark.parametrize("refusals_tell", [True, False])

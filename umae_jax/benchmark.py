@@ -79,7 +79,9 @@ def time_steps(config: ConfigDict) -> None:
         cli.result(f"{device}, {config.batch_size} images a step, {config.dtype}, {_ROUNDS.value} rounds")
         cli.result(steps.table(told))
         for result in told:
-            if result.get("parts"):
+            if "parts" in result and not result["parts"]:
+                cli.result(f"\n{result['name']}: JAX's profiler tells of no operation here")
+            elif "parts" in result:
                 cli.result(f"\n{result['name']}, the time of operations, threads and devices added up:")
                 cli.result(parts.table_of_times(result["parts"]))
 

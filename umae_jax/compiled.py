@@ -14,6 +14,7 @@ _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(_KINDS)})(-start)?\(")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_BRANCHES = re.compile(r" conditional\(.*branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _KERNEL = re.compile(r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"(\d+)","bytes_accessed":"(\d+)"')
@@ -67,7 +68,9 @@ class Account(NamedTuple):
         arguments, temporaries, peak: bytes of memory; the peak counts donated arguments once.
         bytes: moved between memory and chip.
         cycles: that XLA:TPU schedules, without collectives and without what is inside a kernel or the branches of a
-            choice, of which attention's usual one does nothing; None elsewhere.
+            choice; None elsewhere.
+        cycles_at_most: the same where each choice takes its longest branch. See `_shift` in models/attention.py, whose
+            shorter branch does nothing.
         cycles_by_scope: the same by the scope of an operation, such as "jit(step)/jvp(encoder)/stage_1/mlp/mul".
         bytes_by_scope: operands and results of each operation, on the chip or not: near `bytes`, not the same.
         collectives: between devices.
@@ -79,6 +82,7 @@ class Account(NamedTuple):
     peak: int
     bytes: float
     cycles: int | None
+    cycles_at_most: int | None
     cycles_by_scope: dict[str, int]
     bytes_by_scope: dict[str, int]
     collectives: tuple[Collective, ...]
@@ -104,6 +108,7 @@ class _Computation:
         self.called: list[str] = []
         self.fused: list[str] = []
         self.loops: list[tuple[str, str, int | None]] = []  # condition, body, how often if the program says it
+        self.choices: list[list[str]] = []  # branches
         self.limit = 1
 
 
@@ -167,11 +172,13 @@ class Program(NamedTuple):
 
     Attributes:
         cycles, bytes: by scope; see `Account`.
+        cycles_of_choices: of the longest branch of each.
         collectives, kernels: as there.
     """
 
     cycles: Counter[str]
     bytes: Counter[str]
+    cycles_of_choices: int
     collectives: tuple[Collective, ...]
     kernels: Counter[Kernel]
 
@@ -205,6 +212,8 @@ def read_program(text: str, devices: int) -> Program:
         if loop := _LOOP.search(line):
             told = _TRIPS.search(line)
             here.loops.append((loop[1], loop[2], int(told[1]) if told else None))
+        elif choice := _BRANCHES.search(line):
+            here.choices.append([branch.strip(" %") for branch in choice[1].split(",")])
         elif " fusion(" in line:
             here.fused += _CALLED.findall(line)
         elif " call(" in line or "-start(" in line:
@@ -214,9 +223,19 @@ def read_program(text: str, devices: int) -> Program:
     bytes_of: Counter[str] = Counter()
     collectives: Counter[_Occurrence] = Counter()
     kernels: Counter[Kernel] = Counter()
+    of_choices = 0
+
+    def longest(name: str) -> int:
+        """Cycles of a computation, with the longest branches of its choices."""
+        here = computations[name]
+        called = sum(map(longest, here.called + here.fused)) + sum(max(map(longest, one)) for one in here.choices)
+        looped = sum((trips or computations[condition].limit) * longest(body) for condition, body, trips in here.loops)
+        return here.cycles.total() + called + looped
 
     def add(name: str, times: int, *, fused: bool = False) -> None:
+        nonlocal of_choices
         here = computations[name]
+        of_choices += times * sum(max(map(longest, branches)) for branches in here.choices)
         for scope, size in here.bytes.items() if not fused else ():  # what is fused moves nothing by itself
             bytes_of[scope] += times * size
         for scope, cycles in here.cycles.items():
@@ -241,7 +260,7 @@ def read_program(text: str, devices: int) -> Program:
             together[kind, group][0] += count
             together[kind, group][1] += count * size
     found = tuple(Collective(kind, group, *numbers) for (kind, group), numbers in sorted(together.items()))
-    return Program(cycles_of, bytes_of, found, kernels)
+    return Program(cycles_of, bytes_of, of_choices, found, kernels)
 
 
 def scopes_of_operations(text: str) -> dict[str, str]:
@@ -272,12 +291,14 @@ def account(compiled: Any, devices: int) -> Account:  # noqa: ANN401 - JAX's Com
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     peak = arguments + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
     moved = costs.get("bytes accessed", 0.0)
+    cycles = program.cycles.total() or None
     return Account(
         arguments=arguments,
         temporaries=temporaries,
         peak=peak,
         bytes=moved,
-        cycles=sum(program.cycles.values()) or None,
+        cycles=cycles,
+        cycles_at_most=cycles and cycles + program.cycles_of_choices,
         cycles_by_scope=dict(program.cycles),
         bytes_by_scope=dict(program.bytes),
         collectives=program.collectives,

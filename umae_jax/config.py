@@ -36,7 +36,8 @@ def default_config(size: str = "swin_tiny", method: str = "um_mae") -> ConfigDic
     config.accumulate = 1  # parts that a batch is computed in, to save memory
     config.rematerialize = "none"  # to save memory: "pairs" computes attention and GELU twice, "blocks" every block
     # On TPUs, to save time and memory: attention is one kernel, which computes its softmax twice but keeps all pairs of
-    # tokens in fast memory. Off because only the compiler's word stands for it: nobody has timed it on a chip.
+    # tokens in fast memory; PVT's attention to pooled tokens stays as it is. Off because nobody has timed it on a chip,
+    # and the compiler's estimate does not see inside.
     config.fused_attention = False
     config.dtype = "bfloat16"  # of the linear layers' arithmetic; parameters, norms, softmax and loss are float32
 

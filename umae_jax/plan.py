@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 from umae_jax import cli
 from umae_jax.benchmarking import growth, parts
 from umae_jax.benchmarking.parts import Bound
+from umae_jax.compiled import Account
 from umae_jax.config import check, resolve_steps
 from umae_jax.data.sources import open_source
 from umae_jax.errors import UserError, require
@@ -77,6 +78,7 @@ class Plan:
     flops: float | None
     bytes: float | None
     cycles: int | None
+    cycles_at_most: int | None
     parts: dict[str, tuple[int, int]] | None
     parts_bytes: dict[str, tuple[int, int]] | None
     parts_flops: dict[str, tuple[int, int]]
@@ -122,13 +124,15 @@ def make_plan(
     """
     chips = len(target.devices)
     check(config, chips)
-    chip, told, refused = target.chip, None, None
+    chip = target.chip
     start = time.monotonic()
+    outcome: Account | DoesNotFit
     try:
-        told = compile_for(lower_for(config, target), target)
+        outcome = compile_for(lower_for(config, target), target)
     except DoesNotFit as answer:
-        refused = answer
+        outcome = answer
     seconds = time.monotonic() - start
+    told = outcome if isinstance(outcome, Account) else None
     scheduled = told.cycles / chip.clock if told and told.cycles and chip and chip.clock else None
     collectives: list[dict[str, Any]] = []
     for one in told.collectives if told else ():
@@ -152,8 +156,8 @@ def make_plan(
         chips=chips,
         batch=config.batch_size / chips,
         fits=told is not None,
-        needs=str(refused or ""),
-        largest_batch=largest_batch(config, target, told or refused, cli.say) if search and target.memory else None,
+        needs="" if told else str(outcome),
+        largest_batch=largest_batch(config, target, outcome, cli.say) if search and target.memory else None,
         memory=target.memory,
         arguments=told.arguments if told else None,
         temporaries=told.temporaries if told else None,
@@ -161,6 +165,7 @@ def make_plan(
         flops=flops / chips if flops else None,
         bytes=moved,
         cycles=told.cycles if told else None,
+        cycles_at_most=told.cycles_at_most if told else None,
         parts=parts.by_part(told.cycles_by_scope) if told and told.cycles else None,
         parts_bytes=parts.by_part(told.bytes_by_scope) if told and told.cycles else None,
         parts_flops={
@@ -210,6 +215,8 @@ def table(plans: Sequence[Plan]) -> str:
     row("  largest batch a chip", *(_value(plan.largest_batch, 1, "", 0) for plan in plans))
     row("  bytes moved", *(_value(plan.bytes, 1e9, " GB") for plan in plans))
     row("  scheduled, without collectives", *(_value(plan.cycles, 1e6, " M cycles") for plan in plans))
+    if any(plan.cycles != plan.cycles_at_most for plan in plans):
+        row("  the same, logits of attention large", *(_value(plan.cycles_at_most, 1e6, " M cycles") for plan in plans))
     with_kernels = any(plan.kernels for plan in plans)
     if with_kernels:
         calls = [sum(bound.calls for bound in plan.kernels.values()) for plan in plans]
@@ -293,6 +300,7 @@ def main() -> None:
     images = count_images(config)
     targets = [find_target(name) for name in _TOPOLOGY.value] or [local_target()]
     if _GROWTH.value:
+        require(path is None and not _PARTS.value, "--growth writes growth.json, with parts; leave --json, --parts out")
         show_growth(config, targets, locate_here(_GROWTH.value, "--growth"))
         return
     plans = []

@@ -1,5 +1,7 @@
 """Where a token is: fixed sin-cos tables, and the coordinate differences behind the relative position bias."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +73,11 @@ def window_differences(
     return (np.sign(difference) * np.log1p(np.abs(difference))).astype(np.float32)
 
 
+def choose(step: jax.Array, cases: Sequence[jax.Array]) -> jax.Array:
+    """One of three by the sign of a step, that of -1, 0 or 1, by selects; all broadcast."""
+    return jnp.where(step < 0, cases[0], jnp.where(step > 0, cases[2], cases[1]))
+
+
 def select_case(tables: jax.Array, row_step: jax.Array, column_step: jax.Array) -> jax.Array:
     """Choose each pair's value among the nine cases, by nested selects: a gather would move far more memory.
 
@@ -83,8 +90,4 @@ def select_case(tables: jax.Array, row_step: jax.Array, column_step: jax.Array) 
     """
     tables = tables[:, None]  # [9, 1, 1 or windows, heads, N, N]
     row_step, column_step = row_step[:, :, None], column_step[:, :, None]
-
-    def choose(step: jax.Array, cases: list[jax.Array]) -> jax.Array:
-        return jnp.where(step < 0, cases[0], jnp.where(step > 0, cases[2], cases[1]))
-
     return choose(row_step, [choose(column_step, list(tables[3 * row : 3 * row + 3])) for row in range(3)])

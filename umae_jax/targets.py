@@ -118,9 +118,7 @@ def compile_for(lowered: jax.stages.Lowered, target: Target) -> Account:
     return told
 
 
-def largest_batch(
-    config: ConfigDict, target: Target, own: Account | DoesNotFit | None, say: Callable[[str], None]
-) -> int:
+def largest_batch(config: ConfigDict, target: Target, own: Account | DoesNotFit, say: Callable[[str], None]) -> int:
     """The largest batch a chip whose step fits, found by compiling, to an eighth; 0 if not even STEP fits.
 
     Memory grows about in proportion to the batch, so that few are tried: one where the last two say that memory ends,
@@ -139,7 +137,7 @@ def largest_batch(
     # By images a chip. Near the limit the compiler saves, and needs less than it says of what does not fit.
     needs: dict[int, float] = {0: own.arguments if isinstance(own, Account) else 0}
     images = config.batch_size // chips // config.accumulate
-    if config.accumulate == 1 and images % STEP == 0 and own is not None:
+    if config.accumulate == 1 and images % STEP == 0:
         needs[images] = own.peak if isinstance(own, Account) else own.needed
 
     def fits(batch: int) -> bool:
@@ -158,7 +156,7 @@ def largest_batch(
         return first + (memory - needs[first]) / slope if 0 < slope < math.inf else (first + second) / 2
 
     low, high = 0, MOST + STEP
-    batch = max(STEP, images // STEP * STEP)
+    batch = max(STEP, min(images, MOST) // STEP * STEP)
     while True:
         if fits(batch):
             low = batch

@@ -8,6 +8,10 @@ from flax import nnx
 
 from umae_jax.models import attention
 from umae_jax.models.attention import Bias, attend, merge_heads, split_heads
+from umae_jax.models.tpu import for_tpu
+from umae_jax.models.windows import make_windows
+from umae_jax.targets import find_target
+from umae_jax.training.mesh import batch_sharding, make_mesh
 
 
 def plain(q, k, v, bias=None):
@@ -35,6 +39,9 @@ def ours(q, k, v, bias=None):
 def platform(request, monkeypatch):
     """What is done for TPUs gives the same numbers elsewhere, too."""
     monkeypatch.setattr(attention, "for_tpu", lambda: request.param == "TPUs")
+    jax.clear_caches()  # a trace does not know what it was made for
+    yield request.param
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 4e-2)])
@@ -64,16 +71,51 @@ def test_large_logits_overflow_nothing(platform):
     )
 
 
-@pytest.mark.parametrize("length", [39.9, 40.1])
+@pytest.mark.parametrize("length", [49.9, 50.1])
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_the_largest_logits_that_are_called_small_harm_nothing(platform, length, sign):
     """All keys alike, so that every logit is the bound itself, and as far as can be from 0."""
     q, v = jnp.full((1, 4, 3), length / 2), jax.random.normal(jax.random.key(0), (1, 4, 256))
-    k = jnp.full((1, 4, 256), sign / 1.0)
+    k = jnp.full((1, 4, 256), float(sign))
     values, pull = jax.vjp(jax.jit(attend), q, k, v)
-    np.testing.assert_allclose(values, jnp.broadcast_to(v.mean(-1, keepdims=True), values.shape), rtol=1e-5)
+    np.testing.assert_allclose(values, jnp.broadcast_to(v.mean(-1, keepdims=True), values.shape), rtol=1e-5, atol=1e-6)
     _, _, of_v = pull(jnp.full_like(values, 1e-12))
     np.testing.assert_allclose(of_v, jnp.full_like(v, 3e-12 / 256), rtol=1e-5)
+
+
+def test_on_tpus_small_logits_save_the_pass_for_their_maximum(monkeypatch):
+    taken = []
+    branch = jax.lax.cond
+
+    def cond(small, *branches):
+        taken.append(bool(small))
+        return branch(small, *branches)
+
+    monkeypatch.setattr(attention, "for_tpu", lambda: True)
+    monkeypatch.setattr(jax.lax, "cond", cond)
+    (q, k, v), bias, _ = inputs("float32")
+    ours(q, k, v, bias)
+    ours(3 * q, 3 * k, v, bias)
+    ours(q, k, v, 20 * bias)
+    ours(q.at[0, 0, 0, 0, 0].set(jnp.nan), k, v, bias)
+    loud = jnp.ones((1, 3, 2, 1, 1)).at[:, 0, 1].set(20)  # a head whose queries are long, and keys short
+    ours(q * loud, k / loud, v, bias)
+    assert taken == [True, False, False, False, True]
+
+
+def test_what_is_traced_knows_whether_it_is_for_tpus():
+    pytest.importorskip("libtpu", reason="the plan extra is not installed")  # part of the test extra
+    cached = jax.config.jax_enable_compilation_cache
+    mesh = make_mesh(1, find_target("v5e:2x2").devices)
+    jax.config.update("jax_enable_compilation_cache", cached)
+    (q, k, v), _, _ = inputs("float32")
+    q, k, v = (jax.ShapeDtypeStruct((4, *x.shape[1:]), x.dtype, sharding=batch_sharding(mesh)) for x in (q, k, v))
+    for here, known in ((mesh, True), (make_mesh(), False)):
+        with jax.set_mesh(here):
+            assert for_tpu() == known
+            assert make_windows((16, 16), 8, shifted=False, offset=None).side_by_side == (2 if known else 1)
+    with jax.set_mesh(mesh):
+        assert "stablehlo.case" in jax.jit(lambda *x: attend(*x)).lower(q, k, v).as_text()
 
 
 def test_heads_are_those_of_the_linear_layers():

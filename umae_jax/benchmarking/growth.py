@@ -35,6 +35,8 @@ SIDES = (0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # of an image
 DEPTHS = (1 / 3, 1.0, 2.0, 3.0)  # blocks of the deepest stage
 BATCHES = (0.5, 1.0, 2.0, 4.0)  # images a chip
 
+READING = 1  # goes up when programs are read otherwise, so that no cost is kept of a reading before
+
 SIZE, DEPTH, BATCH, DEVICES = "image size", "depth", "batch", "devices"
 AXES = {
     SIZE: "height of an image in pixels",
@@ -220,7 +222,8 @@ def _cost(setting: Setting, folder: Path) -> Cost:
     config, target = setting.config, setting.target
     lowered = lower_for(config, target)
     compilers = [f"{name} {metadata.version(name)}" for name in ("jaxlib", *(("libtpu",) if target.slice else ()))]
-    program = "\n".join([target.name, *compilers, lowered.as_text()])
+    told_of = f"{READING} {[field.name for field in dataclasses.fields(Cost)]}"
+    program = "\n".join([target.name, told_of, *compilers, lowered.as_text()])
     path = folder / f"{hashlib.sha256(program.encode()).hexdigest()[:16]}.json"
     if path.exists():
         return Cost(**json.loads(path.read_text()))

@@ -26,6 +26,7 @@ from umae_jax.training.loop import Clock
 from umae_jax.training.mesh import batch_sharding, make_mesh
 
 WARM = 2  # steps that are not timed
+LEAST_STEPS = 10
 
 
 class Rate(NamedTuple):
@@ -107,7 +108,8 @@ def feed(config: ConfigDict, images: int) -> dict[str, float]:
 
     Args:
         config: what is trained, and its data.
-        images: that are timed, rounded up to whole batches, after two steps that are not.
+        images: that are timed, rounded up to whole batches, after two steps that are not; but at least LEAST_STEPS
+            batches, as the first of them have been read beforehand.
 
     Returns:
         `images_per_second`, and `data_wait`, the fraction of the time that was spent waiting for images.
@@ -117,10 +119,10 @@ def feed(config: ConfigDict, images: int) -> dict[str, float]:
     """
     check(config)
     source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
-    _, step, _, state = steps.prepare(config)
-    loader = Loader.of(config, source, batch_sharding(make_mesh()))
+    assembly, step, _, state = steps.prepare(config)
+    loader = Loader.of(config, source, batch_sharding(assembly.mesh))
     clock, pending = Clock(), None
-    for number in range(WARM + -(-images // config.batch_size)):
+    for number in range(WARM + max(LEAST_STEPS, -(-images // config.batch_size))):
         if number == WARM:
             jax.block_until_ready(pending)
             clock.restart()

@@ -7,7 +7,8 @@ save and sum: of the softmax, its exponentials in the products' dtype; of the gr
 Windows of fewer tokens than a TPU has lanes are attended to several at a time, their queries side by side in the
 lanes: [..., heads, d, several * N]. Keys and values of these windows lie one below the other, [..., heads,
 several * d, N], and meet the queries spread over as many rows, each window's in its own and zeros elsewhere. The
-products cost a matrix unit what they did, which d channels fill by a quarter, and each pass over pairs has full lanes.
+products cost a matrix unit what they did, as long as the channels of all windows fit in, of which one fills a quarter;
+and each pass over pairs has full lanes.
 """
 
 from collections.abc import Callable
@@ -20,9 +21,9 @@ from flax import nnx
 
 from umae_jax.models.tpu import for_tpu
 
-# Logits up to this may be exponentiated as they are: e^40 is 2e17, so that sums over many keys and gradients divided by
-# them stay far inside the range of float32 and bfloat16.
-SMALL = 40.0
+# Logits up to this may be exponentiated as they are: e^50 is 5e21, and sums of it over many keys, and gradients divided
+# by these, stay far inside the range of float32 and bfloat16.
+SMALL = 50.0
 
 
 def split_heads(
@@ -31,10 +32,10 @@ def split_heads(
     """A linear layer whose output is so many arrays: [..., N, C] -> parts of [..., heads, d, N].
 
     One product a part: each is written where attention reads it, which one product for all would not be. The first
-    part, the queries, is only of tokens from `first_query` on.
+    part is only of tokens from `first_query` on, for queries that are not all needed.
 
     With several windows `side_by_side`, [..., windows, N, C] -> [..., windows / several, heads, d, several * N] of the
-    first part and [..., windows / several, heads, several * d, N] of the others.
+    first part, then the queries, and [..., windows / several, heads, several * d, N] of the others.
     """
     kernel = linear.kernel[...].reshape(x.shape[-1], parts, heads, -1).astype(linear.dtype)
     bias = _bias(linear).reshape(parts, *(1,) * (x.ndim - 2), heads, -1, 1)
@@ -115,21 +116,22 @@ def _shift(q: jax.Array, k: jax.Array, bias: Bias, several: int) -> jax.Array:
     A softmax is the same whatever that is; it only has to keep exponentials and their sums inside float32. The largest
     logit does, for which XLA:TPU goes through all pairs once more: it computes logits twice rather than store them.
     Where the lengths of queries and keys tell that all logits are small, nothing is subtracted and that pass saved;
-    but not for windows side by side, whose pass costs less than to lay queries and keys out for a branch.
+    but not for windows side by side, whose pass costs less than to lay queries and keys out for a branch. All devices
+    decide together, by one number that they exchange.
     """
 
     def largest(q: jax.Array) -> jax.Array:
         return _logits(q, k, bias()).max(axis=-2, keepdims=True)
 
-    def longest(x: jax.Array) -> jax.Array:
-        return jnp.sqrt(jnp.max(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-2)))
+    def longest(x: jax.Array) -> jax.Array:  # [..., heads]
+        return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-2).max(axis=-1))
 
     if not for_tpu():
         return largest(q)
     if several > 1:  # barriers keep the compiler from storing logits between their maximum and their exponentials
         return jax.lax.optimization_barrier(largest(jax.lax.optimization_barrier(q)))
     return jax.lax.cond(
-        longest(q) * longest(k) + jnp.max(jnp.abs(bias.tables)) < SMALL,
+        jnp.max(longest(q) * longest(k)) + jnp.max(jnp.abs(bias.tables)) < SMALL,
         lambda: jnp.zeros((*q.shape[:-2], 1, q.shape[-1]), jnp.float32),
         lambda: largest(q),
     )

@@ -20,10 +20,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
+from umae_jax.models.tpu import LANES
 from umae_jax.models.windows import ACROSS_BORDERS, Windows
+from umae_jax.positions import choose
 
-FAST_MEMORY = 64 * 2**20  # bytes that a kernel may take, of 128 MiB
-LANES, SUBLANES = 128, 8  # of a vector register of float32
+FAST_MEMORY = 48 * 2**20  # bytes that a kernel may take, of the 64 MiB that a v5p has; others have 128
+SUBLANES = 8  # of a vector register of float32, by LANES
 WIDE = 256  # lanes that a product's result fills, if windows and heads allow
 MOST_TOKENS = 1024  # of a window: some arrays of all pairs of a product lie in fast memory
 TOKENS_A_STEP = 1024  # of the images that a step of the kernel's grid takes, about
@@ -188,10 +190,6 @@ def _steps(offsets: Ref, image: jax.Array, window: jax.Array, shape: tuple[int, 
     return [_differences(row, shape[0])[:, : shape[1]] for row in rows]
 
 
-def _choose(step: jax.Array, cases: list[jax.Array]) -> jax.Array:
-    return jnp.where(step < 0, cases[0], jnp.where(step > 0, cases[2], cases[1]))
-
-
 def _add_to_tables(
     of_tables: Ref, terms: Terms, image: jax.Array, window: jax.Array, product: _Product, of_logits: jax.Array
 ) -> None:
@@ -218,7 +216,7 @@ def _weights(
             logits += tables[0]
         else:
             row, column = _steps(terms.offsets, image, window, logits.shape)
-            logits += _choose(row, [_choose(column, tables[3 * case : 3 * case + 3]) for case in range(3)])
+            logits += choose(row, [choose(column, tables[3 * case : 3 * case + 3]) for case in range(3)])
         if terms.regions is not None:
             apart = _differences(terms.regions[window], keys)[:, :lanes]
             logits += jnp.where(apart == 0, 0.0, ACROSS_BORDERS)

@@ -13,9 +13,10 @@ def for_tpu() -> bool:
 
 
 def last_in_lanes(x: jax.Array) -> jax.Array:
-    """The same array, on TPUs laid out row by row: its last axis fills the lanes, whatever the compiler would choose.
+    """The same array, on TPUs laid out row by row, so that its last axis fills the lanes.
 
-    It likes to lay images out batch last, and then turns what becomes of each pixel, in float32, rather than bytes.
+    Left alone, the compiler puts the batch of images last and transposes their pixels once they are float32, at four
+    times the bytes.
     """
     if not for_tpu():
         return x

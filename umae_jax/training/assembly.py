@@ -53,10 +53,14 @@ def assemble(config: ConfigDict, mesh: Mesh) -> Assembly:
 def products_by_scope(config: ConfigDict) -> Counter[str]:
     """Operations of a step's matrix products on all chips together, by scope; that is nearly all of `count_flops`.
 
-    Scopes are as in `compiled.Account`, but for the names of functions at their beginning.
+    Scopes are as in `compiled.Account`, but for the names of functions at their beginning. Empty if nothing
+    tells.
     """
-    assembly = assemble(_without_kernels(config), make_mesh(1, jax.local_devices(backend="cpu")[:1]))
     counts: Counter[str] = Counter()
+    mesh = _one_cpu()
+    if mesh is None:
+        return counts
+    assembly = assemble(_without_kernels(config), mesh)
 
     def walk(jaxpr: Any, scope: str, times: int) -> None:  # noqa: ANN401 - Jaxpr, whose variables' types are vague
         for equation in jaxpr.eqns:
@@ -82,11 +86,18 @@ def _without_kernels(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def _one_cpu() -> Mesh | None:
+    """What programs are counted for, as the compilers for accelerators do not tell; None if JAX may not use the CPU."""
+    try:
+        return make_mesh(1, jax.local_devices(backend="cpu")[:1])
+    except RuntimeError:
+        return None
+
+
 def count_flops(config: ConfigDict) -> float | None:
     """Operations of a step on all chips together, by the program before it is compiled; None if that cannot be told."""
-    try:
-        mesh = make_mesh(1, jax.local_devices(backend="cpu")[:1])
-    except RuntimeError:  # JAX has been kept from using the CPU, and the compilers for accelerators do not tell
+    mesh = _one_cpu()
+    if mesh is None:
         return None
     # A loop's body is counted once; the optimiser, outside it, is next to nothing.
     return (assemble(_without_kernels(config), mesh).lower().cost_analysis() or {}).get(
