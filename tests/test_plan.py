@@ -48,7 +48,8 @@ def test_a_plan_for_tpus(tmp_path):
         assert 0.5 < sum(map(sum, plan["parts_flops"].values())) / plan["flops"] < 1
         assert {"stage 1, attention", "decoder, mlp"} <= {*plan["parts_flops"]} <= {*plan["parts"]}
         assert {"stage 1, attention", "stage 2, mlp", "decoder, attention", "loss", "optimizer"} <= {*plan["parts"]}
-        assert sum(backward for _, backward in plan["parts"].values()) > plan["cycles"] / 4
+        assert sum(backward for _, backward in plan["parts"].values()) > plan["cycles"] / 8
+        assert plan["cycles_at_most"] > plan["cycles"]  # by the passes for the largest logits
     assert plans[1]["scheduled"] < plans[0]["scheduled"]
     assert "v6e:2x2, the cycles of a step by part of the model:" in table
     assert "v5e:2x2" in table
