@@ -110,11 +110,13 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: Bias | None = None, s
     return _attend(q, k, v, of_pairs, spread, shift, side_by_side)
 
 
-def _shift(q: jax.Array, k: jax.Array, bias: Bias, several: int) -> jax.Array:
+def _shift(q: jax.Array, k: jax.Array, bias: Bias, several: int) -> jax.Array | None:
     """What is subtracted from the logits of each query before the exponentials: float32 [..., heads, 1, Q].
 
     A softmax is the same whatever that is; it only has to keep exponentials and their sums inside float32. The largest
-    logit does, for which XLA:TPU goes through all pairs once more: it computes logits twice rather than store them.
+    logit does; None asks for it to be taken of logits once they are there. On TPUs, where a product costs less than to
+    store its result, that means to go through all pairs once more and to compute logits twice.
+
     Where the lengths of queries and keys tell that all logits are small, nothing is subtracted and that pass saved;
     but not for windows side by side, whose pass costs less than to lay queries and keys out for a branch. All devices
     decide together, by one number that they exchange.
@@ -127,7 +129,7 @@ def _shift(q: jax.Array, k: jax.Array, bias: Bias, several: int) -> jax.Array:
         return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-2).max(axis=-1))
 
     if not for_tpu():
-        return largest(q)
+        return None
     if several > 1:  # barriers keep the compiler from storing logits between their maximum and their exponentials
         return jax.lax.optimization_barrier(largest(jax.lax.optimization_barrier(q)))
     return jax.lax.cond(
@@ -161,15 +163,16 @@ def _collect(x: jax.Array, several: int) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, spread: jax.Array, shift: jax.Array, several: int
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, spread: jax.Array, shift: jax.Array | None, several: int
 ) -> jax.Array:
     return _forward(q, k, v, bias, spread, shift, several)[0]
 
 
 def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, spread: jax.Array, shift: jax.Array, several: int
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, spread: jax.Array, shift: jax.Array | None, several: int
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    exponentials = jnp.exp(_logits(spread, k, bias) - shift)
+    logits = _logits(spread, k, bias)
+    exponentials = jnp.exp(logits - (logits.max(axis=-2, keepdims=True) if shift is None else shift))
     scale = 1 / exponentials.sum(axis=-2, keepdims=True)  # [..., heads, 1, Q]
     exponentials = exponentials.astype(v.dtype)
     attended = jnp.einsum("...dk,...kq->...dq", v, exponentials, preferred_element_type=jnp.float32)
