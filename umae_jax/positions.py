@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from umae_jax.platforms import is_for
+
 
 def sincos_table(width: int, grid: tuple[int, int]) -> np.ndarray:
     """The fixed 2-D sin-cos embedding (SPEC 6): float32 [rows, columns, width]; `width` is a multiple of 4.
@@ -88,6 +90,31 @@ def select_case(tables: jax.Array, row_step: jax.Array, column_step: jax.Array) 
     Returns:
         [B, windows, heads, N, N].
     """
+    return (_select_case_on_cpus if is_for("cpu") else _select_case)(tables, row_step, column_step)
+
+
+def _select_case(tables: jax.Array, row_step: jax.Array, column_step: jax.Array) -> jax.Array:
     tables = tables[:, None]  # [9, 1, 1 or windows, heads, N, N]
     row_step, column_step = row_step[:, :, None], column_step[:, :, None]
     return choose(row_step, [choose(column_step, list(tables[3 * row : 3 * row + 3])) for row in range(3)])
+
+
+# XLA:CPU goes through the gradient once for each case, at a dozen times the cost of one sum for all.
+_select_case_on_cpus = jax.custom_vjp(_select_case)
+
+
+def _forward(tables: jax.Array, row_step: jax.Array, column_step: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _select_case(tables, row_step, column_step), (tables, row_step, column_step)
+
+
+def _backward(residuals: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, None, None]:
+    tables, row_step, column_step = residuals
+    case = (3 * row_step + column_step + 4)[:, :, None]  # [B, windows, 1, N, N]
+    zero = np.zeros((), gradient.dtype)
+    of_cases = [jnp.where(case == number, gradient, zero) for number in range(9)]
+    shared = (0, 1) if tables.shape[1] == 1 else (0,)
+    sums = jax.lax.reduce(of_cases, [zero] * 9, lambda one, other: jax.tree.map(jnp.add, one, other), shared)
+    return jnp.stack(sums).reshape(tables.shape), None, None
+
+
+_select_case_on_cpus.defvjp(_forward, _backward)

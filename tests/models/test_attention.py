@@ -8,8 +8,8 @@ from flax import nnx
 
 from umae_jax.models import attention
 from umae_jax.models.attention import Bias, attend, merge_heads, split_heads
-from umae_jax.models.tpu import for_tpu
 from umae_jax.models.windows import make_windows
+from umae_jax.platforms import is_for
 from umae_jax.targets import find_target
 from umae_jax.training.mesh import batch_sharding, make_mesh
 
@@ -38,7 +38,7 @@ def ours(q, k, v, bias=None):
 @pytest.fixture(params=["here", "TPUs"])
 def platform(request, monkeypatch):
     """What is done for TPUs gives the same numbers elsewhere, too."""
-    monkeypatch.setattr(attention, "for_tpu", lambda: request.param == "TPUs")
+    monkeypatch.setattr(attention, "is_for", lambda platform: (platform == "tpu") == (request.param == "TPUs"))
     jax.clear_caches()  # a trace does not know what it was made for
     yield request.param
     jax.clear_caches()
@@ -91,7 +91,7 @@ def test_on_tpus_small_logits_save_the_pass_for_their_maximum(monkeypatch):
         taken.append(bool(small))
         return branch(small, *branches)
 
-    monkeypatch.setattr(attention, "for_tpu", lambda: True)
+    monkeypatch.setattr(attention, "is_for", lambda platform: platform == "tpu")
     monkeypatch.setattr(jax.lax, "cond", cond)
     (q, k, v), bias, _ = inputs("float32")
     ours(q, k, v, bias)
@@ -112,7 +112,8 @@ def test_what_is_traced_knows_whether_it_is_for_tpus():
     q, k, v = (jax.ShapeDtypeStruct((4, *x.shape[1:]), x.dtype, sharding=batch_sharding(mesh)) for x in (q, k, v))
     for here, known in ((mesh, True), (make_mesh(), False)):
         with jax.set_mesh(here):
-            assert for_tpu() == known
+            assert is_for("tpu") == known
+            assert is_for("cpu") != known
             assert make_windows((16, 16), 8, shifted=False, offset=None).side_by_side == (2 if known else 1)
     with jax.set_mesh(mesh):
         assert "stablehlo.case" in jax.jit(lambda *x: attend(*x)).lower(q, k, v).as_text()

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from umae_jax.models.tpu import for_tpu
+from umae_jax.platforms import is_for
 
 # Logits up to this may be exponentiated as they are: e^50 is 5e21, and sums of it over many keys, and gradients divided
 # by these, stay far inside the range of float32 and bfloat16.
@@ -128,7 +128,7 @@ def _shift(q: jax.Array, k: jax.Array, bias: Bias, several: int) -> jax.Array | 
     def longest(x: jax.Array) -> jax.Array:  # [..., heads]
         return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-2).max(axis=-1))
 
-    if not for_tpu():
+    if not is_for("tpu"):
         return None
     if several > 1:  # barriers keep the compiler from storing logits between their maximum and their exponentials
         return jax.lax.optimization_barrier(largest(jax.lax.optimization_barrier(q)))

@@ -20,8 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
-from umae_jax.models.tpu import LANES
 from umae_jax.models.windows import ACROSS_BORDERS, Windows
+from umae_jax.platforms import LANES
 from umae_jax.positions import choose
 
 FAST_MEMORY = 48 * 2**20  # bytes that a kernel may take, of the 64 MiB that a v5p has; others have 128

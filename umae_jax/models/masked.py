@@ -9,8 +9,8 @@ from flax import nnx
 from umae_jax.errors import require
 from umae_jax.masking import Mask, sample_random_mask, sample_uniform_mask, visible_count
 from umae_jax.models.encoder import Encoder, Normalize, already_normalized, check_image_size
-from umae_jax.models.tpu import last_in_lanes
 from umae_jax.patches import patchify
+from umae_jax.platforms import last_in_lanes
 
 Sampler = Callable[[jax.Array, int, tuple[int, int], float], Mask]
 SAMPLERS: dict[str, Sampler] = {"uniform": sample_uniform_mask, "random": sample_random_mask}

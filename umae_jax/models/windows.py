@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from umae_jax.masking import expand
-from umae_jax.models.tpu import LANES, for_tpu
+from umae_jax.platforms import LANES, is_for
 from umae_jax.positions import window_differences
 
 # What is added before the softmax to pairs that the cyclic shift brought together from opposite borders.
@@ -148,7 +148,7 @@ def make_windows(
     regions = _regions(grid, size, shift, padding)
     tokens = size[0] * size[1]
     side_by_side = 1
-    if for_tpu():
+    if is_for("tpu"):
         windows = (grid[0] + padding[0]) * (grid[1] + padding[1]) // tokens
         side_by_side = math.gcd(windows, max(1, LANES // tokens))
     if offset is None:

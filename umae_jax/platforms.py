@@ -1,15 +1,15 @@
-"""What a model does differently where it is compiled for TPUs: the same numbers, laid out otherwise."""
+"""What is traced otherwise for one platform than for another: the same numbers, laid out or summed otherwise."""
 
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-LANES = 128
+LANES = 128  # of a TPU
 
 
-def for_tpu() -> bool:
-    """Whether what is traced will run on TPUs: so the mesh says that is set."""
+def is_for(platform: str) -> bool:
+    """Whether what is traced will run on "tpu", "cpu" or whatever: so the mesh says, if one is set."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return device is not None and device.platform == "tpu"
+    return device is not None and device.platform == platform
 
 
 def last_in_lanes(x: jax.Array) -> jax.Array:
@@ -18,6 +18,6 @@ def last_in_lanes(x: jax.Array) -> jax.Array:
     Left alone, the compiler puts the batch of images last and transposes their pixels once they are float32, at four
     times the bytes.
     """
-    if not for_tpu():
+    if not is_for("tpu"):
         return x
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
