@@ -1,3 +1,4 @@
+import glob
 import json
 
 import pytest
@@ -69,3 +70,12 @@ def test_bad_input_is_one_clear_sentence(arguments, message):
     _, errors = commands.run("benchmark", *TINY, *arguments, status=2)
     assert f"error: {message}" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.skipif(bool(glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")), reason="there may be a TPU")
+def test_a_profiler_that_would_end_the_program_is_not_begun():
+    pytest.importorskip("libtpu", reason="the plan extra is not installed")  # part of the test extra
+    with commands.start("benchmark", *TINY, "--parts", environment={"JAX_PLATFORMS": ""}) as process:
+        ((_, errors),) = commands.end([process], [2])
+    assert "error: --parts: libtpu is installed" in errors
+    assert "JAX_PLATFORMS=" in errors

@@ -7,7 +7,9 @@ All take turns in one run, so that what else the machine does falls on each alik
 lies on the device; peers are steps in PyTorch, which pip install "umae_jax[peers]" brings.
 """
 
+import importlib.util
 import json
+import os
 import runpy
 from pathlib import Path
 
@@ -89,6 +91,12 @@ def time_steps(config: ConfigDict) -> None:
 def main() -> None:
     """Measure and print."""
     config = cli.read_config(_CONFIG)
+    if _PARTS.value and importlib.util.find_spec("libtpu") is not None and jax.default_backend() != "tpu":
+        require(
+            bool(os.environ.get("JAX_PLATFORMS")),
+            "--parts: libtpu is installed, whose profiler ends the program where there is no TPU; set the environment "
+            f"variable JAX_PLATFORMS={jax.default_backend()}",
+        )
     if _LOADER.value:
         result = reading.compare(config, _IMAGES.value, _ROUNDS.value)
         set_batch(config)
