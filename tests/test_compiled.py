@@ -40,6 +40,7 @@ PROGRAM = """HloModule jit_step, num_partitions=8
 }
 
 ENTRY %main (x: f32[8]) -> f32[8] {
+  %one = (f32[8]) conditional(%a, %x, %x), true_computation=%short, false_computation=%short, metadata={op_name="a"}
   %choice = (f32[8]) conditional(%which, %x, %x), branch_computations={%long, %short}
   %loop = (s32[]) while(%tuple), condition=%condition, body=%body
   %copy = f32[8]{0} copy(%x), backend_config={"window_config":{"estimated_cycles":"7","iteration_bounds":["3"]}}
@@ -53,10 +54,10 @@ def test_loops_are_counted_as_often_as_they_go_round_and_pieces_once():
     cycles, moved, of_choices, collectives, kernels = read_program(PROGRAM, 8)
     fusion, kernel, gathers, scattered = 8 * 4, 8 * 4, 2 * (512 + 2 * 256) * 512, 96 * 2048 * 2
     copied, summed = 8 * 4, 4 + 10 * 3 * 4 + 4 * 4
-    assert moved == {"mlp/dot": 4 * fusion, "k": 4 * kernel, "": 4 * (gathers + scattered) + copied + summed}
+    assert moved == {"mlp/dot": 4 * fusion, "k": 4 * kernel, "a": 0, "": 4 * (gathers + scattered) + copied + summed}
     assert kernels == {Kernel("k", 20, 3, 8): 4}
     assert cycles == {"mlp/dot": 4 * 100, "": 7}
-    assert of_choices == 30
+    assert of_choices == 30 + 2
     assert collectives == (
         Collective("all-gather", 8, 8, 4 * (512 + 256) * 512 * 2),  # one of them in two pieces
         Collective("all-reduce", 2, 1, 4 + 10 * 3 * 4),

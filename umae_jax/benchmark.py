@@ -95,7 +95,7 @@ def main() -> None:
         require(
             bool(os.environ.get("JAX_PLATFORMS")),
             "--parts: libtpu is installed, whose profiler ends the program where there is no TPU; set the environment "
-            f"variable JAX_PLATFORMS={jax.default_backend()}",
+            f"variable JAX_PLATFORMS={'cpu' if jax.default_backend() == 'cpu' else 'cuda,cpu'}",
         )
     if _LOADER.value:
         result = reading.compare(config, _IMAGES.value, _ROUNDS.value)

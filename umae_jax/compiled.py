@@ -14,7 +14,9 @@ _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(_KINDS)})(-start)?\(")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
-_BRANCHES = re.compile(r" conditional\(.*branch_computations=\{([^}]*)\}")
+_BRANCHES = re.compile(
+    r" conditional\(.*(?:branch_computations=\{([^}]*)\}|true_computation=([^,]*), false_computation=([^,\s]*))"
+)
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _KERNEL = re.compile(r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"(\d+)","bytes_accessed":"(\d+)"')
@@ -213,7 +215,8 @@ def read_program(text: str, devices: int) -> Program:
             told = _TRIPS.search(line)
             here.loops.append((loop[1], loop[2], int(told[1]) if told else None))
         elif choice := _BRANCHES.search(line):
-            here.choices.append([branch.strip(" %") for branch in choice[1].split(",")])
+            names = choice[1].split(",") if choice[1] else choice.groups()[1:]
+            here.choices.append([name.strip(" %") for name in names])
         elif " fusion(" in line:
             here.fused += _CALLED.findall(line)
         elif " call(" in line or "-start(" in line:

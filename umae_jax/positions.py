@@ -99,7 +99,7 @@ def _select_case(tables: jax.Array, row_step: jax.Array, column_step: jax.Array)
     return choose(row_step, [choose(column_step, list(tables[3 * row : 3 * row + 3])) for row in range(3)])
 
 
-# XLA:CPU goes through the gradient once for each case, at a dozen times the cost of one sum for all.
+# XLA:CPU goes through the gradient once for each case, at many times the cost of one sum for all.
 _select_case_on_cpus = jax.custom_vjp(_select_case)
 
 
