@@ -100,6 +100,7 @@ def _select_case(tables: jax.Array, row_step: jax.Array, column_step: jax.Array)
 
 
 # XLA:CPU goes through the gradient once for each case, at many times the cost of one sum for all.
+# Devices that share a batch exchange their sums.
 _select_case_on_cpus = jax.custom_vjp(_select_case)
 
 
