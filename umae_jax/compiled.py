@@ -174,13 +174,13 @@ class Program(NamedTuple):
 
     Attributes:
         cycles, bytes: by scope; see `Account`.
-        cycles_of_choices: of the longest branch of each.
+        cycles_at_most: of all scopes together, with the longest branch of each choice.
         collectives, kernels: as there.
     """
 
     cycles: Counter[str]
     bytes: Counter[str]
-    cycles_of_choices: int
+    cycles_at_most: int
     collectives: tuple[Collective, ...]
     kernels: Counter[Kernel]
 
@@ -226,7 +226,6 @@ def read_program(text: str, devices: int) -> Program:
     bytes_of: Counter[str] = Counter()
     collectives: Counter[_Occurrence] = Counter()
     kernels: Counter[Kernel] = Counter()
-    of_choices = 0
 
     def longest(name: str) -> int:
         """Cycles of a computation, with the longest branches of its choices."""
@@ -236,9 +235,7 @@ def read_program(text: str, devices: int) -> Program:
         return here.cycles.total() + called + looped
 
     def add(name: str, times: int, *, fused: bool = False) -> None:
-        nonlocal of_choices
         here = computations[name]
-        of_choices += times * sum(max(map(longest, branches)) for branches in here.choices)
         for scope, size in here.bytes.items() if not fused else ():  # what is fused moves nothing by itself
             bytes_of[scope] += times * size
         for scope, cycles in here.cycles.items():
@@ -263,7 +260,7 @@ def read_program(text: str, devices: int) -> Program:
             together[kind, group][0] += count
             together[kind, group][1] += count * size
     found = tuple(Collective(kind, group, *numbers) for (kind, group), numbers in sorted(together.items()))
-    return Program(cycles_of, bytes_of, of_choices, found, kernels)
+    return Program(cycles_of, bytes_of, longest(entry), found, kernels)
 
 
 def scopes_of_operations(text: str) -> dict[str, str]:
@@ -294,14 +291,13 @@ def account(compiled: Any, devices: int) -> Account:  # noqa: ANN401 - JAX's Com
     arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     peak = arguments + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
     moved = costs.get("bytes accessed", 0.0)
-    cycles = program.cycles.total() or None
     return Account(
         arguments=arguments,
         temporaries=temporaries,
         peak=peak,
         bytes=moved,
-        cycles=cycles,
-        cycles_at_most=cycles and cycles + program.cycles_of_choices,
+        cycles=program.cycles.total() or None,
+        cycles_at_most=program.cycles_at_most or None,
         cycles_by_scope=dict(program.cycles),
         bytes_by_scope=dict(program.bytes),
         collectives=program.collectives,
