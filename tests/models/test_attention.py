@@ -10,7 +10,6 @@ from umae_jax.models import attention
 from umae_jax.models.attention import Bias, attend, merge_heads, split_heads
 from umae_jax.models.windows import make_windows
 from umae_jax.platforms import is_for
-from umae_jax.targets import find_target
 from umae_jax.training.mesh import batch_sharding, make_mesh
 
 
@@ -103,11 +102,8 @@ def test_on_tpus_small_logits_save_the_pass_for_their_maximum(monkeypatch):
     assert taken == [True, False, False, False, True]
 
 
-def test_what_is_traced_knows_whether_it_is_for_tpus():
-    pytest.importorskip("libtpu", reason="the plan extra is not installed")  # part of the test extra
-    cached = jax.config.jax_enable_compilation_cache
-    mesh = make_mesh(1, find_target("v5e:2x2").devices)
-    jax.config.update("jax_enable_compilation_cache", cached)
+def test_what_is_traced_knows_whether_it_is_for_tpus(tpus):
+    mesh = make_mesh(1, tpus)
     (q, k, v), _, _ = inputs("float32")
     q, k, v = (jax.ShapeDtypeStruct((4, *x.shape[1:]), x.dtype, sharding=batch_sharding(mesh)) for x in (q, k, v))
     for here, known in ((mesh, True), (make_mesh(), False)):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from umae_jax import masking, plan
+from umae_jax import masking
 from umae_jax.models.attention import Bias, attend
 from umae_jax.models.fused_attention import attend_in_windows, attend_to_all, takes_all, takes_windows
 from umae_jax.models.layers import DropPath
@@ -129,14 +129,6 @@ def test_other_windows_take_the_plain_form(grid, cells, window, width):
     with jax.set_mesh(make_mesh()):
         assert not takes_windows((8, *grid, 2 * width), windows, 2)
     assert not takes_all(24, 0, 8, 2), "without a mesh"
-
-
-@pytest.fixture
-def tpus():
-    pytest.importorskip("libtpu", reason="the plan extra is not installed")  # part of the test extra
-    cached = jax.config.jax_enable_compilation_cache
-    yield plan.find_target("v5e:2x2").devices
-    jax.config.update("jax_enable_compilation_cache", cached)
 
 
 def test_a_block_of_the_papers_sizes_compiles_for_tpus(tpus):
