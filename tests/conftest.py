@@ -1,7 +1,12 @@
-"""Settings of every test: 8 simulated devices, strict promotion, a cache of compilations, which are not optimised."""
+"""Settings of every test: 8 simulated devices, strict promotion, a cache of compilations, which are not optimised.
+
+And what tests of several modules share.
+"""
 
 import os
 from pathlib import Path
+
+import pytest
 
 # Read when JAX is first imported, and by the commands that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -11,3 +16,16 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+
+
+@pytest.fixture
+def tpus():
+    """Four TPUs that need not be there, to compile for."""
+    pytest.importorskip("libtpu", reason="the plan extra is not installed")  # part of the test extra
+    import jax
+
+    from umae_jax.targets import find_target
+
+    cached = jax.config.jax_enable_compilation_cache
+    yield find_target("v5e:2x2").devices
+    jax.config.update("jax_enable_compilation_cache", cached)

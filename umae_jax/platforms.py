@@ -5,11 +5,22 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 LANES = 128  # of a TPU
 
+# Of its fast memory, how much an operation that XLA:TPU schedules may take at most. By default it is half of this, and
+# what is fused goes through it in smaller pieces; with more, less is left to keep arrays there between operations. Only
+# for chips for which steps have been compiled both ways; v6e's default is this.
+_OPERATION = {"xla_tpu_scoped_vmem_limit_kib": str(32 * 1024)}
+_OPTIONS = {"TPU v5 lite": _OPERATION, "TPU v5": _OPERATION}  # by kind of device
+
 
 def is_for(platform: str) -> bool:
     """Whether what is traced will run on "tpu", "cpu" or whatever: so the mesh says, if one is set."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device is not None and device.platform == platform
+
+
+def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str]:
+    """What the compiler is told beside the program of a step, for `jax.jit`."""
+    return _OPTIONS.get(mesh.devices.flat[0].device_kind, {})
 
 
 def last_in_lanes(x: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from umae_jax.data.loader import Batch
+from umae_jax.platforms import compiler_options
 from umae_jax.training.mesh import replicated, shardings_of
 
 Params = Any  # a pytree of float32 arrays
@@ -194,6 +195,11 @@ def lower_step(train_step: TrainStep, state: TrainState, batch: Batch, mesh: Mes
         state, batch: arrays or `jax.ShapeDtypeStruct`s, with the shardings that the step takes, and gives back.
     """
     shardings = shardings_of(state)
-    jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    jitted = jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=(shardings, replicated(mesh)),
+        compiler_options=compiler_options(mesh),
+    )
     with jax.set_mesh(mesh):  # by which kernels know how the batch is split
         return jitted.lower(state, batch)
