@@ -24,6 +24,9 @@ Found = TypeVar("Found")
 FOLDER = "checkpoints"
 BEST = "checkpoints_best"
 UNREADABLE = "unreadable"  # goes behind the folder's name
+# Orbax has each device of a host send its part of an array that all of them hold. That is hundreds of slices a save,
+# which a step waits for; arrays of fewer bytes, nearly all, are sent by one.
+_WHOLE = 2**20
 
 
 @functools.cache
@@ -120,7 +123,13 @@ class Checkpoints:
         )
         if not read_only:
             self._folder.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_WHOLE)
+        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+        handlers = {
+            "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+            "data": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def any(self) -> bool:
         """Whether there is a checkpoint."""
@@ -143,7 +152,7 @@ class Checkpoints:
             UserError: if this or the one before could not be written.
         """
         data = ocp.args.JsonSave({"samples": samples, **notes})
-        items = ocp.args.Composite(state=ocp.args.StandardSave(_fields(state)), data=data)
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(_fields(state)), data=data)
         self._guard(lambda: self._manager.save(step, args=items, force=True))
 
     def wait(self) -> None:
