@@ -5,9 +5,9 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 LANES = 128  # of a TPU
 
-# Of its fast memory, how much an operation that XLA:TPU schedules may take at most. By default it is half of this, and
-# what is fused goes through it in smaller pieces; with more, less is left to keep arrays there between operations. Only
-# for chips for which steps have been compiled both ways; v6e's default is this.
+# How much of a chip's fast memory an operation that XLA:TPU schedules may take at most, twice what it is by default.
+# What is fused then goes through it in larger pieces, and less is left to keep arrays there in between. Only for chips
+# for which steps have been compiled both ways; on v6e it changes nothing. See benchmarking/SPEED.md.
 _OPERATION = {"xla_tpu_scoped_vmem_limit_kib": str(32 * 1024)}
 _OPTIONS = {"TPU v5 lite": _OPERATION, "TPU v5": _OPERATION}  # by kind of device
 
