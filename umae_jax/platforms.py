@@ -1,4 +1,4 @@
-"""What is traced otherwise for one platform than for another: the same numbers, laid out or summed otherwise."""
+"""What is traced or compiled otherwise for one kind of device than for another; the numbers are the same."""
 
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -8,8 +8,8 @@ LANES = 128  # of a TPU
 # How much of a chip's fast memory an operation that XLA:TPU schedules may take at most, twice what it is by default.
 # What is fused then goes through it in larger pieces, and less is left to keep arrays there in between. Only for chips
 # for which steps have been compiled both ways; on v6e it changes nothing. See benchmarking/SPEED.md.
-_OPERATION = {"xla_tpu_scoped_vmem_limit_kib": str(32 * 1024)}
-_OPTIONS = {"TPU v5 lite": _OPERATION, "TPU v5": _OPERATION}  # by kind of device
+_MORE_FAST_MEMORY = {"xla_tpu_scoped_vmem_limit_kib": str(32 * 1024)}
+_OPTIONS = {"TPU v5 lite": _MORE_FAST_MEMORY, "TPU v5": _MORE_FAST_MEMORY}  # by kind of device
 
 
 def is_for(platform: str) -> bool:
@@ -18,9 +18,9 @@ def is_for(platform: str) -> bool:
     return device is not None and device.platform == platform
 
 
-def compiler_options(mesh: jax.sharding.Mesh) -> dict[str, str]:
-    """What the compiler is told beside the program of a step, for `jax.jit`."""
-    return _OPTIONS.get(mesh.devices.flat[0].device_kind, {})
+def compiler_options(device: jax.Device) -> dict[str, str]:
+    """What the compiler is told beside the program of a step for devices of this kind, for `jax.jit`."""
+    return _OPTIONS.get(device.device_kind, {})
 
 
 def last_in_lanes(x: jax.Array) -> jax.Array:

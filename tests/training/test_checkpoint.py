@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from umae_jax.errors import UserError
@@ -51,6 +52,17 @@ def test_a_state_comes_back_onto_another_mesh(tmp_path, abstract):
         jax.tree.map(np.testing.assert_array_equal, state, make_state(1.5))
         jax.tree.map(np.testing.assert_array_equal, params, make_state(1.5).params)
         assert jax.tree.map(lambda a: a.sharding, state) == jax.tree.map(lambda a: a.sharding, target)
+
+
+def test_only_large_arrays_are_cut_among_the_devices(tmp_path):
+    state = init_state({"large": jnp.zeros((1024, 512)), "small": jnp.zeros((64, 512))}, optax.scale_by_adam())
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, jax.device_put(state, state_shardings(make_mesh(), state)), samples=0)
+    checkpoints.close()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        params = reader.metadata(tmp_path / "checkpoints" / "1" / "state").item_metadata.tree["params"]
+    assert params["large"].storage.chunk_shape == (1024 // 8, 512)
+    assert params["small"].storage.chunk_shape == (64, 512)
 
 
 def test_the_best_are_forgotten_but_for_those_that_may_be_gone_on_from(tmp_path):

@@ -10,7 +10,8 @@ from jax.sharding import AxisType, Mesh
 from tests import tiny
 from umae_jax.data.loader import Batch, abstract_batch
 from umae_jax.platforms import compiler_options
-from umae_jax.training.mesh import batch_sharding, make_mesh
+from umae_jax.targets import find_target
+from umae_jax.training.mesh import batch_sharding
 from umae_jax.training.optimizer import learning_rate_schedule
 from umae_jax.training.pretraining import make_loss
 from umae_jax.training.runs import describe, initialize
@@ -125,9 +126,10 @@ def test_the_whole_state_is_updated_in_place():
 
 
 def test_the_compiler_is_told_what_helps_on_the_devices(monkeypatch, tpus):
-    assert compiler_options(make_mesh(1, tpus))
-    assert not compiler_options(mesh_of(8, 1))
-    monkeypatch.setattr("umae_jax.training.step.compiler_options", lambda mesh: {"xla_unheard_of": "1"})
+    for device in (tpus[0], find_target("v5p:2x2x1").devices[0]):
+        assert "xla_tpu_scoped_vmem_limit_kib" in compiler_options(device)
+    assert not compiler_options(jax.devices()[0])
+    monkeypatch.setattr("umae_jax.training.step.compiler_options", lambda device: {"xla_unheard_of": "1"})
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_unheard_of"):
         prepare(tiny.get_config(), mesh_of(1, 1))
 

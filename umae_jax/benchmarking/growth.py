@@ -23,6 +23,7 @@ from umae_jax.errors import UserError, require
 from umae_jax.files import write_whole
 from umae_jax.hardware import GIB
 from umae_jax.models.build import build_model
+from umae_jax.platforms import compiler_options
 from umae_jax.targets import DoesNotFit, Target, compile_for, lower_for
 from umae_jax.training.assembly import count_flops
 from umae_jax.training.metrics import duration
@@ -223,7 +224,8 @@ def _cost(setting: Setting, folder: Path) -> Cost:
     lowered = lower_for(config, target)
     compilers = [f"{name} {metadata.version(name)}" for name in ("jaxlib", *(("libtpu",) if target.slice else ()))]
     told_of = f"{READING} {[field.name for field in dataclasses.fields(Cost)]}"
-    program = "\n".join([target.name, told_of, *compilers, lowered.as_text()])
+    options = str(compiler_options(target.devices[0]))
+    program = "\n".join([target.name, told_of, *compilers, options, lowered.as_text()])
     path = folder / f"{hashlib.sha256(program.encode()).hexdigest()[:16]}.json"
     if path.exists():
         return Cost(**json.loads(path.read_text()))

@@ -24,8 +24,8 @@ Found = TypeVar("Found")
 FOLDER = "checkpoints"
 BEST = "checkpoints_best"
 UNREADABLE = "unreadable"  # goes behind the folder's name
-# Orbax has each device of a host send its part of an array that all of them hold. That is hundreds of slices a save,
-# which a step waits for; arrays of fewer bytes, nearly all, are sent by one.
+# Orbax cuts an array that several devices hold into a part for each, of whatever host. That is hundreds of slices a
+# save, which a step waits for; arrays of fewer bytes, nearly all, go whole, from one device.
 _WHOLE = 2**20
 
 
@@ -123,7 +123,8 @@ class Checkpoints:
         )
         if not read_only:
             self._folder.mkdir(parents=True, exist_ok=True)
-        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_WHOLE)
+        least = _WHOLE // jax.device_count()  # of a part
+        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=least)
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
         handlers = {
             "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),

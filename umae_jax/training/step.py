@@ -199,7 +199,7 @@ def lower_step(train_step: TrainStep, state: TrainState, batch: Batch, mesh: Mes
         train_step,
         donate_argnums=0,
         out_shardings=(shardings, replicated(mesh)),
-        compiler_options=compiler_options(mesh),
+        compiler_options=compiler_options(mesh.devices.flat[0]),
     )
     with jax.set_mesh(mesh):  # by which kernels know how the batch is split
         return jitted.lower(state, batch)
