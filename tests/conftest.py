@@ -22,7 +22,7 @@ os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 def tpus():
     """Four TPUs that need not be there, to compile for."""
     pytest.importorskip("libtpu", reason="the plan extra is not installed")  # part of the test extra
-    import jax
+    import jax  # here, as what is set above must come first
 
     from umae_jax.targets import find_target
 

@@ -126,6 +126,7 @@ class Checkpoints:
         least = _WHOLE // jax.device_count()  # of a part
         arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=least)
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+        # Not by StandardSave, which takes no registry; StandardRestore reads what either wrote.
         handlers = {
             "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
             "data": ocp.JsonCheckpointHandler(),
