@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.model.mlp_ratios = (4, 4, 4)
     config.model.decoder_width = 128
     config.model.decoder_heads = 4
-    config.model.normalize_target = False  # plain pixels: blurred, but pictures need no borrowed statistics
+    config.model.norm_pix_loss = False  # plain pixels: blurred, but pictures need no borrowed statistics
 
     config.data.source = "photos"
     config.data.area = 0.5

@@ -24,7 +24,7 @@ def tpus():
     pytest.importorskip("libtpu", reason="the plan extra is not installed")  # part of the test extra
     import jax  # here, as what is set above must come first
 
-    from umae_jax.targets import find_target
+    from umae_jax.planning.targets import find_target
 
     cached = jax.config.jax_enable_compilation_cache
     yield find_target("v5e:2x2").devices

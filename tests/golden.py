@@ -15,7 +15,7 @@ from flax import nnx
 from umae_jax.config import default_config
 from umae_jax.masking import RandomMask, UniformMask
 from umae_jax.models.build import build_model
-from umae_jax.weights import reference
+from umae_jax.weights import names
 
 FILES = (
     *("swin_um_window8", "swin_um_window4_no_secondary", "pvt_um", "vit_random", "vit_um"),
@@ -44,7 +44,7 @@ def config_of(name):
     model.window = 16 if name == "swin_um_window8" else 8
     model.reference_order = encoder != "vit" and method == "um_mae"
     if name == "swin_um_window4_no_secondary":
-        model.secondary_ratio, model.normalize_target = 0.0, False
+        model.secondary_ratio, model.norm_pix_loss = 0.0, False
     return config
 
 
@@ -71,7 +71,7 @@ def model_of(name):
     """The model of a golden file with the file's parameters."""
     config = config_of(name)
     graph, params = nnx.split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))), nnx.Param)[:2]
-    return nnx.merge(graph, reference.from_reference(config, params, part(load(name), "param"), name=name))
+    return nnx.merge(graph, names.from_reference(config, params, part(load(name), "param"), name=name))
 
 
 def mask_of(numbers, model):
@@ -116,7 +116,7 @@ def errors(name):
     graph, params = nnx.split(model, nnx.Param)[:2]
     loss, gradients = jax.jit(jax.value_and_grad(lambda params: loss_function(nnx.merge(graph, params))))(params)
     # The table that carries parameters carries their gradients too: it only moves numbers.
-    ours, theirs = reference.to_reference(config_of(name), gradients), part(numbers, "grad")
+    ours, theirs = names.to_reference(config_of(name), gradients), part(numbers, "grad")
     compared, zero = [], [0.0]
     for key in theirs:
         if key.endswith("posmlp.2.bias"):  # shifts whole softmax rows: its true gradient is 0

@@ -36,7 +36,7 @@ def test_steps_take_turns():
         assert one["images_per_second"] == pytest.approx(16 / one["seconds"]["median"])
         assert one["flops_per_second"] == pytest.approx(one["flops"] / one["seconds"]["median"])
         assert one["seconds"]["least"] <= one["seconds"]["median"] <= one["seconds"]["most"]
-        assert one["peak"] >= one["temporaries"] > 0
+        assert one["peak"] >= one["temp_bytes"] > 0
         assert one["utilization"] is None  # nothing is published of this device
         assert {"stage 1, attention", "stage 2, mlp", "decoder, mlp", "optimizer"} <= {*one["parts"]}
         for part in ("stage 1, attention", "decoder, mlp"):

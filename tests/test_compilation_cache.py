@@ -10,8 +10,8 @@ import pytest
 from tests import commands, tiny
 from umae_jax import compilation_cache
 from umae_jax.training.checkpoint import Checkpoints
-from umae_jax.training.mesh import make_mesh
 from umae_jax.training.runs import describe
+from umae_jax.training.sharding import make_mesh
 
 OPTIONS = ("--config.picture_every=6", "--config.total_steps=6")
 MISS = "PERSISTENT COMPILATION CACHE MISS for 'jit_train_step'"
@@ -89,7 +89,7 @@ def test_the_programs_written_first_go_first(tmp_path, unset, monkeypatch):
         path = tmp_path / f"{name}-cache"
         path.write_bytes(bytes(10))
         os.utime(path, (1000 - age, 1000 - age))
-    monkeypatch.setattr(compilation_cache, "MOST_BYTES", 25)
+    monkeypatch.setattr(compilation_cache, "MAX_BYTES", 25)
     compilation_cache.keep(tmp_path)
     assert set(programs(tmp_path)) == {"new-cache", "middle-cache"}
     assert jax.config.jax_compilation_cache_dir == str(tmp_path)

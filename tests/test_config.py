@@ -74,7 +74,7 @@ def test_a_file_that_lacks_a_part_of_the_model_is_told(tmp_path, key):
         read_config(written_without(key, tmp_path))
 
 
-@pytest.mark.parametrize("key", ["accumulate", "augment", "probe.stage"])
+@pytest.mark.parametrize("key", ["grad_accum_steps", "augment", "probe.stage"])
 def test_what_an_earlier_version_did_not_write_takes_its_default(tmp_path, key):
     assert read_config(written_without(key, tmp_path)).to_dict() == default_config().to_dict()
 
@@ -92,8 +92,8 @@ def test_every_preset_passes_the_check_and_survives_json(tmp_path, size, method)
 
 def test_a_configuration_that_misses_keys_is_told():
     config = default_config().unlock()
-    del config.accumulate
-    with pytest.raises(UserError, match="accumulate: missing"):
+    del config.grad_accum_steps
+    with pytest.raises(UserError, match="grad_accum_steps: missing"):
         check(config)
 
 
@@ -101,7 +101,7 @@ def test_a_configuration_that_misses_keys_is_told():
     ("key", "value", "message"),
     [
         ("batch_size", 12, "12 does not divide among 8 devices; choose a multiple of 8, such as 16"),
-        ("accumulate", 3, "8 devices x 3 accumulated parts; choose a multiple of 24"),
+        ("grad_accum_steps", 3, "8 devices x 3 accumulated parts; choose a multiple of 24"),
         ("mesh.fsdp", 3, "3 does not divide the 8 devices"),
         ("dtype", "float16", "dtype must be float32 or bfloat16"),
         ("rematerialize", "all", "rematerialize must be one of none, pairs, blocks, not 'all'"),
@@ -118,7 +118,7 @@ def test_a_configuration_that_misses_keys_is_told():
         ("model.depths", (1.5, 2), "model.depths must be whole numbers from 1"),
         ("model.widths", (96, 0), "model.widths must be whole numbers from 1"),
         ("model.mlp_ratios", (4.0, 4.0), "model.mlp_ratios must be whole numbers from 1"),
-        ("model.reductions", (0, 1), "model.reductions must be whole numbers from 1"),
+        ("model.sr_ratios", (0, 1), "model.sr_ratios must be whole numbers from 1"),
         ("model.classes", 1, "model.classes must be a whole number from 2"),
         ("probe.stage", 4, "there are 4 stages, from 0 to 3, or -1 for the last; not 4"),
         ("augment.erase", 1.5, r"augment.erase must lie in"),
@@ -126,7 +126,7 @@ def test_a_configuration_that_misses_keys_is_told():
         ("augment.mixup", -1.0, "augment.mixup must be 0 or above"),
         ("augment.label_smoothing", 1.0, r"augment.label_smoothing must lie in"),
         ("optimizer.layer_decay", 0.0, r"optimizer.layer_decay must lie in"),
-        ("optimizer.average", 1.0, r"optimizer.average must lie in"),
+        ("optimizer.ema_decay", 1.0, r"optimizer.ema_decay must lie in"),
         ("validation.crop", 0.0, r"validation.crop must lie in"),
         ("model.drop_path", 1.0, r"model.drop_path must lie in \[0, 1\)"),
         ("image_size", (32.0, 32.0), "image_size must be whole numbers from 1"),

@@ -16,13 +16,13 @@ from tests.weights.test_reference import assert_same
 from umae_jax.errors import UserError
 from umae_jax.training.runs import read_run
 from umae_jax.weights.card import OURS
-from umae_jax.weights.exchange import take_in, take_out
+from umae_jax.weights.exchange import export_weights, import_weights
 from umae_jax.weights.files import read_weights
 
 
 @pytest.mark.parametrize("kind", ["swin_um_window4_no_secondary", "pvt_um", "vit_um", "simmim_pvt", "vit_classifier"])
 def test_a_golden_file_comes_in_and_is_reproduced(kind, tmp_path):
-    take_in(golden.path_of(kind), tmp_path / "run", golden.config_of(kind))
+    import_weights(golden.path_of(kind), tmp_path / "run", golden.config_of(kind))
     stored = read_run(tmp_path / "run")
     assert stored.step == 0
     assert stored.config.to_dict() == golden.config_of(kind).to_dict()
@@ -66,14 +66,14 @@ def test_out_by_command_and_in_again_is_the_same_run(tmp_path):
 def test_the_card_of_a_run_tells_what_it_is_and_how_to_load_it(tmp_path, monkeypatch):
     config = golden.config_of("pvt_um")
     store(tmp_path / "run", config, small.random_model(config)[1])
-    take_out(tmp_path / "run", tmp_path / "out" / "pvt.safetensors")
+    export_weights(tmp_path / "run", tmp_path / "out" / "pvt.safetensors")
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: umae_jax\n")
     for part in ("mean (0.485, 0.456, 0.406)", "widths (16, 24, 40, 48)", "7 steps of 4096 images", "128 x 128"):
         assert part in card
     # What somebody adds is kept if they want it.
     (tmp_path / "out" / "README.md").write_text(card.replace(OURS, "Trained on a rainy day."))
-    take_out(tmp_path / "run", tmp_path / "out" / "pvt.safetensors")
+    export_weights(tmp_path / "run", tmp_path / "out" / "pvt.safetensors")
     assert "rainy" in (tmp_path / "out" / "README.md").read_text()
     assert (tmp_path / "out" / "pvt.md").read_text() == card
     # Its first example runs as it stands.
@@ -114,7 +114,7 @@ def swin(tmp_path_factory):
     folder = tmp_path_factory.mktemp("swin")
     config = tiny.get_config()
     store(folder / "run", config, small.random_model(config)[1])
-    take_out(folder / "run", folder / "swin.safetensors", "reference")
+    export_weights(folder / "run", folder / "swin.safetensors", "reference")
     return folder
 
 
@@ -126,20 +126,20 @@ def test_what_the_commands_user_gets_wrong_is_told_in_one_sentence(swin, tmp_pat
     )
     (tmp_path / "cut.safetensors").write_bytes((swin / "swin.safetensors").read_bytes()[:-100])
     with pytest.raises(UserError, match=r"cut.safetensors is no whole safetensors file"):
-        take_in(tmp_path / "cut.safetensors", tmp_path / "run", None)
+        import_weights(tmp_path / "cut.safetensors", tmp_path / "run", None)
     np.savez(tmp_path / "resnet.npz", **{"layer1.0.conv1.weight": np.zeros((3, 3))})
     with pytest.raises(UserError, match="holds another architecture"):
-        take_in(tmp_path / "resnet.npz", tmp_path / "run", None)
+        import_weights(tmp_path / "resnet.npz", tmp_path / "run", None)
     with pytest.raises(UserError, match=r"does not fit a pvt for um_mae .*missing: .*unexpected: "):
-        take_in(swin / "swin.safetensors", tmp_path / "run", golden.config_of("pvt_um"))
+        import_weights(swin / "swin.safetensors", tmp_path / "run", golden.config_of("pvt_um"))
     config = tiny.get_config()
     config.model.channels = 1
     with pytest.raises(UserError, match=r"patch_embed.proj.weight is \[8, 3, 4, 4\], not \[8, 1, 4, 4\]"):
-        take_in(swin / "swin.safetensors", tmp_path / "run", config)
+        import_weights(swin / "swin.safetensors", tmp_path / "run", config)
     with pytest.raises(UserError, match="transformers has no model that computes what this swin um_mae does"):
-        take_out(swin / "run", tmp_path / "model.safetensors", "vit")
+        export_weights(swin / "run", tmp_path / "model.safetensors", "vit")
     with pytest.raises(UserError, match="holds no run"):
-        take_out(tmp_path, tmp_path / "model.safetensors", "reference")
+        export_weights(tmp_path, tmp_path / "model.safetensors", "reference")
     assert {path.name for path in tmp_path.iterdir()} == {"cut.safetensors", "resnet.npz"}
 
 
@@ -147,19 +147,19 @@ def test_transformers_files_come_in_again(tmp_path):
     config = golden.config_of("vit_um")
     store(tmp_path / "run", config, small.random_model(config)[1])
     hub = tmp_path / "hub"
-    take_out(tmp_path / "run", hub / "model.safetensors", "vit_mae")
-    config = take_in(hub / "model.safetensors", tmp_path / "again")
+    export_weights(tmp_path / "run", hub / "model.safetensors", "vit_mae")
+    config = import_weights(hub / "model.safetensors", tmp_path / "again")
     assert config.model.secondary_ratio == 0  # its token is not there
     one, other = (jax.device_get(read_run(tmp_path / name).params) for name in ("run", "again"))
     del one["mask_token"]
     assert_same(one, other)
-    take_out(tmp_path / "run", hub / "model.safetensors", "vit")  # in the place of the one before
+    export_weights(tmp_path / "run", hub / "model.safetensors", "vit")  # in the place of the one before
     assert json.loads((hub / "config.json").read_text())["architectures"] == ["ViTModel"]
     with pytest.raises(UserError, match=r"holds an encoder alone, which umae_jax.load_encoder"):
-        take_in(hub / "model.safetensors", tmp_path / "third")
+        import_weights(hub / "model.safetensors", tmp_path / "third")
     (hub / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match=r"config.json is of another model; name another folder"):
-        take_out(tmp_path / "run", hub / "model.safetensors", "vit")
+        export_weights(tmp_path / "run", hub / "model.safetensors", "vit")
 
 
 def test_transformers_needs_square_images_for_its_decoder(tmp_path):
@@ -167,13 +167,13 @@ def test_transformers_needs_square_images_for_its_decoder(tmp_path):
     config.image_size = (64, 96)
     store(tmp_path / "run", config, small.random_model(config)[1])
     with pytest.raises(UserError, match=r"wants square images, not \(64, 96\); choose vit"):
-        take_out(tmp_path / "run", tmp_path / "hub" / "model.safetensors", "vit_mae")
-    take_out(tmp_path / "run", tmp_path / "hub" / "model.safetensors", "vit")
+        export_weights(tmp_path / "run", tmp_path / "hub" / "model.safetensors", "vit_mae")
+    export_weights(tmp_path / "run", tmp_path / "hub" / "model.safetensors", "vit")
 
 
 def test_two_files_in_one_folder_keep_a_card_each(swin, tmp_path):
     for name in ("a", "b", "a"):
-        take_out(swin / "run", tmp_path / f"{name}.safetensors")
+        export_weights(swin / "run", tmp_path / f"{name}.safetensors")
     assert {path.name for path in tmp_path.glob("*.md")} == {"README.md", "b.md"}
     assert '"a.safetensors"' in (tmp_path / "README.md").read_text()
     assert '"b.safetensors"' in (tmp_path / "b.md").read_text()
@@ -204,7 +204,7 @@ def test_a_directory_that_is_there_may_be_a_link_in_a_folder_that_is_not_ours(sw
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
     (tmp_path / "empty" / ".incoming").mkdir()  # left by one that was killed
-    take_in(swin / "swin.safetensors", tmp_path / "link")
+    import_weights(swin / "swin.safetensors", tmp_path / "link")
     assert read_run(tmp_path / "empty").step == 0
     assert {path.name for path in (tmp_path / "empty").iterdir()} == {"checkpoints", "config.json"}
 
@@ -213,7 +213,7 @@ def test_transformers_wants_its_own_file_name_and_folder(tmp_path):
     config = golden.config_of("vit_um")
     store(tmp_path / "run", config, small.random_model(config)[1])
     with pytest.raises(UserError, match=r"is a run.s, whose config.json would be lost"):
-        take_out(tmp_path / "run", tmp_path / "run" / "model.safetensors", "vit_mae")
+        export_weights(tmp_path / "run", tmp_path / "run" / "model.safetensors", "vit_mae")
     with pytest.raises(UserError, match=r"transformers looks for model.safetensors; end .*/model.safetensors"):
-        take_out(tmp_path / "run", tmp_path / "vit.safetensors", "vit_mae")
+        export_weights(tmp_path / "run", tmp_path / "vit.safetensors", "vit_mae")
     assert umae_jax.load_encoder(tmp_path / "run").widths == (32,)

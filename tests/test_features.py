@@ -15,9 +15,9 @@ from tests.runs import store
 from umae_jax.config import default_config
 from umae_jax.data.on_device import normalize
 from umae_jax.errors import UserError
-from umae_jax.weights.exchange import take_in, take_out
+from umae_jax.weights.exchange import export_weights, import_weights
 from umae_jax.weights.files import Weights, encode_weights, read_weights
-from umae_jax.weights.reference import to_reference
+from umae_jax.weights.names import to_reference
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_every_kind_of_run_gives_the_maps_of_its_own_encoder(runs, kind):
 def test_an_exported_file_gives_the_same(runs, kind, suffix, tmp_path):
     if suffix == ".pth":
         pytest.importorskip("torch")
-    take_out(runs(kind), tmp_path / f"weights{suffix}", "reference")
+    export_weights(runs(kind), tmp_path / f"weights{suffix}", "reference")
     ours, theirs = (umae_jax.load_encoder(path) for path in (runs(kind), tmp_path / f"weights{suffix}"))
     for stage, other in zip(ours(images_of(64, 64)), theirs(images_of(64, 64)), strict=True):
         np.testing.assert_array_equal(stage, other)
@@ -104,11 +104,11 @@ def test_a_vit_of_another_architecture_is_refused(tmp_path):
 def test_what_transformers_saved_is_read_from_its_folder(runs, tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch")
-    take_out(runs("vit_random"), tmp_path / "ours" / "model.safetensors", "vit_mae")
+    export_weights(runs("vit_random"), tmp_path / "ours" / "model.safetensors", "vit_mae")
     transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     with pytest.raises(UserError, match=r"a vit of widths \(32,\) and depths \(2,\), whose heads no shape tells"):
         umae_jax.load_encoder(tmp_path / "theirs")
-    take_in(tmp_path / "theirs" / "model.safetensors", tmp_path / "run", config=golden.config_of("vit_random"))
+    import_weights(tmp_path / "theirs" / "model.safetensors", tmp_path / "run", config=golden.config_of("vit_random"))
     ours, theirs = (
         umae_jax.load_encoder(path)(images_of(64, 64))[0] for path in (runs("vit_random"), tmp_path / "run")
     )
@@ -130,7 +130,7 @@ def test_what_transformers_saved_is_read_from_its_folder(runs, tmp_path):
     ],
 )
 def test_a_file_whose_configuration_cannot_be_is_told(runs, tmp_path, key, value):
-    take_out(runs("swin_um_window8"), tmp_path / "swin.safetensors")
+    export_weights(runs("swin_um_window8"), tmp_path / "swin.safetensors")
     tensors, metadata = read_weights(tmp_path / "swin.safetensors")
     config = json.loads(metadata["config"])
     *parents, last = key.split(".")

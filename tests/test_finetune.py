@@ -95,7 +95,7 @@ def test_killed_again_and_again_it_ends_the_same(finished, folders, pretrained, 
 
 def test_a_signal_in_the_last_validation_is_obeyed_and_the_validation_made_up_for(folders, tmp_path):
     """Also in the average of the parameters, which is what is validated."""
-    more = [f"{folders[1]}_more", "--config.optimizer.average=0.5", "--config.total_steps=4", *BOTH]
+    more = [f"{folders[1]}_more", "--config.optimizer.ema_decay=0.5", "--config.total_steps=4", *BOTH]
     validation = folders[1].partition(":")[2]
     for path in Path(validation).rglob("*.jpg"):
         for copy in range(30):

@@ -57,10 +57,10 @@ def panels_of(model, images, mask, statistics):
     return jax.jit(show)(images, mask)
 
 
-@pytest.mark.parametrize(("normalize_target", "statistics"), [(False, "visible"), (True, "unit")])
+@pytest.mark.parametrize(("norm_pix_loss", "statistics"), [(False, "visible"), (True, "unit")])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_exact_prediction_restores_the_picture(kind, normalize_target, statistics):
-    model = build(kind, normalize_target=normalize_target)
+def test_an_exact_prediction_restores_the_picture(kind, norm_pix_loss, statistics):
+    model = build(kind, norm_pix_loss=norm_pix_loss)
     images, mask = case(model)
     panels = panels_of(Oracle(model), images, mask, statistics)
     shown = ~np.asarray(panels.hidden)
@@ -78,7 +78,7 @@ def test_an_exact_prediction_restores_the_picture(kind, normalize_target, statis
 @pytest.mark.parametrize("kind", KINDS)
 def test_statistics_of_visible_units_do_not_leak_what_was_masked(kind):
     """Only visible pixels and the model's prediction may reach the picture."""
-    model = build(kind, normalize_target=True)
+    model = build(kind, norm_pix_loss=True)
     images, mask = case(model)
     noise = jax.random.randint(jax.random.key(5), images.shape, 0, 256).astype(jnp.uint8)
     flags = mask.assemble(~mask.hidden.repeat(4, 1).repeat(4, 2)[..., None], jnp.zeros((1, 1, 1, 1, 1), bool))
@@ -89,7 +89,7 @@ def test_statistics_of_visible_units_do_not_leak_what_was_masked(kind):
 
 def test_statistics_of_visible_units_are_the_nearest():
     """On an image dark to the left and bright to the right, each border takes its own side's colour."""
-    model = build(secondary_ratio=0.0, normalize_target=True)
+    model = build(secondary_ratio=0.0, norm_pix_loss=True)
     _, mask = case(model)
     columns = jnp.where(jnp.arange(32) < 16, 40, 220).astype(jnp.uint8)
     images = jnp.broadcast_to(columns[None, None, :, None], (2, 32, 32, 3))
@@ -101,9 +101,9 @@ def test_statistics_of_visible_units_are_the_nearest():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(("normalize_target", "statistics"), [(True, "visible"), (True, "unit"), (False, "unit")])
-def test_the_caption_says_how_it_was_de_normalised(monkeypatch, channels, normalize_target, statistics):
-    graph, params = nnx.split(build(normalize_target=normalize_target, channels=channels))
+@pytest.mark.parametrize(("norm_pix_loss", "statistics"), [(True, "visible"), (True, "unit"), (False, "unit")])
+def test_the_caption_says_how_it_was_de_normalised(monkeypatch, channels, norm_pix_loss, statistics):
+    graph, params = nnx.split(build(norm_pix_loss=norm_pix_loss, channels=channels))
     images = np.stack([picture(0, 32, 32)])[..., :channels]
     captions = []
     original = ImageDraw.ImageDraw.text
@@ -119,7 +119,7 @@ def test_the_caption_says_how_it_was_de_normalised(monkeypatch, channels, normal
     with Image.open(io.BytesIO(illustrate(params, "step 7"))) as sheet:
         assert sheet.width > 4 * 200
     caption = next(text for text in captions if text.startswith("step 7"))
-    assert caption.endswith(STATISTICS[statistics] if normalize_target else PLAIN)
+    assert caption.endswith(STATISTICS[statistics] if norm_pix_loss else PLAIN)
 
 
 def test_normalisation_and_its_inverse():

@@ -50,7 +50,7 @@ def test_a_plan_for_tpus(tmp_path):
         assert {"stage 1, attention", "decoder, mlp"} <= {*plan["parts_flops"]} <= {*plan["parts"]}
         assert {"stage 1, attention", "stage 2, mlp", "decoder, attention", "loss", "optimizer"} <= {*plan["parts"]}
         assert sum(backward for _, backward in plan["parts"].values()) > plan["cycles"] / 8
-        assert plan["cycles_at_most"] > plan["cycles"]  # by the passes for the largest logits
+        assert plan["worst_case_cycles"] > plan["cycles"]  # by the passes for the largest logits
     assert plans[1]["scheduled"] < plans[0]["scheduled"]
     assert "v6e:2x2, the cycles of a step by part of the model:" in table
     assert "v5e:2x2" in table
@@ -97,7 +97,7 @@ def test_without_the_compiler_it_says_what_to_install():
             "--topology: h100 can be planned for only where it is, and here is 8 x cpu",
         ),
         (("--topology=v5e:3x3",), "--topology: there is no v5e:3x3; choose one of v5e:1x1"),
-        (("--config.accumulate=3",), "batch_size: 16 does not divide among 8 devices x 3 accumulated parts"),
+        (("--config.grad_accum_steps=3",), "batch_size: 16 does not divide among 8 devices x 3 accumulated parts"),
         (("--config.batch_size=12",), "batch_size: 12 does not divide among 8 devices"),
         (("--growth=gs://bucket/growth",), "--growth: gs://bucket/growth is in a bucket; name a path of this machine"),
     ],

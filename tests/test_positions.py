@@ -7,7 +7,7 @@ import pytest
 
 from tests import golden
 from umae_jax.positions import select_case, sincos_table
-from umae_jax.training.mesh import make_mesh
+from umae_jax.training.sharding import make_mesh
 
 
 def test_the_table_encodes_column_then_row():

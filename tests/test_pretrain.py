@@ -123,7 +123,7 @@ def test_a_truncated_checkpoint_falls_back_to_the_newest_whole_one(finished, tmp
 
 
 def test_accumulation_and_half_precision_train(tmp_path):
-    commands.pretrain(tmp_path, "--config.accumulate=2", "--config.dtype=bfloat16", devices=4)
+    commands.pretrain(tmp_path, "--config.grad_accum_steps=2", "--config.dtype=bfloat16", devices=4)
     losses = [loss for _, loss in commands.losses(tmp_path)]
     assert losses[-1] < losses[0]
 

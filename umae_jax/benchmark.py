@@ -18,10 +18,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from umae_jax import cli
-from umae_jax.benchmarking import parts, profile, reading, steps
+from umae_jax.benchmarking import profile, reading, steps
 from umae_jax.benchmarking.peers import PEERS
 from umae_jax.config import check
 from umae_jax.errors import UserError, require
+from umae_jax.planning import parts
 
 PROFILED = 3  # steps
 
@@ -55,7 +56,7 @@ def set_batch(config: ConfigDict) -> None:
     """Give a configuration the batch that is measured."""
     config.unlock()
     batch = _BATCH.value or (8 if jax.default_backend() == "cpu" else 128)
-    config.batch_size, config.accumulate = batch * jax.device_count(), 1
+    config.batch_size, config.grad_accum_steps = batch * jax.device_count(), 1
 
 
 def time_steps(config: ConfigDict) -> None:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_flags
 
 from umae_jax import beginning, compilation_cache, processes
 from umae_jax.config import flat
-from umae_jax.errors import Interrupted, UserError, require
+from umae_jax.errors import Preempted, UserError, require
 from umae_jax.files import AnyPath, explain
 
 T = TypeVar("T")
@@ -166,10 +166,10 @@ def run(main: Callable[..., None], *, arguments: int = 0) -> None:
         status = 0
         try:
             main(*argv[1:])
-        except Interrupted as stopped:
+        except Preempted as stopped:
             say(f"{stopped}; everything is saved, the same command continues")
             status = 128 + stopped.number
-        except processes.Told:
+        except processes.RemoteError:
             sys.exit(2)
         except KeyboardInterrupt:
             if others := processes.joined():

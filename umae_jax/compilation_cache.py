@@ -11,9 +11,9 @@ import jax
 from umae_jax.files import AnyPath
 
 FOLDER = "compiled"  # in the directory of a run that several processes share
-MOST_BYTES = 2 * 2**30
+MAX_BYTES = 2 * 2**30
 ROOM = 2**30  # bytes that must be free: JAX leaves a part of what it could not write, and reads it ever after
-LEAST_SECONDS = 0.2  # a program that compiles faster is not worth a file
+MIN_SECONDS = 0.2  # a program that compiles faster is not worth a file
 
 
 def keep_for_user() -> None:
@@ -32,7 +32,7 @@ def keep(folder: AnyPath | None) -> None:
     the features of the processor where that is the device; so machines may share a folder.
 
     Args:
-        folder: of this machine, where the programs written last are left, MOST_BYTES of them; or in a bucket. None
+        folder: of this machine, where the programs written last are left, MAX_BYTES of them; or in a bucket. None
             keeps nothing.
     """
     enabled: bool = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
@@ -41,14 +41,14 @@ def keep(folder: AnyPath | None) -> None:
     if isinstance(folder, Path):
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # whoever may write here has us run his programs
-            _prune(folder, MOST_BYTES)
+            _prune(folder, MAX_BYTES)
             usable = os.access(folder, os.R_OK | os.W_OK | os.X_OK) and shutil.disk_usage(folder).free > ROOM
         except OSError:
             usable = False
         folder = folder if usable else None
     jax.config.update("jax_compilation_cache_dir", None if folder is None else str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
     if not isinstance(folder, Path):
         jax.config.update("jax_persistent_cache_enable_xla_caches", None)  # XLA itself cannot reach buckets
     warnings.filterwarnings("ignore", "Error writing persistent compilation cache", UserWarning)  # costs time alone

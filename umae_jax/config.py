@@ -33,7 +33,7 @@ def default_config(size: str = "swin_tiny", method: str = "um_mae") -> ConfigDic
     config.init = config_dict.placeholder(str)  # fine-tuning: a run's directory or a file of weights; None: none
     config.image_size = (presets.image_side(size),) * 2  # height, width in pixels
     config.batch_size = 4096  # images a step, over all devices
-    config.accumulate = 1  # parts that a batch is computed in, to save memory
+    config.grad_accum_steps = 1  # parts that a batch is computed in, to save memory
     config.rematerialize = "none"  # to save memory: "pairs" computes attention and GELU twice, "blocks" every block
     # On TPUs, to save time and memory: attention is one kernel, which computes its softmax twice but keeps all pairs of
     # tokens in fast memory; PVT's attention to pooled tokens stays as it is. Off because nobody has timed it on a chip,
@@ -57,13 +57,13 @@ def default_config(size: str = "swin_tiny", method: str = "um_mae") -> ConfigDic
     model.mlp_ratios = (4, 4, 4, 4)  # hidden width of a block's MLP over its width
     model.window = 16  # Swin: tokens on a side on a whole image; half of it, the paper's 8, on the compact grid
     model.position_width = 32  # Swin: hidden width of the position MLP
-    model.reductions = (8, 4, 2, 1)  # PVT: side of what is pooled for keys and values; half of it on the compact grid
+    model.sr_ratios = (8, 4, 2, 1)  # PVT: side of what is pooled for keys and values; half of it on the compact grid
     model.secondary_ratio = 0.25  # um_mae, mae: the share of sampled units that secondary masking hides
     model.decoder_factor = 2  # mask units along the side of an encoder token; the unit is 4 * 2**3 / 2 = 16 pixels
     model.decoder_width = 512  # um_mae, mae, like the two below
     model.decoder_depth = 2
     model.decoder_heads = 16
-    model.normalize_target = True  # predict pixels normalised by their unit's mean and variance
+    model.norm_pix_loss = True  # predict pixels normalised by their unit's mean and variance
     model.reference_order = False  # um_mae of pyramids; True: the reference's decoder positions (SPEC 6)
     model.classes = config_dict.placeholder(int)  # classifier; None: as many as the training data has
     model.drop_path = 0.1  # classifier: rate in the last block, in training
@@ -111,7 +111,7 @@ def default_config(size: str = "swin_tiny", method: str = "um_mae") -> ConfigDic
     optimizer.weight_decay = 0.05  # not on 1-D parameters and position embeddings
     optimizer.final_learning_rate = 0.0  # at the end of the cosine, not scaled
     optimizer.layer_decay = 1.0  # classifier: the rate of a layer over that of the one after it
-    optimizer.average = config_dict.placeholder(float)  # decay of the moving average of the parameters; None: none
+    optimizer.ema_decay = config_dict.placeholder(float)  # decay of the moving average of the parameters; None: none
     optimizer.clip_norm = config_dict.placeholder(float)  # of the global gradient; None for no clipping
     optimizer.warmup_steps = config_dict.placeholder(int)  # the warm-up, in the same units as the total
     optimizer.warmup_examples = config_dict.placeholder(int)
@@ -171,10 +171,10 @@ def steps_of_epochs(epochs: float, images: int, batch_size: int) -> int:
     return max(1, round(epochs * images / batch_size)) if epochs else 0
 
 
-MOST_SEED = 2**32 - 1
+MAX_SEED = 2**32 - 1
 
 _WHOLE_FROM_1 = (
-    *("batch_size", "accumulate", "log_every", "pictures", "checkpoint_every", "checkpoint_keep"),
+    *("batch_size", "grad_accum_steps", "log_every", "pictures", "checkpoint_every", "checkpoint_keep"),
     *("stop_after_bad_steps", "data.threads", "mesh.fsdp", "probe.images", "probe.neighbors"),
     *("model.channels", "model.patch", "model.window", "model.position_width"),
     *("model.decoder_factor", "model.decoder_width", "model.decoder_depth", "model.decoder_heads"),
@@ -182,7 +182,7 @@ _WHOLE_FROM_1 = (
 _WHOLE_FROM_0 = ("picture_every", "checkpoint_keep_every", "data.workers", "augment.operations")
 _OR_NONE = ("data.threads", "data.workers")
 _SEQUENCES_FROM_1 = (
-    *("image_size", "model.widths", "model.depths", "model.heads", "model.mlp_ratios", "model.reductions"),
+    *("image_size", "model.widths", "model.depths", "model.heads", "model.mlp_ratios", "model.sr_ratios"),
 )
 _ABOVE_0 = ("optimizer.base_learning_rate", "optimizer.clip_norm", "probe.temperature")
 _FROM_0 = (
@@ -190,7 +190,7 @@ _FROM_0 = (
     *("augment.magnitude_std", "augment.mixup", "augment.cutmix"),
 )
 _FROM_0_BELOW_1 = (
-    *("optimizer.beta1", "optimizer.beta2", "optimizer.average", "model.drop_path", "augment.label_smoothing"),
+    *("optimizer.beta1", "optimizer.beta2", "optimizer.ema_decay", "model.drop_path", "augment.label_smoothing"),
 )
 _ABOVE_0_TO_1 = ("data.area", "validation.crop", "optimizer.layer_decay")
 
@@ -214,8 +214,10 @@ def check(config: ConfigDict, devices: int | None = None) -> None:
         devices % config.mesh.fsdp == 0,
         f"mesh.fsdp: {config.mesh.fsdp} does not divide the {devices} devices; choose a divisor of {devices}",
     )
-    parts = devices * config.accumulate
-    what = f"{devices} devices" + (f" x {config.accumulate} accumulated parts" if config.accumulate > 1 else "")
+    parts = devices * config.grad_accum_steps
+    what = f"{devices} devices" + (
+        f" x {config.grad_accum_steps} accumulated parts" if config.grad_accum_steps > 1 else ""
+    )
     require(
         config.batch_size % parts == 0,
         f"batch_size: {config.batch_size} does not divide among {what}; choose a multiple of {parts}, "
@@ -261,9 +263,7 @@ def check_values(config: ConfigDict) -> None:
         -stages <= config.probe.stage < stages,
         f"probe.stage: there are {stages} stages, from 0 to {stages - 1}, or -1 for the last; not {config.probe.stage}",
     )
-    require(
-        _is_whole(config.seed, 0) and config.seed <= MOST_SEED, f"seed must lie in 0..{MOST_SEED}, not {config.seed}"
-    )
+    require(_is_whole(config.seed, 0) and config.seed <= MAX_SEED, f"seed must lie in 0..{MAX_SEED}, not {config.seed}")
     require(len(config.image_size) == 2, f"image_size is height and width, such as (256, 256), not {config.image_size}")
     for key, known in (("method", presets.METHODS), ("encoder", presets.ENCODERS)):
         value = config.model[key]

@@ -15,7 +15,7 @@ from umae_jax import cli
 from umae_jax.config import check
 from umae_jax.errors import require
 from umae_jax.files import locate, locate_here
-from umae_jax.weights.exchange import REFERENCE, take_in, take_out
+from umae_jax.weights.exchange import REFERENCE, export_weights, import_weights
 from umae_jax.weights.huggingface import LAYOUTS, weights_in
 
 _CONFIG = cli.define_config()
@@ -37,7 +37,7 @@ def main(source: str = "") -> None:
     require(path.exists(), f"there is no file or directory {path}")
     if path.is_dir():
         output = locate_here(cli.required(_OUTPUT, "the file to write, .safetensors or .pth"), "--output")
-        written = take_out(path, output, _LAYOUT.value, best=_BEST.value)
+        written = export_weights(path, output, _LAYOUT.value, best=_BEST.value)
         cli.say(f"beside it: {', '.join(beside.name for beside in written[1:])}")
         print(output)  # noqa: T201 - the result
     else:
@@ -46,7 +46,7 @@ def main(source: str = "") -> None:
         if flags.FLAGS["config"].present:
             config = cli.read_config(_CONFIG)
             check(config)
-        model = take_in(path, workdir, config).model
+        model = import_weights(path, workdir, config).model
         cli.say(f"it holds a {model.encoder} of widths {model.widths} and depths {model.depths}, {model.method}")
         print(workdir)  # noqa: T201 - the result
 

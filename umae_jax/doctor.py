@@ -21,18 +21,18 @@ from absl import flags
 
 from umae_jax import cli
 from umae_jax.config import check
-from umae_jax.data.loader import host_cores
+from umae_jax.data.pipeline import host_cores
 from umae_jax.data.sources import open_source
 from umae_jax.errors import require
 from umae_jax.files import AnyPath, locate, reason, write_whole
-from umae_jax.hardware import GIB
+from umae_jax.planning.hardware import GIB
 from umae_jax.processes import versions
-from umae_jax.training.agreement import of_all
-from umae_jax.training.mesh import batch_sharding, make_mesh, replicated
+from umae_jax.training.agreement import all_gather_json
+from umae_jax.training.sharding import batch_sharding, make_mesh, replicated
 
 FLOATS = 1 << 22  # that each device brings to the collective: 16 MiB
 ROUNDS = 5
-MOST_APART = 2.0  # seconds between the clocks of two hosts
+MAX_APART = 2.0  # seconds between the clocks of two hosts
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The directory that the run would write to.")
@@ -134,7 +134,7 @@ def page(found: list[dict[str, Any]], clocks: list[float], collective: tuple[boo
             tell(False, f"the processes see different {what}: {', '.join(seen)}")
     apart = max(clocks) - min(clocks)
     if len(found) > 1:
-        tell(apart < MOST_APART, f"clocks are {apart:.2f} s apart")
+        tell(apart < MAX_APART, f"clocks are {apart:.2f} s apart")
         tell(True, f"{len(found)} processes met, with the same software, configuration and directory")
     right, seconds = collective
     speed = FLOATS * 4 / seconds / 1e9
@@ -148,8 +148,8 @@ def main() -> None:
     config = cli.read_config(_CONFIG) if flags.FLAGS["config"].present else None
     workdir = locate(_WORKDIR.value, "--workdir") if _WORKDIR.value else None
     cli.join(_PROCESSES, config, workdir)
-    found = of_all(examine(config, workdir))
-    clocks = of_all(time.time())
+    found = all_gather_json(examine(config, workdir))
+    clocks = all_gather_json(time.time())
     lines, well = page(found, clocks, time_collective())
     cli.result("\n".join(lines))
     require(well, "not all is well; mend what the lines above call wrong")

@@ -11,7 +11,7 @@ class UserError(ValueError):
     """
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error
+class Preempted(Exception):  # noqa: N818 - not an error
     """A run was stopped by a signal, after its state was saved.
 
     Attributes:

@@ -24,10 +24,10 @@ from umae_jax.data.transforms import load_whole, reason
 from umae_jax.errors import listing, require
 from umae_jax.files import locate, locate_here
 from umae_jax.training.evaluation import make_evaluator, open_labelled_validation, open_validation
-from umae_jax.training.mesh import make_mesh
 from umae_jax.training.metrics import duration
 from umae_jax.training.probes import PROBES, knn_accuracy, linear_accuracy, make_reader
 from umae_jax.training.runs import StoredRun, read_run
+from umae_jax.training.sharding import make_mesh
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The directory of a run.")
 _BEST = flags.DEFINE_boolean("best", False, "Take the checkpoint that validation found best, not the newest.")

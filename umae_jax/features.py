@@ -15,8 +15,8 @@ from umae_jax.models.build import build_encoder
 from umae_jax.models.encoder import Encoder, check_image_size
 from umae_jax.training.runs import read_run
 from umae_jax.weights.huggingface import weights_in
+from umae_jax.weights.names import from_reference
 from umae_jax.weights.recognize import read_model
-from umae_jax.weights.reference import from_reference
 
 
 @jax.jit

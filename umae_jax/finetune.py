@@ -19,15 +19,15 @@ from umae_jax.errors import require
 from umae_jax.features import read_encoder
 from umae_jax.files import AnyPath, locate
 from umae_jax.signals import StopSignals
-from umae_jax.training.agreement import AgreedStop, of_first
+from umae_jax.training.agreement import AgreedStop, broadcast_json
 from umae_jax.training.checkpoint import BEST, Checkpoints, newest_step
 from umae_jax.training.evaluation import make_evaluator, open_validation
-from umae_jax.training.finetuning import fit_encoder, make_loss, name_classes
+from umae_jax.training.finetuning import adapt_pretrained, make_loss, name_classes
 from umae_jax.training.loop import Action
-from umae_jax.training.mesh import make_mesh
 from umae_jax.training.runs import Run, describe, initialize
+from umae_jax.training.sharding import make_mesh
 from umae_jax.training.step import TrainState
-from umae_jax.training.trainer import MOST_SAMPLES, Task, run_training
+from umae_jax.training.trainer import MAX_SAMPLES, Task, run_training
 
 TOP1 = "validation_top1"
 
@@ -43,7 +43,7 @@ def begin(config: ConfigDict, what: Run) -> TrainState:
         return initialize(config, what)
     pretrained, encoder = read_encoder(config.init, "init")
     wanted = what.state.params["encoder"]
-    return initialize(config, what, fit_encoder(config, wanted, pretrained, encoder, config.init))
+    return initialize(config, what, adapt_pretrained(config, wanted, pretrained, encoder, config.init))
 
 
 def make_validation(
@@ -57,8 +57,8 @@ def make_validation(
     stop: AgreedStop,
 ) -> Action:
     """Measures accuracy, and keeps the checkpoint that did best."""
-    highest = of_first(best.note(TOP1)) or 0.0
-    batch_size = config.batch_size // config.accumulate
+    highest = broadcast_json(best.note(TOP1)) or 0.0
+    batch_size = config.batch_size // config.grad_accum_steps
     evaluate = make_evaluator(config, what.graph, what.state.params, source, mesh, batch_size, stop.check)
 
     def validate(step: int, state: TrainState) -> dict[str, float]:
@@ -69,7 +69,7 @@ def make_validation(
             best.save(step, state, step * config.batch_size, **{TOP1: highest})
             best.wait()  # the metric that says it is there comes after it
             # If the run is killed it goes on from its newest checkpoint, and needs the best one up to there.
-            best.forget(after=step, before=of_first(newest_step(workdir)))
+            best.forget(after=step, before=broadcast_json(newest_step(workdir)))
         measured = {TOP1: accuracy.top1, "validation_top5": accuracy.top5, "validation_images": accuracy.images}
         return measured | ({"validation_unreadable": accuracy.unreadable} if accuracy.unreadable else {})
 
@@ -90,8 +90,9 @@ def main() -> None:
             "configs/finetune_swin_tiny.py does",
         )
         require(
-            not (config.augment.mixup or config.augment.cutmix) or config.batch_size // config.accumulate % 2 == 0,
-            f"batch_size: mixup and cutmix take images in pairs, and {config.batch_size} in {config.accumulate} "
+            not (config.augment.mixup or config.augment.cutmix)
+            or config.batch_size // config.grad_accum_steps % 2 == 0,
+            f"batch_size: mixup and cutmix take images in pairs, and {config.batch_size} in {config.grad_accum_steps} "
             "accumulated part(s) leaves odd ones; choose an even number a part",
         )
         source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
@@ -113,9 +114,9 @@ def main() -> None:
         measured = (TOP1,) if validation and config.validation.every_epochs else ()
         task = Task(what, source, make_loss(config, what.graph), lambda: begin(config, what), actions, measured)
         run_training(config, workdir, mesh, task, stop)
-    if of_first((workdir / BEST).is_dir()):
+    if broadcast_json((workdir / BEST).is_dir()):
         best = Checkpoints(workdir, folder=BEST, keep=None)
-        best.forget(after=MOST_SAMPLES, before=MOST_SAMPLES)  # nothing is left that might be continued
+        best.forget(after=MAX_SAMPLES, before=MAX_SAMPLES)  # nothing is left that might be continued
         highest = best.note(TOP1)
         best.close()
         if highest is not None:

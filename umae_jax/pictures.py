@@ -27,7 +27,7 @@ STATISTICS = {
 PLAIN = "pixels as predicted"
 COLUMNS = ("original", "what the encoder saw", "prediction in what was visible", "prediction alone")
 MARGIN, LINE = 8, 22
-LEAST_WIDTH = 200  # of a panel, in pixels: room for its heading
+MIN_WIDTH = 200  # of a panel, in pixels: room for its heading
 
 
 class Panels(NamedTuple):
@@ -88,7 +88,7 @@ def reconstruct(
     _, prediction = model(pixels, mask)
     target = model.target(pixels, mask)
     error = jnp.square(prediction - target).mean((1, 2, 3, 4))
-    if model.normalize_target:
+    if model.norm_pix_loss:
         if statistics == "unit":
             own = model.masked_pixels(pixels, mask)
             average, variance = own.mean(-1, keepdims=True), own.var(-1, keepdims=True, ddof=1)
@@ -135,7 +135,7 @@ def draw(panels: Panels, caption: str) -> bytes:
         paint(predicted, (sampled, NOT_SAMPLED)),
     )
     rows, height, width = columns[0].shape[:3]
-    zoom = -(-LEAST_WIDTH // width)  # small images are shown larger, pixel by pixel
+    zoom = -(-MIN_WIDTH // width)  # small images are shown larger, pixel by pixel
     height, width = height * zoom, width * zoom
     font = ImageFont.load_default(13)
     lines = [
@@ -189,7 +189,7 @@ def make_illustrator(
 
     def illustrate(params: nnx.State, title: str) -> bytes:
         panels = compute(params, images)
-        how = STATISTICS[statistics] if nnx.merge(graph, params).normalize_target else PLAIN
+        how = STATISTICS[statistics] if nnx.merge(graph, params).norm_pix_loss else PLAIN
         return draw(panels, f"{title}  |  error {np.asarray(panels.error).mean():.4f}  |  {how}")
 
     return illustrate

@@ -23,17 +23,25 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from umae_jax import cli
-from umae_jax.benchmarking import growth, parts
-from umae_jax.benchmarking.parts import Bound
-from umae_jax.compiled import Account
 from umae_jax.config import check, resolve_steps
 from umae_jax.data.sources import open_source
 from umae_jax.errors import UserError, require
 from umae_jax.files import locate_here, write_whole
-from umae_jax.hardware import GIB, GPUS, topology
-from umae_jax.targets import DoesNotFit, Target, compile_for, find_target, largest_batch, local_target, lower_for
+from umae_jax.planning import growth, parts
+from umae_jax.planning.assembly import count_flops, products_by_scope
+from umae_jax.planning.compiled import CompiledStats
+from umae_jax.planning.hardware import GIB, GPUS, topology
+from umae_jax.planning.parts import Bound
+from umae_jax.planning.targets import (
+    DoesNotFit,
+    Target,
+    compile_for,
+    find_target,
+    largest_batch,
+    local_target,
+    lower_for,
+)
 from umae_jax.training import finetuning
-from umae_jax.training.assembly import count_flops, products_by_scope
 from umae_jax.training.metrics import duration
 
 IMAGENET, CLASSES = 1_281_167, 1000  # training images and classes of ImageNet-1K
@@ -54,10 +62,10 @@ _JSON = flags.DEFINE_string("json", None, "A file to write the numbers to.")
 class Plan:
     """What is known of a run on a target, a chip and a step where nothing else is said; None is not known.
 
-    The compiler's: arguments, temporaries and peak (bytes of memory), bytes (moved to and from memory; where a
+    The compiler's: arguments, temp_bytes and peak (bytes of memory), bytes (moved to and from memory; where a
     batch is computed in parts it does not tell), cycles (scheduled, without collectives), parts (the same by part
     of the model, forward and backward), parts_bytes (operands and results of operations, likewise), collectives.
-    Told by kernels, into which the compiler does not look: kernels (what they must do at least, by part of the
+    RemoteError by kernels, into which the compiler does not look: kernels (what they must do at least, by part of the
     model and direction). Counted on the program before it is compiled: flops, parts_flops (of matrix products, by
     part). Estimated: scheduled (seconds of these cycles), flops_limit and bytes_limit (seconds at the chip's best),
     kernels_limit (the same of the kernels), interconnect (seconds that collectives take at the links' best), step
@@ -73,12 +81,12 @@ class Plan:
     largest_batch: int | None
     memory: float | None
     arguments: int | None
-    temporaries: int | None
+    temp_bytes: int | None
     peak: int | None
     flops: float | None
     bytes: float | None
     cycles: int | None
-    cycles_at_most: int | None
+    worst_case_cycles: int | None
     parts: dict[str, tuple[int, int]] | None
     parts_bytes: dict[str, tuple[int, int]] | None
     parts_flops: dict[str, tuple[int, int]]
@@ -126,13 +134,13 @@ def make_plan(
     check(config, chips)
     chip = target.chip
     start = time.monotonic()
-    outcome: Account | DoesNotFit
+    outcome: CompiledStats | DoesNotFit
     try:
         outcome = compile_for(lower_for(config, target), target)
     except DoesNotFit as answer:
         outcome = answer
     seconds = time.monotonic() - start
-    told = outcome if isinstance(outcome, Account) else None
+    told = outcome if isinstance(outcome, CompiledStats) else None
     scheduled = told.cycles / chip.clock if told and told.cycles and chip and chip.clock else None
     collectives: list[dict[str, Any]] = []
     for one in told.collectives if told else ():
@@ -149,7 +157,7 @@ def make_plan(
     steps = resolve_steps(config, "total", images, config.batch_size)
     hours = None if step is None else steps * step / 3600
     flops_limit = flops / chips / chip.flops if flops and chip else None
-    moved = told.bytes if told and config.accumulate == 1 else None  # which of them a loop repeats is not told
+    moved = told.bytes if told and config.grad_accum_steps == 1 else None  # which of them a loop repeats is not told
     bytes_limit = moved / chip.bandwidth if moved and chip else None
     return Plan(
         target=target.name,
@@ -160,12 +168,12 @@ def make_plan(
         largest_batch=largest_batch(config, target, outcome, cli.say) if search and target.memory else None,
         memory=target.memory,
         arguments=told.arguments if told else None,
-        temporaries=told.temporaries if told else None,
+        temp_bytes=told.temp_bytes if told else None,
         peak=told.peak if told else None,
         flops=flops / chips if flops else None,
         bytes=moved,
         cycles=told.cycles if told else None,
-        cycles_at_most=told.cycles_at_most if told else None,
+        worst_case_cycles=told.worst_case_cycles if told else None,
         parts=parts.by_part(told.cycles_by_scope) if told and told.cycles else None,
         parts_bytes=parts.by_part(told.bytes_by_scope) if told and told.cycles else None,
         parts_flops={
@@ -209,14 +217,17 @@ def table(plans: Sequence[Plan]) -> str:
     section("The compiler's own:")
     row("  fits", *("yes" if plan.fits else f"no, {plan.needs}" for plan in plans))
     row("  memory: arguments", *(_value(plan.arguments, GIB, " GiB", 2) for plan in plans))
-    row("  memory: temporaries", *(_value(plan.temporaries, GIB, " GiB", 2) for plan in plans))
+    row("  memory: temp_bytes", *(_value(plan.temp_bytes, GIB, " GiB", 2) for plan in plans))
     row("  memory: peak", *(_value(plan.peak, GIB, " GiB", 2) for plan in plans))
     row("  memory of a chip", *(_value(plan.memory, GIB, " GiB", 2) for plan in plans))
     row("  largest batch a chip", *(_value(plan.largest_batch, 1, "", 0) for plan in plans))
     row("  bytes moved", *(_value(plan.bytes, 1e9, " GB") for plan in plans))
     row("  scheduled, without collectives", *(_value(plan.cycles, 1e6, " M cycles") for plan in plans))
-    if any(plan.cycles != plan.cycles_at_most for plan in plans):
-        row("  the same, logits of attention large", *(_value(plan.cycles_at_most, 1e6, " M cycles") for plan in plans))
+    if any(plan.cycles != plan.worst_case_cycles for plan in plans):
+        row(
+            "  the same, logits of attention large",
+            *(_value(plan.worst_case_cycles, 1e6, " M cycles") for plan in plans),
+        )
     with_kernels = any(plan.kernels for plan in plans)
     if with_kernels:
         calls = [sum(bound.calls for bound in plan.kernels.values()) for plan in plans]

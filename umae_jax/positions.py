@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from umae_jax.platforms import is_for
+from umae_jax.models.kernels.platforms import is_for
 
 
 def sincos_table(width: int, grid: tuple[int, int]) -> np.ndarray:

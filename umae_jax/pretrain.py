@@ -21,10 +21,10 @@ from umae_jax.signals import StopSignals
 from umae_jax.training.agreement import AgreedStop
 from umae_jax.training.evaluation import open_validation
 from umae_jax.training.loop import Action
-from umae_jax.training.mesh import make_mesh, replicated
 from umae_jax.training.pretraining import make_loss
 from umae_jax.training.probes import knn_accuracy, make_reader
 from umae_jax.training.runs import Run, describe, initialize
+from umae_jax.training.sharding import make_mesh, replicated
 from umae_jax.training.step import TrainState
 from umae_jax.training.trainer import Task, run_training
 
@@ -61,7 +61,7 @@ def make_prober(
     config: ConfigDict, what: Run, mesh: Mesh, training: Source, validation: Source, stop: AgreedStop
 ) -> Action:
     """Measures what the nearest neighbours of frozen features tell of the validation images' classes."""
-    batch_size = config.batch_size // config.accumulate
+    batch_size = config.batch_size // config.grad_accum_steps
     read = make_reader(config, what.graph, what.state.params, mesh, batch_size, stop.check)
     options = {"neighbors": config.probe.neighbors, "temperature": config.probe.temperature}
 

@@ -8,7 +8,7 @@ from typing import Any
 ASKING = (signal.SIGTERM, signal.SIGINT)
 
 
-class StopAsked(Exception):  # noqa: N818 - not an error
+class PreemptionRequested(Exception):  # noqa: N818 - not an error
     """Something that takes long between two steps broke off, as a signal asked to leave."""
 
 
@@ -36,9 +36,9 @@ class StopSignals:
         os.write(2, f"{name}: saving and leaving after this step; once more to leave at once\n".encode())
 
     def check(self) -> None:
-        """Raise StopAsked if a signal has come; for use in what takes long between two steps."""
+        """Raise PreemptionRequested if a signal has come; for use in what takes long between two steps."""
         if self.received is not None:
-            raise StopAsked
+            raise PreemptionRequested
 
     def _restore(self) -> None:
         for number, handler in self._inherited.items():

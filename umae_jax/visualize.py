@@ -6,7 +6,7 @@ python -m umae_jax.visualize --workdir DIR --images PATH --output FILE.png
 from absl import flags
 
 from umae_jax import cli
-from umae_jax.config import MOST_SEED
+from umae_jax.config import MAX_SEED
 from umae_jax.data.sources import open_images
 from umae_jax.data.transforms import first_readable
 from umae_jax.errors import require
@@ -18,7 +18,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The directory of a pre-training
 _IMAGES = flags.DEFINE_string("images", None, "An image file, or a folder of them.")
 _OUTPUT = flags.DEFINE_string("output", None, "The PNG to write.")
 _COUNT = flags.DEFINE_integer("count", 8, "How many images of a folder to show.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the masks.", lower_bound=0, upper_bound=MOST_SEED)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the masks.", lower_bound=0, upper_bound=MAX_SEED)
 _STATISTICS = flags.DEFINE_enum(
     "statistics",
     "visible",

@@ -15,7 +15,7 @@ from tests.small import random_model
 from umae_jax.benchmarking import peers
 from umae_jax.errors import UserError
 from umae_jax.models.build import build_model
-from umae_jax.weights import reference
+from umae_jax.weights import names
 
 needs_torch = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="torch is not installed")
 needs_both = pytest.mark.skipif(
@@ -26,7 +26,7 @@ VIT = {"encoder": "vit", "patch": 8, "widths": (8,), "depths": (2,), "heads": (2
 MODELS = {
     "torch_um_mae": {},
     "hf_vit_mae": VIT | {"method": "mae", "decoder_factor": 1, "secondary_ratio": 0.0},
-    "hf_swin_simmim": {"method": "simmim", "normalize_target": False, "secondary_ratio": 0.0},
+    "hf_swin_simmim": {"method": "simmim", "norm_pix_loss": False, "secondary_ratio": 0.0},
 }
 
 
@@ -104,7 +104,7 @@ def torch_and_jax(config):
 
     graph, params = random_model(config)
     plain = TorchUmMae(config)
-    tensors = reference.to_reference(config, params)
+    tensors = names.to_reference(config, params)
     plain.load_state_dict({name: torch.from_numpy(array.copy()) for name, array in tensors.items()})
     return graph, params, plain
 
@@ -149,7 +149,7 @@ def test_plain_um_mae_has_our_loss_and_gradients(kind, changes):
     theirs = plain(channels_first(images), torch_mask(mask))
     theirs.backward()
     np.testing.assert_allclose(theirs.item(), loss, rtol=1e-5)
-    gradients = reference.to_reference(config, gradients)
+    gradients = names.to_reference(config, gradients)
     for name, parameter in plain.named_parameters():
         expected, found = gradients[name], parameter.grad.numpy()
         if name.endswith("posmlp.2.bias"):  # shifts whole softmax rows: its true gradient is 0
@@ -216,7 +216,7 @@ def test_a_peer_of_another_model_is_told(name, changes, told):
         ("hf_swin_simmim", "image_size", (32, 64), "image_size: .* not 32 x 64; make the two equal"),
         ("hf_swin_simmim", "widths", (8, 24), "model.widths: .* doubles"),
         ("hf_swin_simmim", "mlp_ratios", (4, 2), "model.mlp_ratios: .* one for all stages"),
-        ("hf_swin_simmim", "normalize_target", True, "model.normalize_target: .* set it to False"),
+        ("hf_swin_simmim", "norm_pix_loss", True, "model.norm_pix_loss: .* set it to False"),
     ],
 )
 def test_what_a_peer_has_not_is_told(name, key, value, told):

@@ -10,7 +10,7 @@ import pytest
 import umae_jax
 from tests import golden, small
 from tests.runs import store
-from umae_jax.weights.exchange import BACKBONE, take_out
+from umae_jax.weights.exchange import BACKBONE, export_weights
 
 torch = pytest.importorskip("torch")
 
@@ -29,7 +29,7 @@ def exported(tmp_path_factory):
             if not run.exists():
                 store(run, config, small.random_model(config)[1])
             files[kind, suffix] = folder / f"{kind}{suffix}"
-            take_out(run, files[kind, suffix], "reference")
+            export_weights(run, files[kind, suffix], "reference")
         return files[kind, suffix]
 
     return export
@@ -82,7 +82,7 @@ def test_the_references_numbers(exported, kind, tmp_path):
     from flax import nnx
 
     store(tmp_path / "run", config, nnx.state(golden.model_of(kind), nnx.Param))
-    take_out(tmp_path / "run", tmp_path / "weights.pth", "reference")
+    export_weights(tmp_path / "run", tmp_path / "weights.pth", "reference")
     backbone = umae_backbone.load_backbone(tmp_path / "weights.pth")
     mean = torch.from_numpy(maps_in_torch(backbone, numbers["images"])[-1].mean((1, 2)))
     head = {name: torch.from_numpy(array) for name, array in golden.part(numbers, "param").items()}

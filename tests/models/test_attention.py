@@ -8,9 +8,9 @@ from flax import nnx
 
 from umae_jax.models import attention
 from umae_jax.models.attention import Bias, attend, merge_heads, split_heads
+from umae_jax.models.kernels.platforms import is_for
 from umae_jax.models.windows import make_windows
-from umae_jax.platforms import is_for
-from umae_jax.training.mesh import batch_sharding, make_mesh
+from umae_jax.training.sharding import batch_sharding, make_mesh
 
 
 def plain(q, k, v, bias=None):

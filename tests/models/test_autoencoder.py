@@ -41,7 +41,7 @@ def test_what_was_not_sampled_or_is_hidden_never_reaches_the_encoder(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_loss_looks_only_at_what_was_not_sampled(name):
-    model, plain = build(name), build(name, normalize_target=False)
+    model, plain = build(name), build(name, norm_pix_loss=False)
     images, mask = random_case(model)
     gradient = jax.grad(lambda images: jnp.sum(jnp.square(plain.target(images, mask))))(images)
     assert (np.asarray(mask.compact(gradient)) == 0).all()
@@ -174,9 +174,9 @@ THREE_STAGES = {"widths": (8, 16, 24), "depths": (1, 2, 1), "heads": (1, 2, 4), 
         ("swin_um_window8", {**THREE_STAGES, "decoder_factor": 1, "image_size": (64, 64), "window": 8}),
         ("swin_um_window8", {"decoder_factor": 4, "image_size": (64, 64)}),
         ("pvt_um", {"image_size": (64, 256)}),
-        ("pvt_um", {"image_size": (192, 192), "channels": 1, "reductions": (6, 2, 2, 1)}),
-        ("pvt_um", {**TWO_STAGES, "reductions": (4, 1), "image_size": (32, 64)}),
-        ("pvt_um", {**THREE_STAGES, "reductions": (1, 1, 1), "decoder_factor": 4, "image_size": (32, 64)}),
+        ("pvt_um", {"image_size": (192, 192), "channels": 1, "sr_ratios": (6, 2, 2, 1)}),
+        ("pvt_um", {**TWO_STAGES, "sr_ratios": (4, 1), "image_size": (32, 64)}),
+        ("pvt_um", {**THREE_STAGES, "sr_ratios": (1, 1, 1), "decoder_factor": 4, "image_size": (32, 64)}),
         ("vit_um", {"image_size": (32, 80), "channels": 1}),
         ("vit_um", {"patch": 4, "image_size": (24, 8), "secondary_ratio": 0.5}),
         ("vit_random", {"image_size": (32, 80), "channels": 1}),
@@ -216,10 +216,10 @@ def test_a_pyramid_refuses_a_random_mask(name):
         ("swin_um_window8", {"mlp_ratios": (4,)}, r"4 stage\(s\), model.mlp_ratios 1"),
         ("vit_um", {"widths": (32, 64)}, r"1 stage\(s\), model.widths 2"),
         ("pvt_um", {"depths": (1, 2, 0, 1)}, "every stage needs at least one block"),
-        ("pvt_um", {"reductions": (8, 4, 2)}, r"4 stage\(s\), model.reductions 3"),
+        ("pvt_um", {"sr_ratios": (8, 4, 2)}, r"4 stage\(s\), model.sr_ratios 3"),
         (
             "pvt_um",
-            {"reductions": (12, 4, 2, 1)},
+            {"sr_ratios": (12, 4, 2, 1)},
             r"6 does not divide the 16 x 16 tokens of stage 1 on the compact grid.*; choose \(8, 4, 2, 1\)$",
         ),
         ("pvt_um", {"widths": (18, 24, 40, 48)}, "18 is not a multiple of 4"),

@@ -181,7 +181,7 @@ def test_other_shapes_compute(name, changes):
         ("vit_classifier", {"image_size": (64, 44)}, "width 44 is not a multiple of 8.*choose 40 or 48$"),
         (
             "pvt_classifier",
-            {"image_size": (96, 64), "reductions": (16, 4, 2, 1)},
+            {"image_size": (96, 64), "sr_ratios": (16, 4, 2, 1)},
             r"16 does not divide the 24 x 16 tokens of stage 1; choose \(8, 4, 2, 1\)$",
         ),
     ],

@@ -10,7 +10,7 @@ from umae_jax.config import default_config
 from umae_jax.errors import UserError
 from umae_jax.models import presets
 from umae_jax.models.build import build_model
-from umae_jax.weights.reference import entries
+from umae_jax.weights.names import entries
 
 PRESETS = [(size, method) for size in presets.SIZES for method in presets.methods_of(size)]
 

@@ -35,8 +35,8 @@ def test_every_token_attends_to_the_averages_of_all_blocks(grid, reduction):
 def test_reductions_are_halved_on_the_compact_grid_but_never_below_1():
     """Halved, 8 and 9 are the same; whole, 2 and 3 are not."""
     outputs = []
-    for reductions in ((8, 4, 2, 1), (9, 5, 3, 1), (4, 4, 2, 1)):
-        model = build("pvt_um", reductions=reductions)
+    for sr_ratios in ((8, 4, 2, 1), (9, 5, 3, 1), (4, 4, 2, 1)):
+        model = build("pvt_um", sr_ratios=sr_ratios)
         outputs.append(np.asarray(encode(model, *random_case(model)).maps[-1]))
     np.testing.assert_array_equal(outputs[0], outputs[1])
     assert np.abs(outputs[0] - outputs[2]).max() > 1e-3

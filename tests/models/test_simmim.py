@@ -77,7 +77,7 @@ def test_bfloat16_follows_float32(name):
     [
         ("simmim_swin", {"image_size": (96, 160), "channels": 1}),  # grids that windows do not tile
         ("simmim_swin", {"image_size": (64, 64), "decoder_factor": 1}),
-        ("simmim_pvt", {"image_size": (96, 32), "reductions": (4, 2, 1, 1), "decoder_factor": 4, "channels": 5}),
+        ("simmim_pvt", {"image_size": (96, 32), "sr_ratios": (4, 2, 1, 1), "decoder_factor": 4, "channels": 5}),
         ("simmim_vit", {"image_size": (48, 80)}),
     ],
 )
@@ -97,7 +97,7 @@ def test_other_shapes_compute(name, changes):
         ("simmim_vit", {"image_size": (64, 40)}, "width 40 is not a multiple of 16.*choose 32 or 48$"),
         (
             "simmim_pvt",
-            {"image_size": (128, 96), "reductions": (16, 4, 2, 1)},
+            {"image_size": (128, 96), "sr_ratios": (16, 4, 2, 1)},
             r"16 does not divide the 32 x 24 tokens of stage 1; choose \(8, 4, 2, 1\)$",
         ),
         ("simmim_swin", {"decoder_factor": 3}, "3 does not divide 8.*choose a divisor of 8$"),

@@ -10,7 +10,7 @@ import pytest
 
 from umae_jax.errors import UserError
 from umae_jax.training.checkpoint import Checkpoints
-from umae_jax.training.mesh import make_mesh, state_shardings
+from umae_jax.training.sharding import make_mesh, state_shardings
 from umae_jax.training.step import init_state
 
 

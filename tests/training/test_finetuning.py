@@ -6,12 +6,12 @@ import pytest
 from flax import nnx
 
 from tests import golden, small
-from umae_jax.data.loader import Batch
 from umae_jax.data.on_device import normalize
+from umae_jax.data.pipeline import Batch
 from umae_jax.errors import UserError
 from umae_jax.models.layers import resize_positions
 from umae_jax.positions import sincos_table
-from umae_jax.training.finetuning import fit_encoder, make_loss
+from umae_jax.training.finetuning import adapt_pretrained, make_loss
 from umae_jax.training.step import init_state, make_train_step
 
 PAIRS = {"swin_um_window4_no_secondary": "swin_classifier", "pvt_um": "pvt_classifier", "vit_um": "vit_classifier"}
@@ -34,7 +34,7 @@ def test_a_classifier_takes_the_encoder_and_keeps_its_own_head(pretrained):
     source, config = golden.config_of(pretrained), golden.config_of(PAIRS[pretrained])
     graph, theirs = small.random_model(source)
     classifier, ours = small.random_model(config, seed=1)
-    filled = filled_with(ours, fit_encoder(config, ours["encoder"], source, theirs["encoder"], "DIR"))
+    filled = filled_with(ours, adapt_pretrained(config, ours["encoder"], source, theirs["encoder"], "DIR"))
     images = jax.random.normal(jax.random.key(0), (1, *config.image_size, 3))
 
     @jax.jit
@@ -57,7 +57,7 @@ def test_position_tables_are_resized_to_other_images(pretrained, leading):
     source, config = golden.config_of(pretrained), golden.config_of(PAIRS[pretrained])
     config.image_size = tuple(2 * size for size in source.image_size)
     wanted = small.random_model(config)[1]["encoder"]
-    fitted = fit_encoder(config, wanted, source, small.random_model(source)[1]["encoder"], "DIR")
+    fitted = adapt_pretrained(config, wanted, source, small.random_model(source)[1]["encoder"], "DIR")
     table = np.asarray(fitted["encoder"]["positions"]["table"][...])
     old, new = ([size // source.model.patch for size in image] for image in (source.image_size, config.image_size))
     width = source.model.widths[0]
@@ -84,7 +84,7 @@ def test_sizes_that_do_not_fit_are_named(key, value):
     mine = source.model[key]
     config.model[key] = value
     with pytest.raises(UserError, match=rf"init: DIR holds an encoder of other sizes \(model.{key} is") as told:
-        fit_encoder(config, params, source, params, "DIR")
+        adapt_pretrained(config, params, source, params, "DIR")
     assert str(mine) in str(told.value)
     assert str(value) in str(told.value)
 
@@ -138,7 +138,7 @@ def test_accumulated_parts_mix_the_same_pairs():
     optimizer = optax.identity()
     results = []
     for parts in (1, 2, 4):
-        step = jax.jit(make_train_step(make_loss(config, graph), optimizer, lambda step: 0.1, accumulate=parts))
+        step = jax.jit(make_train_step(make_loss(config, graph), optimizer, lambda step: 0.1, grad_accum_steps=parts))
         state, metrics = step(init_state(params, optimizer), jax.tree.map(jnp.asarray, batch_of(8)))
         results.append((metrics.loss, state.params["head"]["kernel"][...]))
     for loss, kernel in results[1:]:

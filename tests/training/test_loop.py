@@ -6,12 +6,12 @@ import signal
 import jax.numpy as jnp
 import pytest
 
-from umae_jax.errors import Interrupted, UserError
+from umae_jax.errors import Preempted, UserError
 from umae_jax.signals import StopSignals
 from umae_jax.training.agreement import AgreedStop
 from umae_jax.training.checkpoint import Checkpoints
 from umae_jax.training.loop import Action, train
-from umae_jax.training.mesh import make_mesh
+from umae_jax.training.sharding import make_mesh
 from umae_jax.training.step import Metrics, TrainState
 
 
@@ -85,7 +85,7 @@ def test_a_signal_in_an_action_breaks_it_off_to_be_done_again(tmp_path):
         return act(step, state)
 
     recorder.act = interrupted
-    with pytest.raises(Interrupted):
+    with pytest.raises(Preempted):
         recorder.train(5, checkpoint_every=100)
     assert recorder.calls == ["act 0", "step 1", "step 2", "save 2 at 8"]
     again = Recorder(tmp_path)
@@ -137,7 +137,7 @@ def test_a_signal_during_an_action_saves_at_the_next_step(tmp_path):
         return act(step, state)
 
     recorder.act = signalled
-    with pytest.raises(Interrupted, match="stopped by SIGTERM at step 5"):
+    with pytest.raises(Preempted, match="stopped by SIGTERM at step 5"):
         recorder.train(20, every=2, checkpoint_every=100)
     assert recorder.calls[-3:] == ["act 4", "step 5", "save 5 at 20"]
     assert Checkpoints(tmp_path).any()
@@ -146,7 +146,7 @@ def test_a_signal_during_an_action_saves_at_the_next_step(tmp_path):
 def test_a_signal_before_the_first_step_saves_that(tmp_path):
     recorder = Recorder(tmp_path)
     recorder.signals.received = signal.SIGINT
-    with pytest.raises(Interrupted, match="stopped by SIGINT at step 0"):
+    with pytest.raises(Preempted, match="stopped by SIGINT at step 0"):
         recorder.train(20)
     assert recorder.calls == ["save 0 at 0"]
 

@@ -16,7 +16,7 @@ from umae_jax.training.optimizer import (
     learning_rate_schedule,
     make_optimizer,
 )
-from umae_jax.weights.reference import entries
+from umae_jax.weights.names import entries
 
 
 def test_no_decay_on_vectors_by_name():

@@ -8,13 +8,13 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 from tests import tiny
-from umae_jax.data.loader import Batch, abstract_batch
-from umae_jax.platforms import compiler_options
-from umae_jax.targets import find_target
-from umae_jax.training.mesh import batch_sharding
+from umae_jax.data.pipeline import Batch, abstract_batch
+from umae_jax.models.kernels.platforms import compiler_options
+from umae_jax.planning.targets import find_target
 from umae_jax.training.optimizer import learning_rate_schedule
 from umae_jax.training.pretraining import make_loss
 from umae_jax.training.runs import describe, initialize
+from umae_jax.training.sharding import batch_sharding
 from umae_jax.training.step import lower_step, make_train_step
 
 
@@ -35,11 +35,11 @@ def batch_of(config, mesh, number=0):
     return jax.device_put(batch, batch_sharding(mesh))
 
 
-def prepare(config, mesh, loss=None, accumulate=1):
+def prepare(config, mesh, loss=None, grad_accum_steps=1):
     what = describe(config, mesh)
     loss = loss or make_loss(config, what.graph)
     schedule = learning_rate_schedule(config.optimizer, batch_size=256, warmup_steps=1, total_steps=10)
-    step = make_train_step(loss, what.optimizer, schedule, accumulate=accumulate)
+    step = make_train_step(loss, what.optimizer, schedule, grad_accum_steps=grad_accum_steps)
     batch = abstract_batch(config, config.batch_size, batch_sharding(mesh))
     compiled = lower_step(step, what.state, batch, mesh).compile()
     return initialize(config, what), compiled
@@ -47,8 +47,8 @@ def prepare(config, mesh, loss=None, accumulate=1):
 
 VIT = {"encoder": "vit", "patch": 8, "widths": (8,), "depths": (2,), "heads": (2,), "mlp_ratios": (4,)}
 MODELS = {
-    "pvt": {"encoder": "pvt", "reductions": (2, 1)},
-    "simmim": {"method": "simmim", "normalize_target": False},
+    "pvt": {"encoder": "pvt", "sr_ratios": (2, 1)},
+    "simmim": {"method": "simmim", "norm_pix_loss": False},
     "vit": VIT | {"decoder_factor": 1},
     "mae": VIT | {"method": "mae", "decoder_factor": 1},
 }
@@ -56,11 +56,11 @@ MODELS = {
 
 def run(mesh, steps=3, model=None, **changes):
     config = tiny.get_config()
-    accumulate = changes.pop("accumulate", 1)
+    grad_accum_steps = changes.pop("grad_accum_steps", 1)
     with config.unlocked():
         config.update(changes)
         config.model.update(model or {})
-    state, step = prepare(config, mesh, accumulate=accumulate)
+    state, step = prepare(config, mesh, grad_accum_steps=grad_accum_steps)
     losses = []
     for number in range(steps):
         state, metrics = step(state, batch_of(config, mesh, number))
@@ -90,7 +90,7 @@ def test_every_model_trains_alike_on_1_and_8_devices(name):
 
 @pytest.mark.parametrize("shape", [(1, 1), (8, 1)])
 def test_accumulated_parts_are_the_whole_batch(one_device, shape):
-    losses, _ = run(mesh_of(*shape), accumulate=2)
+    losses, _ = run(mesh_of(*shape), grad_accum_steps=2)
     np.testing.assert_allclose(losses, one_device[0], rtol=2e-6)
 
 

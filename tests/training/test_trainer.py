@@ -4,8 +4,8 @@ import pytest
 
 from tests import tiny, tiny_classifier
 from umae_jax.errors import UserError
-from umae_jax.training.assembly import assemble
-from umae_jax.training.mesh import make_mesh
+from umae_jax.planning.assembly import assemble
+from umae_jax.training.sharding import make_mesh
 from umae_jax.training.trainer import check_same_model, durations
 
 DIR = Path("DIR")

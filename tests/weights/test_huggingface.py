@@ -10,10 +10,10 @@ from flax import nnx
 from tests import golden, small
 from tests.runs import store
 from umae_jax.masking import RandomMask
-from umae_jax.weights.exchange import take_out
+from umae_jax.weights.exchange import export_weights
 from umae_jax.weights.files import read_weights
 from umae_jax.weights.huggingface import LAYOUTS, from_huggingface, to_huggingface
-from umae_jax.weights.reference import to_reference
+from umae_jax.weights.names import to_reference
 
 
 @pytest.fixture
@@ -41,14 +41,14 @@ def test_there_and_back_is_the_identity(layout, kind):
         np.testing.assert_array_equal(array, kept[name], strict=True)
 
 
-@pytest.mark.parametrize("normalize_target", [True, False])
-def test_vit_mae_of_transformers_predicts_the_same(tmp_path, images, normalize_target):
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_vit_mae_of_transformers_predicts_the_same(tmp_path, images, norm_pix_loss):
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
     config = golden.config_of("vit_random")
-    config.model.normalize_target = normalize_target
+    config.model.norm_pix_loss = norm_pix_loss
     graph, params = small.random_model(config)
     store(tmp_path / "run", config, params)
-    take_out(tmp_path / "run", tmp_path / "hub" / "model.safetensors", "vit_mae")
+    export_weights(tmp_path / "run", tmp_path / "hub" / "model.safetensors", "vit_mae")
 
     theirs, report = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "hub", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
@@ -68,7 +68,7 @@ def test_vit_model_of_transformers_gives_the_same_features(tmp_path, images):
     config = golden.config_of("vit_um")
     graph, params = small.random_model(config)
     store(tmp_path / "run", config, params)
-    take_out(tmp_path / "run", tmp_path / "hub" / "model.safetensors", "vit")
+    export_weights(tmp_path / "run", tmp_path / "hub" / "model.safetensors", "vit")
 
     theirs, report = transformers.ViTModel.from_pretrained(
         tmp_path / "hub", add_pooling_layer=False, output_loading_info=True
@@ -90,7 +90,7 @@ def test_timm_loads_the_reference_names(tmp_path, images):
     config = golden.config_of("vit_classifier")
     graph, params = small.random_model(config)
     store(tmp_path / "run", config, params)
-    take_out(tmp_path / "run", tmp_path / "vit.safetensors", "reference")
+    export_weights(tmp_path / "run", tmp_path / "vit.safetensors", "reference")
 
     theirs = vision_transformer.VisionTransformer(
         img_size=64, patch_size=8, embed_dim=32, depth=2, num_heads=4, num_classes=10, global_pool="avg"

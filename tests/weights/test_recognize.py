@@ -7,8 +7,8 @@ from umae_jax.config import default_config
 from umae_jax.errors import UserError
 from umae_jax.models.build import build_model
 from umae_jax.models.presets import SIZES, methods_of
+from umae_jax.weights.names import entries, to_reference
 from umae_jax.weights.recognize import recognize
-from umae_jax.weights.reference import entries, to_reference
 
 
 def shapes_of(config):

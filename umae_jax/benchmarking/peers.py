@@ -166,7 +166,7 @@ def hf_vit_mae(config: ConfigDict) -> Network:
             decoder_num_attention_heads=model.decoder_heads,
             decoder_intermediate_size=DECODER_MLP_RATIO * model.decoder_width,
             mask_ratio=0.75,
-            norm_pix_loss=model.normalize_target,
+            norm_pix_loss=model.norm_pix_loss,
         )
     )
     return Network(module, lambda images: module(images).loss)
@@ -194,7 +194,7 @@ def hf_swin_simmim(config: ConfigDict) -> Network:
         len(set(model.mlp_ratios)) == 1,
         f"model.mlp_ratios: hf_swin_simmim has one for all stages; choose such, not {model.mlp_ratios}",
     )
-    require(not model.normalize_target, "model.normalize_target: hf_swin_simmim predicts plain pixels; set it to False")
+    require(not model.norm_pix_loss, "model.norm_pix_loss: hf_swin_simmim predicts plain pixels; set it to False")
     module: Any = SwinForMaskedImageModeling(
         SwinConfig(
             image_size=side,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from umae_jax.compiled import scopes_of_operations
+from umae_jax.planning.compiled import scopes_of_operations
 
 
 def measure(take: Callable[[int], None], program: str, steps: int) -> Counter[str]:

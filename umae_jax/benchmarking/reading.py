@@ -18,15 +18,15 @@ from PIL import Image
 
 from umae_jax.benchmarking import steps
 from umae_jax.config import check
-from umae_jax.data.loader import Loader, readers
+from umae_jax.data.pipeline import TrainLoader, readers
 from umae_jax.data.sources import Source, open_source
 from umae_jax.data.transforms import random_crop, sample_rng
 from umae_jax.errors import require
 from umae_jax.training.loop import Clock
-from umae_jax.training.mesh import batch_sharding, make_mesh
+from umae_jax.training.sharding import batch_sharding, make_mesh
 
 WARM = 2  # steps that are not timed
-LEAST_STEPS = 10
+MIN_STEPS = 10
 
 
 class Rate(NamedTuple):
@@ -57,7 +57,9 @@ def plain_pillow(source: Source, config: ConfigDict, images: range) -> None:
 
 def read_with_loader(source: Source, config: ConfigDict, images: range) -> None:
     """Read so many images and no more: nothing is read ahead at the other's expense."""
-    loader = Loader.of(config, source, batch_sharding(make_mesh()), first_sample=images.start, last_sample=images.stop)
+    loader = TrainLoader.of(
+        config, source, batch_sharding(make_mesh()), first_sample=images.start, last_sample=images.stop
+    )
     for batch in loader:
         jax.block_until_ready(batch)
     loader.close()
@@ -79,7 +81,7 @@ def compare(config: ConfigDict, images: int, rounds: int) -> dict[str, Any]:
     """
     config = config.copy_and_resolve_references()
     config.unlock()
-    config.batch_size, config.accumulate = 32 * jax.device_count(), 1  # what counts is the image
+    config.batch_size, config.grad_accum_steps = 32 * jax.device_count(), 1  # what counts is the image
     check(config)
     require(not config.data.workers, "data.workers: the benchmark counts this process's time; set it to 0")
     config.data.workers = 0
@@ -108,7 +110,7 @@ def feed(config: ConfigDict, images: int) -> dict[str, float]:
 
     Args:
         config: what is trained, and its data.
-        images: that are timed, rounded up to whole batches, after two steps that are not; but at least LEAST_STEPS
+        images: that are timed, rounded up to whole batches, after two steps that are not; but at least MIN_STEPS
             batches, as the first of them have been read beforehand.
 
     Returns:
@@ -120,9 +122,9 @@ def feed(config: ConfigDict, images: int) -> dict[str, float]:
     check(config)
     source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
     assembly, step, _, state = steps.prepare(config)
-    loader = Loader.of(config, source, batch_sharding(assembly.mesh))
+    loader = TrainLoader.of(config, source, batch_sharding(assembly.mesh))
     clock, pending = Clock(), None
-    for number in range(WARM + max(LEAST_STEPS, -(-images // config.batch_size))):
+    for number in range(WARM + max(MIN_STEPS, -(-images // config.batch_size))):
         if number == WARM:
             jax.block_until_ready(pending)
             clock.restart()

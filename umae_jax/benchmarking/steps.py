@@ -12,15 +12,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from umae_jax.benchmarking.peers import make_peer
-from umae_jax.compiled import account
-from umae_jax.data.loader import Batch
-from umae_jax.hardware import GIB, KINDS
-from umae_jax.training.assembly import Assembly, assemble, count_flops
-from umae_jax.training.mesh import make_mesh, shardings_of
+from umae_jax.data.pipeline import Batch
+from umae_jax.planning.assembly import Assembly, assemble, count_flops
+from umae_jax.planning.compiled import analyze
+from umae_jax.planning.hardware import GIB, KINDS
 from umae_jax.training.runs import initialize
+from umae_jax.training.sharding import make_mesh, shardings_of
 from umae_jax.training.step import TrainState
 
-LEAST_SECONDS = 1.0  # that a turn takes, in whole steps
+MIN_SECONDS = 1.0  # that a turn takes, in whole steps
 
 
 @dataclasses.dataclass
@@ -33,7 +33,7 @@ class Contender:
         parameters: how many are trained.
         compile_seconds: that the step took to compile, or to be read from where it was kept; None where nothing is.
         flops: operations of a step, on all devices together, if they are known.
-        temporaries, peak: bytes of memory a device, by the compiler, if they are known.
+        temp_bytes, peak: bytes of memory a device, by the compiler, if they are known.
         program: the text of the compiled step; None of a peer's.
         seconds: of a step, one number a turn.
     """
@@ -43,7 +43,7 @@ class Contender:
     parameters: int
     compile_seconds: float | None
     flops: float | None
-    temporaries: int | None
+    temp_bytes: int | None
     peak: int | None
     program: str | None
     seconds: list[float] = dataclasses.field(default_factory=list)
@@ -99,10 +99,10 @@ def our_step(name: str, config: ConfigDict) -> Contender:
             state, metrics = compiled(state, batch)
         jax.block_until_ready(metrics)
 
-    told = account(compiled, assembly.mesh.size)
+    told = analyze(compiled, assembly.mesh.size)
     parameters = sum(math.prod(array.shape) for array in jax.tree.leaves(assembly.run.state.params))
     flops, program = count_flops(config), compiled.as_text()
-    return Contender(name, take, parameters, seconds, flops, told.temporaries, told.peak, program)
+    return Contender(name, take, parameters, seconds, flops, told.temp_bytes, told.peak, program)
 
 
 def peer_step(name: str, config: ConfigDict) -> Contender:
@@ -123,14 +123,14 @@ def peer_step(name: str, config: ConfigDict) -> Contender:
 def time_in_turn(contenders: Sequence[Contender], rounds: int, say: Callable[[str], None]) -> None:
     """Have each take its turn, round after round, in an order that turns round as well.
 
-    Each warms up with two steps, the second of which tells how many make a turn of LEAST_SECONDS.
+    Each warms up with two steps, the second of which tells how many make a turn of MIN_SECONDS.
     """
     turns = []
     for contender in contenders:
         contender.take(1)
         start = time.perf_counter()
         contender.take(1)
-        turns.append(max(1, math.ceil(LEAST_SECONDS / (time.perf_counter() - start))))
+        turns.append(max(1, math.ceil(MIN_SECONDS / (time.perf_counter() - start))))
     pairs = list(zip(contenders, turns, strict=True))
     for number in range(rounds):
         for contender, steps in pairs if number % 2 == 0 else reversed(pairs):
@@ -160,7 +160,7 @@ def results(contenders: Sequence[Contender], images: int) -> list[dict[str, Any]
                 "flops": contender.flops,
                 "flops_per_second": achieved,
                 "utilization": None if achieved is None or best is None else achieved / best,
-                "temporaries": contender.temporaries,
+                "temp_bytes": contender.temp_bytes,
                 "peak": contender.peak,
                 "speed": {"least": min(ratios), "median": statistics.median(ratios), "most": max(ratios)},
             }
@@ -177,7 +177,7 @@ def table(told: Sequence[dict[str, Any]]) -> str:
     rows = [
         [
             *("", "step, ms", "least to most", "images/s", "TFLOP/s", "of the best", "compile, s"),
-            *("temporaries, GiB", "peak, GiB", "speed over the first"),
+            *("temp_bytes, GiB", "peak, GiB", "speed over the first"),
         ]
     ]
     for one in told:
@@ -191,7 +191,7 @@ def table(told: Sequence[dict[str, Any]]) -> str:
                 number(one["flops_per_second"], 1e12),
                 "-" if one["utilization"] is None else f"{one['utilization']:.1%}",
                 number(one["compile_seconds"], digits=1),
-                number(one["temporaries"], GIB),
+                number(one["temp_bytes"], GIB),
                 number(one["peak"], GIB),
                 f"{speed['median']:.2f} ({speed['least']:.2f} to {speed['most']:.2f})",
             ]

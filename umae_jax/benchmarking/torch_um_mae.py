@@ -214,7 +214,7 @@ class TorchUmMae(nn.Module):
         self.unit = model.patch * 2 ** (len(model.depths) - 1) // model.decoder_factor
         self.cells = (config.image_size[0] // (2 * self.unit), config.image_size[1] // (2 * self.unit))
         self.visible = visible_count(self.cells, model.secondary_ratio)
-        self.depths, self.normalize_target = model.depths, model.normalize_target
+        self.depths, self.norm_pix_loss = model.depths, model.norm_pix_loss
         width, decoder_width = model.widths[0], model.decoder_width
         self.patch_embed = PatchEmbed(model.channels, model.patch, width)
         self.vis_mask_token = _token(width) if model.secondary_ratio else None
@@ -254,7 +254,7 @@ class TorchUmMae(nn.Module):
         latent = self.encode(_take(units, sampled), mask)
         prediction = self.decode(latent, sampled, masked)
         target = _take(units, masked)
-        if self.normalize_target:
+        if self.norm_pix_loss:
             variance, mean = torch.var_mean(target, -1, keepdim=True)
             target = (target - mean) / (variance + 1e-6).sqrt()
         return F.mse_loss(prediction.float(), target)

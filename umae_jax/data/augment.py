@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-MOST = 10.0  # the magnitude at which an operation is strongest
+MAX = 10.0  # the magnitude at which an operation is strongest
 APPLY = 0.5  # the probability with which a chosen operation is applied
 
 Fill = int | tuple[int, ...]
@@ -116,7 +116,7 @@ class RandAugment:
         for operation in rng.choices(list(OPERATIONS.values()), k=self.operations):
             apply, magnitude, sign = rng.random(), rng.gauss(self.magnitude, self.magnitude_std), rng.choice((-1, 1))
             if apply < APPLY:
-                argument = operation.argument(min(max(magnitude, 0.0), MOST) / MOST, float(sign))
+                argument = operation.argument(min(max(magnitude, 0.0), MAX) / MAX, float(sign))
                 image = operation.apply(image, argument, self.fill if channels == 3 else self.fill[0])
         changed = np.asarray(image)
         return changed if channels == 3 else changed[..., None]

@@ -134,7 +134,7 @@ class _PooledAttention(nn.Module):
         if rows % self.reduction or columns % self.reduction:
             raise ValueError(
                 f"a reduction of {self.reduction} does not divide a stage of {rows} x {columns} tokens; "
-                "choose reductions that do, such as 8, 4, 2, 1, or another image size"
+                "choose sr_ratios that do, such as 8, 4, 2, 1, or another image size"
             )
         pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), self.reduction).permute(0, 2, 3, 1)
         pooled = self.norm(_convolve(self.sr, pooled)).flatten(1, 2)  # [B, M, C]
@@ -276,7 +276,7 @@ class PvtBackbone(_Backbone):
 
     Args:
         channels, patch, widths, depths, heads, mlp_ratios, final_norm, drop_path: see `SwinBackbone`.
-        reductions: how much each stage pools keys and values along a side.
+        sr_ratios: how much each stage pools keys and values along a side.
         grid: rows and columns of patches that the position embedding is for; it is interpolated to others.
     """
 
@@ -288,7 +288,7 @@ class PvtBackbone(_Backbone):
         depths: Sequence[int] = (3, 4, 6, 3),
         heads: Sequence[int] = (1, 2, 5, 8),
         mlp_ratios: Sequence[float] = (8, 8, 4, 4),
-        reductions: Sequence[int] = (8, 4, 2, 1),
+        sr_ratios: Sequence[int] = (8, 4, 2, 1),
         grid: tuple[int, int] = (64, 64),
         *,
         final_norm: bool = True,
@@ -296,7 +296,7 @@ class PvtBackbone(_Backbone):
     ) -> None:
         attentions = [
             [_PooledAttention(width, head, reduction) for _ in range(depth)]
-            for width, depth, head, reduction in zip(widths, depths, heads, reductions, strict=True)
+            for width, depth, head, reduction in zip(widths, depths, heads, sr_ratios, strict=True)
         ]
         super().__init__(channels, patch, widths, mlp_ratios, attentions, False, final_norm, drop_path)
         self.grid = grid
@@ -368,7 +368,7 @@ def load_backbone(file: str | os.PathLike[str], **changes: Any) -> SwinBackbone 
     tensors, metadata = readers[file.suffix](file)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(SKIPPED)}
     classes: dict[str, type[SwinBackbone | PvtBackbone]] = {"swin": SwinBackbone, "pvt": PvtBackbone}
-    own = {"swin": ("window", "position_width"), "pvt": ("reductions",)}
+    own = {"swin": ("window", "position_width"), "pvt": ("sr_ratios",)}
     try:
         config = json.loads(metadata["config"])
         model, encoder = config["model"], config["model"]["encoder"]

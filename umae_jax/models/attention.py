@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from umae_jax.platforms import is_for
+from umae_jax.models.kernels.platforms import is_for
 
 # Logits up to this may be exponentiated as they are: e^50 is 5e21, and sums of it over many keys, and gradients divided
 # by these, stay far inside the range of float32 and bfloat16.

@@ -41,7 +41,7 @@ class MaskedAutoencoder(MaskedImageModel):
         decoder_width: int,
         decoder_depth: int,
         decoder_heads: int,
-        normalize_target: bool,
+        norm_pix_loss: bool,
         reference_order: bool = False,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -52,7 +52,7 @@ class MaskedAutoencoder(MaskedImageModel):
             decoder_factor=decoder_factor,
             sampling=sampling,
             secondary_ratio=secondary_ratio,
-            normalize_target=normalize_target,
+            norm_pix_loss=norm_pix_loss,
             compact=True,
         )
         require(decoder_depth > 0, f"model.decoder_depth must be at least 1, not {decoder_depth}")

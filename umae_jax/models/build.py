@@ -45,7 +45,7 @@ def build_encoder(config: ConfigDict, dtype: DTypeLike, rngs: nnx.Rngs, *, final
         "grid": (config.image_size[0] // model.patch, config.image_size[1] // model.patch),
         "learned_positions": classifies,
     }
-    return Vit(sizes, **shared) if model.encoder == "vit" else Pvt(sizes, reductions=model.reductions, **shared)
+    return Vit(sizes, **shared) if model.encoder == "vit" else Pvt(sizes, sr_ratios=model.sr_ratios, **shared)
 
 
 def build_model(config: ConfigDict, rngs: nnx.Rngs) -> MaskedImageModel | Classifier:
@@ -70,7 +70,7 @@ def _build(config: ConfigDict, rngs: nnx.Rngs) -> MaskedImageModel | Classifier:
         require(model.classes is not None, "model.classes: say how many classes there are")
         return Classifier(encoder, image_size=config.image_size, classes=model.classes, dtype=dtype, rngs=rngs)
     shared = {"image_size": config.image_size, "decoder_factor": model.decoder_factor, "dtype": dtype, "rngs": rngs}
-    shared |= {"normalize_target": model.normalize_target}
+    shared |= {"norm_pix_loss": model.norm_pix_loss}
     if model.method == "simmim":
         return SimMIM(encoder, **shared)
     return MaskedAutoencoder(

@@ -84,7 +84,7 @@ class Encoder(nnx.Module):
     """The side that all encoders share. The same object encodes compact grids (a mask given) and whole images.
 
     Stage i has width `widths[i]` and half the resolution of the stage before it. On the compact grid, which is half as
-    wide as the image, windows and reductions are half as wide too: they cover the same extent (SPEC 3, 4).
+    wide as the image, windows and sr_ratios are half as wide too: they cover the same extent (SPEC 3, 4).
 
     Args:
         sizes: its numbers.

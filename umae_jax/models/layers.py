@@ -15,8 +15,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from umae_jax.masking import Mask
-from umae_jax.models import fused_attention
 from umae_jax.models.attention import attend, merge_heads, split_channels, split_heads
+from umae_jax.models.kernels import pallas_tpu
 from umae_jax.positions import sincos_table
 
 NORM_EPSILON = 1e-6
@@ -213,9 +213,9 @@ class TransformerBlock(Block):
         """
         with jax.named_scope("attention"):
             normed = self.norm1(x)
-            if self.fused_attention and fused_attention.takes_all(x.shape[1], first_query, x.shape[2], self.heads):
+            if self.fused_attention and pallas_tpu.takes_all(x.shape[1], first_query, x.shape[2], self.heads):
                 (q, k, v), biases = split_channels(self.qkv, normed, 3)  # [B, N, C]
-                attended = self.proj(fused_attention.attend_to_all((q[:, first_query:], k, v), biases, self.heads))
+                attended = self.proj(pallas_tpu.attend_to_all((q[:, first_query:], k, v), biases, self.heads))
             else:
                 q, k, v = split_heads(self.qkv, normed, 3, self.heads, first_query=first_query)  # [B, heads, d, N]
                 attended = merge_heads(self.proj, attend(q, k, v))

@@ -9,8 +9,8 @@ from flax import nnx
 from umae_jax.errors import require
 from umae_jax.masking import Mask, sample_random_mask, sample_uniform_mask, visible_count
 from umae_jax.models.encoder import Encoder, Normalize, already_normalized, check_image_size
+from umae_jax.models.kernels.platforms import last_in_lanes
 from umae_jax.patches import patchify
-from umae_jax.platforms import last_in_lanes
 
 Sampler = Callable[[jax.Array, int, tuple[int, int], float], Mask]
 SAMPLERS: dict[str, Sampler] = {"uniform": sample_uniform_mask, "random": sample_random_mask}
@@ -25,7 +25,7 @@ class MaskedImageModel(nnx.Module):
         decoder_factor: how many mask units lie along the side of one encoder token (r of SPEC 6).
         sampling: a key of SAMPLERS.
         secondary_ratio: the share of sampled units that secondary masking hides; 0 for none.
-        normalize_target: predict each unit's pixels normalised by the unit's own mean and variance.
+        norm_pix_loss: predict each unit's pixels normalised by the unit's own mean and variance.
         compact: whether the encoder sees the compact grid or the whole image.
 
     Raises:
@@ -40,7 +40,7 @@ class MaskedImageModel(nnx.Module):
         decoder_factor: int,
         sampling: str,
         secondary_ratio: float,
-        normalize_target: bool,
+        norm_pix_loss: bool,
         compact: bool,
     ) -> None:
         require(0 <= secondary_ratio < 1, f"model.secondary_ratio must lie in [0, 1), not {secondary_ratio}")
@@ -66,7 +66,7 @@ class MaskedImageModel(nnx.Module):
         self.decoder_factor = decoder_factor
         self.sampling = sampling
         self.secondary_ratio = secondary_ratio
-        self.normalize_target = normalize_target
+        self.norm_pix_loss = norm_pix_loss
 
     def sample_mask(self, keys: jax.Array) -> Mask:
         """Draw a mask for each image from its key, [B]."""
@@ -92,7 +92,7 @@ class MaskedImageModel(nnx.Module):
     def target(self, images: jax.Array, mask: Mask, normalize: Normalize = already_normalized) -> jax.Array:
         """The pixels of the units that were not sampled, ordered (row, column, channel), shaped as the prediction."""
         target = normalize(self.masked_pixels(images, mask))
-        if self.normalize_target:
+        if self.norm_pix_loss:
             mean = target.mean(axis=-1, keepdims=True)
             variance = target.var(axis=-1, keepdims=True, ddof=1)  # the reference's is the unbiased one
             target = (target - mean) / jnp.sqrt(variance + 1e-6)

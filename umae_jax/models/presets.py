@@ -94,6 +94,6 @@ def settings(size: str, method: str) -> dict[str, Any]:
     return SIZES[size] | {
         "method": method,
         "secondary_ratio": 0.25 if method == "um_mae" else 0.0,
-        "normalize_target": method in ("um_mae", "mae"),
+        "norm_pix_loss": method in ("um_mae", "mae"),
         "classes": 1000 if method == "classifier" else None,
     }

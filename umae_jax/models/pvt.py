@@ -94,7 +94,7 @@ class Pvt(Encoder):
 
     Args:
         grid: rows and columns of patches of the images it is made for, which its position table has.
-        reductions: for each stage, the side of what is pooled for keys and values, on a whole image; half that, but at
+        sr_ratios: for each stage, the side of what is pooled for keys and values, on a whole image; half that, but at
             least 1, on the compact grid.
         learned_positions: whether the table is a parameter (fine-tuning) or fixed.
         And those of `Encoder`.
@@ -108,7 +108,7 @@ class Pvt(Encoder):
         sizes: Sizes,
         *,
         grid: tuple[int, int],
-        reductions: Sequence[int],
+        sr_ratios: Sequence[int],
         learned_positions: bool = False,
         final_norm: bool = True,
         dtype: DTypeLike = jnp.float32,
@@ -116,23 +116,23 @@ class Pvt(Encoder):
     ) -> None:
         super().__init__(sizes, patch_norm=False, final_norm=final_norm, dtype=dtype, rngs=rngs)
         require(
-            len(reductions) == len(sizes.depths),
-            f"model.depths counts {len(sizes.depths)} stage(s), model.reductions {len(reductions)}; write as many",
+            len(sr_ratios) == len(sizes.depths),
+            f"model.depths counts {len(sizes.depths)} stage(s), model.sr_ratios {len(sr_ratios)}; write as many",
         )
-        self.reductions = tuple(reductions)
+        self.sr_ratios = tuple(sr_ratios)
         self.positions = layers.PositionTable(sizes.widths[0], grid, learned=learned_positions)
         self.stages = nnx.List(PvtStage(*stage, dtype=dtype, rngs=rngs) for stage in sizes.stages())
 
     def _reductions(self, compact: bool) -> tuple[int, ...]:
-        return tuple(max(1, reduction // 2) for reduction in self.reductions) if compact else self.reductions
+        return tuple(max(1, reduction // 2) for reduction in self.sr_ratios) if compact else self.sr_ratios
 
     def check_grid(self, grid: tuple[int, int], *, compact: bool) -> None:
-        """Check that reductions divide the grid at every stage; see `Encoder.check_grid`."""
+        """Check that sr_ratios divide the grid at every stage; see `Encoder.check_grid`."""
         for stage, reduction in enumerate(self._reductions(compact)):
             rows, columns = (size // 2**stage for size in grid)
             if rows % reduction or columns % reduction:
                 raise UserError(
-                    f"model.reductions: {reduction} does not divide the {rows} x {columns} tokens of stage {stage + 1}"
+                    f"model.sr_ratios: {reduction} does not divide the {rows} x {columns} tokens of stage {stage + 1}"
                     f"{' on the compact grid (half of what is written)' if compact else ''}; "
                     f"choose {tuple(2 ** (len(self.widths) - 1 - stage) for stage in range(len(self.widths)))}"
                 )

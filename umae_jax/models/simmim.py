@@ -29,7 +29,7 @@ class SimMIM(MaskedImageModel):
         *,
         image_size: tuple[int, int],
         decoder_factor: int,
-        normalize_target: bool,
+        norm_pix_loss: bool,
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
@@ -39,7 +39,7 @@ class SimMIM(MaskedImageModel):
             decoder_factor=decoder_factor,
             sampling="random",
             secondary_ratio=0.0,
-            normalize_target=normalize_target,
+            norm_pix_loss=norm_pix_loss,
             compact=False,
         )
         grid = (image_size[0] // encoder.patch, image_size[1] // encoder.patch)

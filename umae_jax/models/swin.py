@@ -9,9 +9,10 @@ from jax.typing import DTypeLike
 
 from umae_jax.errors import UserError, require
 from umae_jax.masking import Mask
-from umae_jax.models import fused_attention, layers
+from umae_jax.models import layers
 from umae_jax.models.attention import Bias, attend, merge_heads, split_channels, split_heads
 from umae_jax.models.encoder import Encoder, Features, Sizes, uniform
+from umae_jax.models.kernels import pallas_tpu
 from umae_jax.models.layers import DropPath
 from umae_jax.models.windows import Windows, make_windows
 from umae_jax.patches import patchify
@@ -81,10 +82,10 @@ class SwinBlock(layers.Block):
         """[B, H, W, C] -> [B, H, W, C]."""
         with jax.named_scope("attention"):
             normed = self.norm1(x).astype(self.qkv.dtype)
-            if self.fused_attention and fused_attention.takes_windows(x.shape, windows, self.heads):
+            if self.fused_attention and pallas_tpu.takes_windows(x.shape, windows, self.heads):
                 maps, biases = split_channels(self.qkv, normed, 3)  # [B, H, W, C]
                 tables = self.position.tables(windows)[:, 0]
-                attended = self.proj(fused_attention.attend_in_windows(maps, biases, windows, tables))
+                attended = self.proj(pallas_tpu.attend_in_windows(maps, biases, windows, tables))
             else:
                 several = windows.side_by_side
                 q, k, v = split_heads(self.qkv, windows.cut(normed), 3, self.heads, side_by_side=several)

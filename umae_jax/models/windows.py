@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from umae_jax.masking import expand
-from umae_jax.platforms import LANES, is_for
+from umae_jax.models.kernels.platforms import LANES, is_for
 from umae_jax.positions import window_differences
 
 # What is added before the softmax to pairs that the cyclic shift brought together from opposite borders.

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 
 from umae_jax.files import AnyPath
-from umae_jax.processes.lobby import Greeting, Lobby, Told, difference, reach, versions
+from umae_jax.processes.lobby import Greeting, Lobby, RemoteError, difference, reach, versions
 from umae_jax.processes.place import Place, find_place
 from umae_jax.processes.watch import Processes
 
-__all__ = ["Place", "Processes", "Told", "difference", "find_place", "is_first", "join", "joined", "versions"]
+__all__ = ["Place", "Processes", "RemoteError", "difference", "find_place", "is_first", "join", "joined", "versions"]
 
 _joined: Processes | None = None
 
@@ -46,7 +46,7 @@ def join(
 
     Raises:
         UserError: if the others do not come, or are about to do something else.
-        Told: if process 0 tells that.
+        RemoteError: if process 0 tells that.
     """
     global _joined
     if place is None:

@@ -28,7 +28,7 @@ COMPARED = (  # versions
 )
 
 
-class Told(Exception):  # noqa: N818 - not an error of this process
+class RemoteError(Exception):
     """Another process has failed, and process 0 says why."""
 
 
@@ -233,7 +233,7 @@ def reach(greeting: Greeting, wait: float, silence: float, say: Callable[[str], 
         line.connection.settimeout(wait + 2 * LOOK)
         while "go" not in (message := line.next()):
             if "error" in message:
-                raise Told(message["error"])
+                raise RemoteError(message["error"])
             seen, why = _appears((greeting.workdir or Path()) / str(message.get("look")))
             line.send(seen=seen, why=why)
     except OSError:

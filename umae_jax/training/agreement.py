@@ -9,11 +9,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from umae_jax.signals import StopAsked, StopSignals
-from umae_jax.training.mesh import batch_sharding, replicated
+from umae_jax.signals import PreemptionRequested, StopSignals
+from umae_jax.training.sharding import batch_sharding, replicated
 
 
-def of_all(value: Any) -> list[Any]:  # noqa: ANN401 - whatever JSON holds
+def all_gather_json(value: Any) -> list[Any]:  # noqa: ANN401 - whatever JSON holds
     """What each process gave, by its index, in all processes; all must call it, in the same order."""
     if jax.process_count() == 1:
         return [value]
@@ -23,9 +23,9 @@ def of_all(value: Any) -> list[Any]:  # noqa: ANN401 - whatever JSON holds
     return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
 
 
-def of_first(value: Any) -> Any:  # noqa: ANN401 - whatever JSON holds
+def broadcast_json(value: Any) -> Any:  # noqa: ANN401 - whatever JSON holds
     """What process 0 gave, in all processes; all must call it, in the same order."""
-    return of_all(value)[0]
+    return all_gather_json(value)[0]
 
 
 class AgreedStop:
@@ -66,6 +66,6 @@ class AgreedStop:
         return self.received
 
     def check(self) -> None:
-        """Raise StopAsked if a signal has come; for use in what takes long between two steps."""
+        """Raise PreemptionRequested if a signal has come; for use in what takes long between two steps."""
         if self.ask() is not None:
-            raise StopAsked
+            raise PreemptionRequested

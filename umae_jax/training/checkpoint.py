@@ -16,7 +16,7 @@ from absl import logging
 
 from umae_jax.errors import UserError
 from umae_jax.files import AnyPath, explain, move_folder, of_bucket
-from umae_jax.training.agreement import of_all, of_first
+from umae_jax.training.agreement import all_gather_json, broadcast_json
 from umae_jax.training.step import TrainState
 
 Found = TypeVar("Found")
@@ -139,7 +139,7 @@ class Checkpoints:
 
     def _steps(self) -> list[int]:
         """From the oldest to the newest, as process 0 sees them: a shared file system may show others less."""
-        return of_first(sorted(self._manager.all_steps()))
+        return broadcast_json(sorted(self._manager.all_steps()))
 
     def save(self, step: int, state: TrainState, samples: int, **notes: float) -> None:
         """Copy the state to the host and write it in the background; waits for the one before to be written.
@@ -243,7 +243,7 @@ class Checkpoints:
                 if of_bucket(error) and not isinstance(error, FileNotFoundError):  # nothing is broken
                     raise UserError(f"{self._folder}: {explain(error)}") from error
                 broken[step] = _reason(error)
-            if not (reasons := [reason for reason in of_all(broken.get(step)) if reason]):
+            if not (reasons := [reason for reason in all_gather_json(broken.get(step)) if reason]):
                 return found, broken
             broken[step] = reasons[0]
         return None, broken
@@ -256,7 +256,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 self._guard(functools.partial(move_folder, self._folder / str(step), aside / str(step)))
         if broken:
-            of_all(None)  # they have been moved
+            all_gather_json(None)  # they have been moved
             self._manager.reload()
 
     def close(self) -> None:

@@ -13,11 +13,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from umae_jax.data.loader import Batch, OnePass, abstract_batch
 from umae_jax.data.on_device import normalize
+from umae_jax.data.pipeline import Batch, EvalLoader, abstract_batch
 from umae_jax.data.sources import Source, open_source
 from umae_jax.errors import UserError, listing, require
-from umae_jax.training.mesh import batch_sharding, replicated
+from umae_jax.training.sharding import batch_sharding, replicated
 from umae_jax.training.step import Params
 
 
@@ -83,7 +83,7 @@ def make_evaluator(
 
     def evaluate(params: Params) -> Accuracy:
         totals = begin()
-        for batch in OnePass.of(config, source, "validation.source", sharding, batch_size=batch_size, named=named):
+        for batch in EvalLoader.of(config, source, "validation.source", sharding, batch_size=batch_size, named=named):
             check()
             totals = compiled(totals, params, batch)
         images, top1, top5 = (int(total) for total in jax.device_get(totals))

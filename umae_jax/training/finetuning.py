@@ -7,8 +7,8 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from umae_jax.data.loader import Batch
 from umae_jax.data.on_device import mix, normalize, random_erase, random_flip, sample_keys, smooth_targets
+from umae_jax.data.pipeline import Batch
 from umae_jax.data.sources import Source
 from umae_jax.errors import UserError, require
 from umae_jax.models.layers import PositionTable, resize_positions
@@ -55,7 +55,9 @@ def make_loss(config: ConfigDict, graph: nnx.GraphDef) -> LossFunction:
     return loss
 
 
-def fit_encoder(config: ConfigDict, wanted: nnx.State, pretrained: ConfigDict, encoder: nnx.State, name: str) -> Params:
+def adapt_pretrained(
+    config: ConfigDict, wanted: nnx.State, pretrained: ConfigDict, encoder: nnx.State, name: str
+) -> Params:
     """The encoder of another model as a part of a classifier's parameters, {"encoder": ...}, on the host.
 
     Position tables are resized where images have another size than in pre-training.

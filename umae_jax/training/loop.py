@@ -7,10 +7,10 @@ from typing import NamedTuple
 import jax
 
 from umae_jax import beginning, cli
-from umae_jax.data.loader import Batch
-from umae_jax.errors import Interrupted, UserError
+from umae_jax.data.pipeline import Batch
+from umae_jax.errors import Preempted, UserError
 from umae_jax.files import AnyPath
-from umae_jax.signals import StopAsked
+from umae_jax.signals import PreemptionRequested
 from umae_jax.training.agreement import AgreedStop
 from umae_jax.training.checkpoint import Checkpoints
 from umae_jax.training.metrics import Report
@@ -22,7 +22,7 @@ class Action(NamedTuple):
 
     Attributes:
         every: steps; done also before the first step and after the last. 0: never.
-        run: from (step, state) to metrics to write, if any; may raise StopAsked, see `AgreedStop.check`.
+        run: from (step, state) to metrics to write, if any; may raise PreemptionRequested, see `AgreedStop.check`.
         metric: one of these. Where a run continues at a step that has it already, the action is not done again.
     """
 
@@ -93,7 +93,7 @@ def train(
         done: metrics of the first step that were written before.
 
     Raises:
-        Interrupted: when asked to leave, after saving.
+        Preempted: when asked to leave, after saving.
         UserError: after `stop_after_bad_steps` steps in a row without a finite loss and gradient, or if a checkpoint
             cannot be written.
     """
@@ -140,7 +140,7 @@ def train(
                 for act in due if signal is None else ():
                     if metrics := act(number, state):
                         report.measured(number, metrics)
-            except StopAsked:  # it is done from its beginning when the run goes on from here
+            except PreemptionRequested:  # it is done from its beginning when the run goes on from here
                 signal = stop.received
                 save = number not in (0, saved)
             if save:
@@ -149,7 +149,7 @@ def train(
                 saved = number
             if signal is not None:
                 checkpoints.wait()
-                raise Interrupted(signal, number)
+                raise Preempted(signal, number)
             if due or save:
                 clock.restart()
             if last:

@@ -6,8 +6,8 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from umae_jax.data.loader import Batch
 from umae_jax.data.on_device import normalize, random_flip, sample_keys
+from umae_jax.data.pipeline import Batch
 from umae_jax.training.step import LossFunction, Params
 
 

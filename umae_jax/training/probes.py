@@ -12,11 +12,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from umae_jax.data.loader import Batch, OnePass, abstract_batch
 from umae_jax.data.on_device import normalize
+from umae_jax.data.pipeline import Batch, EvalLoader, abstract_batch
 from umae_jax.data.sources import Source
 from umae_jax.errors import require
-from umae_jax.training.mesh import batch_sharding, replicated
+from umae_jax.training.sharding import batch_sharding, replicated
 from umae_jax.training.step import Params
 
 PROBES = ("knn", "linear")
@@ -84,7 +84,7 @@ def make_reader(
     named: set[str] = set()
 
     def read(params: Params, source: Source, key: str, images: int | None = None) -> Labelled:
-        batches = OnePass.of(config, source, key, sharding, batch_size=batch_size, images=images, named=named)
+        batches = EvalLoader.of(config, source, key, sharding, batch_size=batch_size, images=images, named=named)
         read = []
         for batch in batches:
             read.append(jax.device_get(compiled(params, batch)))

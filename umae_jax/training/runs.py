@@ -14,8 +14,8 @@ from umae_jax.errors import UserError, require
 from umae_jax.files import AnyPath
 from umae_jax.models.build import build_model
 from umae_jax.training.checkpoint import BEST, FOLDER, Checkpoints
-from umae_jax.training.mesh import make_mesh, shardings_of, state_shardings
 from umae_jax.training.optimizer import make_optimizer
+from umae_jax.training.sharding import make_mesh, shardings_of, state_shardings
 from umae_jax.training.step import Params, TrainState, init_state
 
 
@@ -61,7 +61,7 @@ def describe(config: ConfigDict, mesh: Mesh) -> Run:
     """
     graph, params = nnx.split(nnx.eval_shape(lambda: _build(config)), nnx.Param)
     optimizer = make_optimizer(config)
-    average = config.optimizer.average is not None
+    average = config.optimizer.ema_decay is not None
     state = jax.eval_shape(lambda params: init_state(params, optimizer, average=average), params)
     state = jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),

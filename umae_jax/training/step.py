@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from umae_jax.data.loader import Batch
-from umae_jax.platforms import compiler_options
-from umae_jax.training.mesh import replicated, shardings_of
+from umae_jax.data.pipeline import Batch
+from umae_jax.models.kernels.platforms import compiler_options
+from umae_jax.training.sharding import replicated, shardings_of
 
 Params = Any  # a pytree of float32 arrays
 LossFunction = Callable[[Params, Batch], jax.Array]
@@ -107,7 +107,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
-    accumulate: int = 1,
+    grad_accum_steps: int = 1,
     average: float | None = None,
     shardings: Params | None = None,
 ) -> TrainStep:
@@ -117,7 +117,7 @@ def make_train_step(
         loss_function: mean over a batch.
         optimizer: the direction of an update.
         schedule: from step to learning rate.
-        accumulate: parts that a batch is computed in.
+        grad_accum_steps: parts that a batch is computed in.
         average: decay of the moving average in a state that keeps one.
         shardings: of the parameters, `NamedSharding`s. Those that are split are gathered before they are used, and
             their gradients summed and split again.
@@ -159,7 +159,7 @@ def make_train_step(
         return jax.lax.cond(finite, update, lambda gradient, learning_rate, *old: old, *operands)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, gradient = _gradient(value_and_gradient, state.params, batch, accumulate)
+        loss, gradient = _gradient(value_and_gradient, state.params, batch, grad_accum_steps)
         learning_rate = jnp.asarray(schedule(state.step.astype(jnp.float32)), jnp.float32)
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(gradient)

@@ -11,20 +11,20 @@ from ml_collections import ConfigDict
 
 from umae_jax import beginning, cli
 from umae_jax.config import CONFIG_FILE, differences, read_config, resolve_steps, to_json
-from umae_jax.data.loader import Loader, abstract_batch
+from umae_jax.data.pipeline import TrainLoader, abstract_batch
 from umae_jax.data.sources import Source
 from umae_jax.errors import UserError, listing, require
 from umae_jax.files import AnyPath, write_whole
-from umae_jax.training.agreement import AgreedStop, of_first
+from umae_jax.training.agreement import AgreedStop, broadcast_json
 from umae_jax.training.checkpoint import Checkpoints
 from umae_jax.training.loop import Action, train
-from umae_jax.training.mesh import batch_sharding, shardings_of
 from umae_jax.training.metrics import metrics_of
 from umae_jax.training.optimizer import learning_rate_schedule
 from umae_jax.training.runs import Run
+from umae_jax.training.sharding import batch_sharding, shardings_of
 from umae_jax.training.step import LossFunction, TrainState, TrainStep, lower_step, make_train_step
 
-MOST_SAMPLES = 2**32  # sample indices are 32-bit
+MAX_SAMPLES = 2**32  # sample indices are 32-bit
 
 
 class Task(NamedTuple):
@@ -56,8 +56,8 @@ def durations(config: ConfigDict, images: int) -> tuple[int, int]:
     total = resolve_steps(config, "total", images, config.batch_size)
     require(total > 0, "total_steps: the run has no steps; set total_steps, total_examples or total_epochs")
     require(
-        total * config.batch_size < MOST_SAMPLES,
-        f"total_steps: {total} steps of {config.batch_size} images are more than a run can count, {MOST_SAMPLES}",
+        total * config.batch_size < MAX_SAMPLES,
+        f"total_steps: {total} steps of {config.batch_size} images are more than a run can count, {MAX_SAMPLES}",
     )
     warmup = resolve_steps(config, "optimizer.warmup", images, config.batch_size)
     if warmup > total:
@@ -76,7 +76,7 @@ def check_same_model(old: ConfigDict, new: ConfigDict, workdir: AnyPath) -> None
         before, after = changed["batch_size"]
         raise UserError(
             f"batch_size is {before} in {workdir}, {after} here, and a run keeps the one its steps are counted in; "
-            "set it back (accumulate computes it in parts, to save memory) or choose another --workdir"
+            "set it back (grad_accum_steps computes it in parts, to save memory) or choose another --workdir"
         )
     names, wanted = changed.pop("data.class_names", ((), ()))
     if names:  # () comes from a file that did not tell them
@@ -85,7 +85,7 @@ def check_same_model(old: ConfigDict, new: ConfigDict, workdir: AnyPath) -> None
         raise UserError(f"{workdir} holds a classifier of other classes ({listing(others)}); choose another --workdir")
     if new.model.method != "classifier":
         changed.pop("model.classes", None)
-    of_model = ("image_size", "optimizer.average")
+    of_model = ("image_size", "optimizer.ema_decay")
     model = {key: values for key, values in changed.items() if key.startswith("model.") or key in of_model}
     model = {key: values for key, values in model.items() if key == "model.method"} or model  # which says it all
     if model:
@@ -142,8 +142,8 @@ def build_step(config: ConfigDict, run: Run, loss: LossFunction, warmup_steps: i
         loss,
         run.optimizer,
         schedule,
-        accumulate=config.accumulate,
-        average=config.optimizer.average,
+        grad_accum_steps=config.grad_accum_steps,
+        average=config.optimizer.ema_decay,
         shardings=shardings_of(run.state.params),
     )
 
@@ -152,7 +152,7 @@ def run_training(config: ConfigDict, workdir: AnyPath, mesh: Mesh, task: Task, s
     """Train to the end, from the newest whole checkpoint in the directory if there is one.
 
     Raises:
-        Interrupted: when asked to leave, after saving.
+        Preempted: when asked to leave, after saving.
         UserError: if the directory belongs to another run, or training cannot go on; see `loop.train`.
     """
     with contextlib.ExitStack() as resources:
@@ -166,7 +166,7 @@ def run_training(config: ConfigDict, workdir: AnyPath, mesh: Mesh, task: Task, s
         parameters = sum(array.size for array in jax.tree.leaves(state.params))
         devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
         cli.say(f"{parameters:,} parameters, {len(task.source):,} images, {devices}")
-        done = of_first(sorted(metrics_of(workdir, first_step)))
+        done = broadcast_json(sorted(metrics_of(workdir, first_step)))
         # A signal may have come when the last step was done, and what is to be measured then was not.
         if first_step > total_steps or (first_step == total_steps and set(task.measured) <= set(done)):
             cli.say(f"{workdir} has reached step {first_step} already; set total_steps above that to go on")
@@ -174,7 +174,7 @@ def run_training(config: ConfigDict, workdir: AnyPath, mesh: Mesh, task: Task, s
         if first_step:
             cli.say(f"continuing at step {first_step} of {total_steps}")
         # The loader reads ahead while the step compiles.
-        loader = Loader.of(config, task.source, batch_sharding(mesh), first_sample=samples)
+        loader = TrainLoader.of(config, task.source, batch_sharding(mesh), first_sample=samples)
         resources.callback(loader.close)
         batch = abstract_batch(config, config.batch_size, batch_sharding(mesh))
         step = build_step(config, task.run, task.loss, warmup_steps, total_steps)

@@ -15,20 +15,20 @@ from umae_jax.config import CONFIG_FILE, to_json
 from umae_jax.errors import UserError, require
 from umae_jax.files import AnyPath, write_together, write_whole
 from umae_jax.training.checkpoint import FOLDER, Checkpoints
-from umae_jax.training.mesh import make_mesh
 from umae_jax.training.runs import describe, read_run, start_from
+from umae_jax.training.sharding import make_mesh
 from umae_jax.weights.card import OURS, model_card
 from umae_jax.weights.files import Weights, check_output, encode_weights
 from umae_jax.weights.huggingface import TRANSFORMERS_FILE, WRITER, model_config, preprocessor_config, to_huggingface
+from umae_jax.weights.names import from_reference, to_reference
 from umae_jax.weights.recognize import read_model
-from umae_jax.weights.reference import from_reference, to_reference
 
 REFERENCE = "reference"
 INCOMING = ".incoming"  # where a run is made of a file, in its directory
 BACKBONE = Path(export.__file__).with_name("umae_backbone.py")
 
 
-def take_in(file: AnyPath, workdir: Path, config: ConfigDict | None = None) -> ConfigDict:
+def import_weights(file: AnyPath, workdir: Path, config: ConfigDict | None = None) -> ConfigDict:
     """Make a run's directory, at step 0, of a file of weights; whole or not at all.
 
     Args:
@@ -90,7 +90,7 @@ def _shareable(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def take_out(workdir: AnyPath, output: Path, layout: str = REFERENCE, *, best: bool = False) -> list[Path]:
+def export_weights(workdir: AnyPath, output: Path, layout: str = REFERENCE, *, best: bool = False) -> list[Path]:
     """Write a file of weights, and what belongs beside it, of a run's newest checkpoint.
 
     Args:

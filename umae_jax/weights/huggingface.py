@@ -115,7 +115,7 @@ def model_config(layout: str, config: ConfigDict) -> dict[str, Any]:
             "decoder_num_attention_heads": model.decoder_heads,
             "decoder_intermediate_size": DECODER_MLP_RATIO * model.decoder_width,
             "mask_ratio": 0.75,
-            "norm_pix_loss": model.normalize_target,
+            "norm_pix_loss": model.norm_pix_loss,
         }
     return described
 

@@ -22,7 +22,7 @@ NAME_IT = "name the model with --config FILE"
 def recognize(tensors: Mapping[str, np.ndarray], name: str, *, encoder_only: bool = False) -> ConfigDict:
     """The configuration of the model whose state dict, by the reference's names, this is.
 
-    What no shape tells is the paper's: windows, reductions, the ratio of secondary masking, normalised targets (not
+    What no shape tells is the paper's: windows, sr_ratios, the ratio of secondary masking, normalised targets (not
     for SimMIM) and, for a pyramid's decoder, the reference's order of positions, with which it was trained.
 
     Args:
@@ -94,7 +94,7 @@ def _recognize(encoder: str, shapes: Mapping[str, tuple[int, ...]], name: str, e
         }
     )
     if encoder == "pvt":
-        model.reductions = tuple(2**stage for stage in reversed(range(len(depths))))
+        model.sr_ratios = tuple(2**stage for stage in reversed(range(len(depths))))
     if encoder == "swin":
         model.position_width = shapes["blocks.0.attn.posmlp.0.weight"][0]
     if method == "classifier":

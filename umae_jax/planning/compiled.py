@@ -63,15 +63,15 @@ class Kernel(NamedTuple):
     bytes: int
 
 
-class Account(NamedTuple):
+class CompiledStats(NamedTuple):
     """A compiled program, a device.
 
     Attributes:
-        arguments, temporaries, peak: bytes of memory; the peak counts donated arguments once.
+        arguments, temp_bytes, peak: bytes of memory; the peak counts donated arguments once.
         bytes: moved between memory and chip.
         cycles: that XLA:TPU schedules, without collectives and without what is inside a kernel or the branches of a
             choice; None elsewhere.
-        cycles_at_most: the same where each choice takes its longest branch. See `_shift` in models/attention.py, whose
+        worst_case_cycles: the same where each choice takes its longest branch. See `_shift` in models/attention.py, whose
             shorter branch does nothing.
         cycles_by_scope: the same by the scope of an operation, such as "jit(step)/jvp(encoder)/stage_1/mlp/mul".
         bytes_by_scope: operands and results of each operation, on the chip or not: near `bytes`, not the same.
@@ -80,11 +80,11 @@ class Account(NamedTuple):
     """
 
     arguments: int
-    temporaries: int
+    temp_bytes: int
     peak: int
     bytes: float
     cycles: int | None
-    cycles_at_most: int | None
+    worst_case_cycles: int | None
     cycles_by_scope: dict[str, int]
     bytes_by_scope: dict[str, int]
     collectives: tuple[Collective, ...]
@@ -173,14 +173,14 @@ class Program(NamedTuple):
     """What the text of a compiled program says, each as often as loops repeat it.
 
     Attributes:
-        cycles, bytes: by scope; see `Account`.
-        cycles_at_most: of all scopes together, with the longest branch of each choice.
+        cycles, bytes: by scope; see `CompiledStats`.
+        worst_case_cycles: of all scopes together, with the longest branch of each choice.
         collectives, kernels: as there.
     """
 
     cycles: Counter[str]
     bytes: Counter[str]
-    cycles_at_most: int
+    worst_case_cycles: int
     collectives: tuple[Collective, ...]
     kernels: Counter[Kernel]
 
@@ -278,7 +278,7 @@ def scopes_of_operations(text: str) -> dict[str, str]:
     return scopes
 
 
-def account(compiled: Any, devices: int) -> Account:  # noqa: ANN401 - JAX's Compiled
+def analyze(compiled: Any, devices: int) -> CompiledStats:  # noqa: ANN401 - JAX's Compiled
     """What the compiler tells of a compiled program.
 
     Args:
@@ -288,16 +288,16 @@ def account(compiled: Any, devices: int) -> Account:  # noqa: ANN401 - JAX's Com
     memory = compiled.memory_analysis()
     costs = compiled.cost_analysis()
     program = read_program(compiled.as_text(), devices)
-    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    peak = arguments + temporaries + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    arguments, temp_bytes = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    peak = arguments + temp_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     moved = costs.get("bytes accessed", 0.0)
-    return Account(
+    return CompiledStats(
         arguments=arguments,
-        temporaries=temporaries,
+        temp_bytes=temp_bytes,
         peak=peak,
         bytes=moved,
         cycles=program.cycles.total() or None,
-        cycles_at_most=program.cycles_at_most or None,
+        worst_case_cycles=program.worst_case_cycles or None,
         cycles_by_scope=dict(program.cycles),
         bytes_by_scope=dict(program.bytes),
         collectives=program.collectives,

@@ -50,7 +50,7 @@ GPUS = ("a100", "h100", "h200")  # may be named for those that are there; there 
 
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _SMALL_CUBES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
-_MOST_CUBE = (16, 16, 24)
+_MAX_CUBE = (16, 16, 24)
 
 
 class Topology(NamedTuple):
@@ -108,7 +108,7 @@ def topology(name: str) -> Topology:
         known = [f"{generation}:{rows}x{columns}" for rows, columns in _FLAT]
     else:
         cube = len(sides) == 3 and all(
-            side % 4 == 0 and 0 < side <= most for side, most in zip(sides, _MOST_CUBE, strict=True)
+            side % 4 == 0 and 0 < side <= most for side, most in zip(sides, _MAX_CUBE, strict=True)
         )
         exists = sides in _SMALL_CUBES or (cube and list(sides) == sorted(sides))
         examples = (*_SMALL_CUBES, (4, 4, 4), (4, 4, 8), (4, 8, 8))

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from umae_jax.compiled import Kernel
-from umae_jax.hardware import Chip
+from umae_jax.planning.compiled import Kernel
+from umae_jax.planning.hardware import Chip
 
 _STAGE = re.compile(r"stage_(\d+)$")
 _PLACES = ("decoder", "loss", "optimizer", "images")

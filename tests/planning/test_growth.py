@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from tests import commands, tiny
-from umae_jax.benchmarking import growth
 from umae_jax.errors import UserError
-from umae_jax.targets import Target
+from umae_jax.planning import growth
+from umae_jax.planning.targets import Target
 
 PROGRAM = """
 import pathlib, sys
 from tests import tiny
-from umae_jax.benchmarking import growth
-from umae_jax.targets import find_target
+from umae_jax.planning import growth
+from umae_jax.planning.targets import find_target
 settings = growth.settings(tiny.get_config(), [find_target("v5e:2x2")], print)
 points = growth.measure(settings[:1], pathlib.Path(sys.argv[1]), print)
 pathlib.Path(sys.argv[1], "growth.json").write_text(growth.to_json(points))
@@ -69,17 +69,17 @@ def test_what_has_been_compiled_is_not_compiled_again(tmp_path):
     assert (small.value, large.value, small.images, small.window) == (2, 4, 8, 8)
     assert large.cost.flops > small.cost.flops > 1e6
     assert large.cost.bytes > small.cost.bytes > 1e5
-    assert large.cost.temporaries > small.cost.temporaries > 1e4
+    assert large.cost.temp_bytes > small.cost.temp_bytes > 1e4
     assert large.cost.collectives > small.cost.collectives > 4 * 1000
     assert small.cost.cycles is None  # only a compiler for TPUs tells
     assert said[0].startswith("1 of 2: 2 x cpu, 32 x 32, blocks 1-2, 8 images a chip compiled; about")
     for path in tmp_path.iterdir():
         cost = json.loads(path.read_text())
-        path.write_text(json.dumps(cost | {"temporaries": 7}))
+        path.write_text(json.dumps(cost | {"temp_bytes": 7}))
     again = growth.measure(settings, tmp_path, ignore)
-    assert again == [one._replace(cost=replace(one.cost, temporaries=7)) for one in (small, large)]
+    assert again == [one._replace(cost=replace(one.cost, temp_bytes=7)) for one in (small, large)]
     told = json.loads(growth.to_json(again))
-    assert [(one["varied"], one["cost"]["temporaries"]) for one in told] == [("depth", 7), ("depth", 7)]
+    assert [(one["varied"], one["cost"]["temp_bytes"]) for one in told] == [("depth", 7), ("depth", 7)]
 
 
 def test_what_does_not_fit(tmp_path):

@@ -1,6 +1,6 @@
 """Grain reads ahead; each process takes its share; what comes out are global sharded arrays.
 
-`Loader` is the endless stream of training, `OnePass` gives every image once.
+`TrainLoader` is the endless stream of training, `EvalLoader` gives every image once.
 """
 
 import functools
@@ -27,7 +27,7 @@ from umae_jax.data.transforms import READ_TRIES, LoadCrop, LoadWhole, Sample, Un
 from umae_jax.errors import UserError, listing, require
 
 # A run stops where more than this share of the reads fails, judged from this many samples on.
-MOST_UNREADABLE = 0.5
+MAX_UNREADABLE = 0.5
 JUDGE_AFTER = 16
 CHUNK = 16  # samples, at most
 # One process keeps about eight cores busy: of reading a photograph of 500 x 375 pixels to 256 x 256, 13 percent hold
@@ -221,7 +221,7 @@ def _to_devices(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), batch)
 
 
-class Loader:
+class TrainLoader:
     """An endless stream of training batches.
 
     Sample i of a run is the same image with the same crop whatever the number of processes, workers or devices, so
@@ -283,7 +283,7 @@ class Loader:
         *,
         first_sample: int = 0,
         last_sample: int | None = None,
-    ) -> "Loader":
+    ) -> "TrainLoader":
         """The loader that a configuration describes."""
         augment = RandAugment(
             config.augment.operations,
@@ -320,7 +320,7 @@ class Loader:
         self._failures += len(unreadable)
         _name(unreadable, self._named)
         gave_up = bool((batch.unreadable >= READ_TRIES).any())
-        mostly = self._samples >= JUDGE_AFTER and self._failures > MOST_UNREADABLE * (self._samples + self._failures)
+        mostly = self._samples >= JUDGE_AFTER and self._failures > MAX_UNREADABLE * (self._samples + self._failures)
         if gave_up or mostly:
             raise UserError(
                 f"data.source: {self._failures} of {self._samples + self._failures} reads failed; "
@@ -346,7 +346,7 @@ def check_labels(labels: np.ndarray, classes: int, key: str) -> None:
         )
 
 
-class OnePass:
+class EvalLoader:
     """Every image of a source once, whole, in batches of one size.
 
     The last batch is filled up with blanks. These, and images that cannot be read, have the label NO_LABEL.
@@ -358,7 +358,7 @@ class OnePass:
         images: take so many, drawn by the seed, where there are more; None for all.
         named: names of images that cannot be read, which are not named again; this pass adds its own.
         share: of the shorter side that the central crop keeps.
-        batch_size, sharding, seed, size, channels, threads, workers: as in `Loader`.
+        batch_size, sharding, seed, size, channels, threads, workers: as in `TrainLoader`.
     """
 
     def __init__(
@@ -402,7 +402,7 @@ class OnePass:
         batch_size: int,
         images: int | None = None,
         named: set[str] | None = None,
-    ) -> "OnePass":
+    ) -> "EvalLoader":
         """The pass that a configuration describes; see the class."""
         return cls(
             source,

@@ -8,16 +8,16 @@ import pytest
 from tests.images import write_folder
 from umae_jax.config import default_config
 from umae_jax.data import loader
-from umae_jax.data.loader import Loader, OnePass, readers
+from umae_jax.data.pipeline import EvalLoader, TrainLoader, readers
 from umae_jax.data.sources import NO_LABEL, open_source
 from umae_jax.data.transforms import load_whole
 from umae_jax.errors import UserError
-from umae_jax.training.mesh import batch_sharding, make_mesh
+from umae_jax.training.sharding import batch_sharding, make_mesh
 
 
 def open_loader(folder, **changes):
     options = {"batch_size": 8, "seed": 1, "size": (16, 24), "area": 0.2, "threads": 2, **changes}
-    return Loader(open_source(f"folder:{folder}"), sharding=batch_sharding(make_mesh()), **options)
+    return TrainLoader(open_source(f"folder:{folder}"), sharding=batch_sharding(make_mesh()), **options)
 
 
 def take(loader, count):
@@ -63,7 +63,7 @@ def test_a_process_reads_the_rows_that_its_devices_hold(folder, monkeypatch, pro
 
     monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda _, array: array)
     for process in range(processes):
-        loader = Loader(
+        loader = TrainLoader(
             open_source(f"folder:{folder}"),
             batch_size=8,
             seed=1,
@@ -140,7 +140,7 @@ CLASSES = ("ant", "bee")
 
 def one_pass(source, batch_size=8, **changes):
     options = {"key": "data.source", "classes": 2, "size": (16, 24), "threads": 2, **changes}
-    return OnePass(source, batch_size=batch_size, sharding=batch_sharding(make_mesh()), **options)
+    return EvalLoader(source, batch_size=batch_size, sharding=batch_sharding(make_mesh()), **options)
 
 
 def gather(batches):
@@ -200,7 +200,7 @@ def test_labels_that_are_missing_or_out_of_range_are_told(folder, label, message
     source = Labelled(folder, [0, 1, label, 0, 1, 0, 1, 0])
     with pytest.raises(UserError, match=f"data.source: .*{message}"):
         gather(one_pass(source))
-    loader = Loader(
+    loader = TrainLoader(
         source,
         batch_size=8,
         seed=1,

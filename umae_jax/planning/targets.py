@@ -12,13 +12,13 @@ import jax
 from jax.experimental import topologies
 from ml_collections import ConfigDict
 
-from umae_jax.compiled import Account, account
 from umae_jax.errors import require
-from umae_jax.hardware import GIB, GPUS, KINDS, Chip, Topology, topology
-from umae_jax.training.assembly import assemble
-from umae_jax.training.mesh import make_mesh
+from umae_jax.planning.assembly import assemble
+from umae_jax.planning.compiled import CompiledStats, analyze
+from umae_jax.planning.hardware import GIB, GPUS, KINDS, Chip, Topology, topology
+from umae_jax.training.sharding import make_mesh
 
-MOST = 1 << 15  # images a chip; more is not looked for
+MAX = 1 << 15  # images a chip; more is not looked for
 STEP = 8  # images a chip; the largest batch is searched for among multiples of this
 
 
@@ -99,7 +99,7 @@ def lower_for(config: ConfigDict, target: Target) -> jax.stages.Lowered:
     return assemble(config, make_mesh(config.mesh.fsdp, target.devices)).lower()
 
 
-def compile_for(lowered: jax.stages.Lowered, target: Target) -> Account:
+def compile_for(lowered: jax.stages.Lowered, target: Target) -> CompiledStats:
     """Compile for a target what `lower_for` gave.
 
     Raises:
@@ -112,13 +112,15 @@ def compile_for(lowered: jax.stages.Lowered, target: Target) -> Account:
             raise
         needed = re.search(r"\(([\d.]+)G\) exceeds available", str(error)) or re.search(r"Used ([\d.]+)G", str(error))
         raise DoesNotFit(float(needed[1]) * GIB if needed else math.inf) from None
-    told = account(compiled, len(target.devices))
+    told = analyze(compiled, len(target.devices))
     if target.memory and told.peak > target.memory:  # XLA:GPU compiles what will not fit
         raise DoesNotFit(told.peak)
     return told
 
 
-def largest_batch(config: ConfigDict, target: Target, own: Account | DoesNotFit, say: Callable[[str], None]) -> int:
+def largest_batch(
+    config: ConfigDict, target: Target, own: CompiledStats | DoesNotFit, say: Callable[[str], None]
+) -> int:
     """The largest batch a chip whose step fits, found by compiling, to an eighth; 0 if not even STEP fits.
 
     Memory grows about in proportion to the batch, so that few are tried: one where the last two say that memory ends,
@@ -133,12 +135,12 @@ def largest_batch(config: ConfigDict, target: Target, own: Account | DoesNotFit,
     assert target.memory is not None
     memory, chips = target.memory, len(target.devices)
     trial = config.copy_and_resolve_references().unlock()
-    trial.accumulate = 1
+    trial.grad_accum_steps = 1
     # By images a chip. Near the limit the compiler saves, and needs less than it says of what does not fit.
-    needs: dict[int, float] = {0: own.arguments if isinstance(own, Account) else 0}
-    images = config.batch_size // chips // config.accumulate
-    if config.accumulate == 1 and images % STEP == 0:
-        needs[images] = own.peak if isinstance(own, Account) else own.needed
+    needs: dict[int, float] = {0: own.arguments if isinstance(own, CompiledStats) else 0}
+    images = config.batch_size // chips // config.grad_accum_steps
+    if config.grad_accum_steps == 1 and images % STEP == 0:
+        needs[images] = own.peak if isinstance(own, CompiledStats) else own.needed
 
     def fits(batch: int) -> bool:
         if batch not in needs:
@@ -155,8 +157,8 @@ def largest_batch(config: ConfigDict, target: Target, own: Account | DoesNotFit,
         slope = (needs[second] - needs[first]) / (second - first)
         return first + (memory - needs[first]) / slope if 0 < slope < math.inf else (first + second) / 2
 
-    low, high = 0, MOST + STEP
-    batch = max(STEP, min(images, MOST) // STEP * STEP)
+    low, high = 0, MAX + STEP
+    batch = max(STEP, min(images, MAX) // STEP * STEP)
     while True:
         if fits(batch):
             low = batch
@@ -165,7 +167,7 @@ def largest_batch(config: ConfigDict, target: Target, own: Account | DoesNotFit,
         least = low + max(STEP, low // 8 // STEP * STEP)
         if high <= least:
             return low
-        if high > MOST:
+        if high > MAX:
             batch = max(least, int(end(max(one for one in needs if one < low), low)))
         else:
             quarter = (high - low) // 4

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from umae_jax.compiled import Collective, Kernel, account, read_program
-from umae_jax.training.mesh import make_mesh
+from umae_jax.planning.compiled import Collective, Kernel, analyze, read_program
+from umae_jax.training.sharding import make_mesh
 
 PROGRAM = """HloModule jit_step, num_partitions=8
 
@@ -78,7 +78,7 @@ def test_a_real_program():
     rows = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=split)
     kernel = jax.ShapeDtypeStruct((32, 64), jnp.float32, sharding=whole)
     lowered = jax.jit(lambda rows, kernel: (rows @ kernel).sum(0), out_shardings=whole).lower(rows, kernel)
-    told = account(lowered.compile(), 8)
+    told = analyze(lowered.compile(), 8)
     assert told.arguments == 2 * 32 * 4 + 32 * 64 * 4
     assert told.cycles is None
     assert told.collectives == (Collective("all-reduce", 8, 1, 64 * 4),)

@@ -20,14 +20,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
+from umae_jax.models.kernels.platforms import LANES
 from umae_jax.models.windows import ACROSS_BORDERS, Windows
-from umae_jax.platforms import LANES
 from umae_jax.positions import choose
 
 FAST_MEMORY = 48 * 2**20  # bytes that a kernel may take, of the 64 MiB that a v5p has; others have 128
 SUBLANES = 8  # of a vector register of float32, by LANES
 WIDE = 256  # lanes that a product's result fills, if windows and heads allow
-MOST_TOKENS = 1024  # of a window: some arrays of all pairs of a product lie in fast memory
+MAX_TOKENS = 1024  # of a window: some arrays of all pairs of a product lie in fast memory
 TOKENS_A_STEP = 1024  # of the images that a step of the kernel's grid takes, about
 
 Ref = Any  # of Pallas: an array in fast memory, of which a step sees its block
@@ -382,13 +382,13 @@ def takes_windows(shape: tuple[int, ...], windows: Windows, heads: int) -> bool:
     """Whether `attend_in_windows` takes maps of a shape [B, H, W, C].
 
     It takes those that windows tile without padding, all of which cut the mask units at the same places; windows are of
-    at most MOST_TOKENS tokens, their rows whole sublanes, unless there is one.
+    at most MAX_TOKENS tokens, their rows whole sublanes, unless there is one.
     """
     rows, columns = windows.size
     alone = windows.size == shape[1:3]
     return (
         takes(rows * columns if alone else columns, shape[3], heads)
-        and rows * columns <= MOST_TOKENS
+        and rows * columns <= MAX_TOKENS
         and not any(windows.padding)
         and windows.differences.shape[1] == 1
     )
@@ -396,7 +396,7 @@ def takes_windows(shape: tuple[int, ...], windows: Windows, heads: int) -> bool:
 
 def takes_all(tokens: int, first_query: int, channels: int, heads: int) -> bool:
     """Whether `attend_to_all` takes so many tokens, of which those from `first_query` on are queries."""
-    return tokens <= MOST_TOKENS and all(takes(count, channels, heads) for count in (tokens, tokens - first_query))
+    return tokens <= MAX_TOKENS and all(takes(count, channels, heads) for count in (tokens, tokens - first_query))
 
 
 def attend_in_windows(

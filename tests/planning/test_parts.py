@@ -1,8 +1,8 @@
 import pytest
 
-from umae_jax.benchmarking.parts import Bound, bounds, by_part, part_of, table
-from umae_jax.compiled import Kernel
-from umae_jax.hardware import Chip
+from umae_jax.planning.compiled import Kernel
+from umae_jax.planning.hardware import Chip
+from umae_jax.planning.parts import Bound, bounds, by_part, part_of, table
 
 STEP = "jit(train_step)/"
 

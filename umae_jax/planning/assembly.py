@@ -9,10 +9,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from umae_jax.data.loader import Batch, abstract_batch
+from umae_jax.data.pipeline import Batch, abstract_batch
 from umae_jax.training import finetuning, pretraining
-from umae_jax.training.mesh import batch_sharding, make_mesh
 from umae_jax.training.runs import Run, describe
+from umae_jax.training.sharding import batch_sharding, make_mesh
 from umae_jax.training.step import TrainStep, lower_step
 from umae_jax.training.trainer import build_step
 
@@ -53,7 +53,7 @@ def assemble(config: ConfigDict, mesh: Mesh) -> Assembly:
 def products_by_scope(config: ConfigDict) -> Counter[str]:
     """Operations of a step's matrix products on all chips together, by scope; that is nearly all of `count_flops`.
 
-    Scopes are as in `compiled.Account`, but for the names of functions at their beginning. Empty if nothing
+    Scopes are as in `compiled.CompiledStats`, but for the names of functions at their beginning. Empty if nothing
     tells.
     """
     counts: Counter[str] = Counter()
@@ -102,4 +102,4 @@ def count_flops(config: ConfigDict) -> float | None:
     # A loop's body is counted once; the optimiser, outside it, is next to nothing.
     return (assemble(_without_kernels(config), mesh).lower().cost_analysis() or {}).get(
         "flops", 0.0
-    ) * config.accumulate
+    ) * config.grad_accum_steps

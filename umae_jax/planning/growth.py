@@ -17,15 +17,15 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from umae_jax.benchmarking import parts
 from umae_jax.config import check
 from umae_jax.errors import UserError, require
 from umae_jax.files import write_whole
-from umae_jax.hardware import GIB
 from umae_jax.models.build import build_model
-from umae_jax.platforms import compiler_options
-from umae_jax.targets import DoesNotFit, Target, compile_for, lower_for
-from umae_jax.training.assembly import count_flops
+from umae_jax.models.kernels.platforms import compiler_options
+from umae_jax.planning import parts
+from umae_jax.planning.assembly import count_flops
+from umae_jax.planning.hardware import GIB
+from umae_jax.planning.targets import DoesNotFit, Target, compile_for, lower_for
 from umae_jax.training.metrics import duration
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ SIDES = (0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # of an image
 DEPTHS = (1 / 3, 1.0, 2.0, 3.0)  # blocks of the deepest stage
 BATCHES = (0.5, 1.0, 2.0, 4.0)  # images a chip
 
-READING = 1  # goes up when programs are read otherwise, so that no cost is kept of a reading before
+CACHE_VERSION = 1  # goes up when programs are read otherwise, so that no cost is kept of a reading before
 
 SIZE, DEPTH, BATCH, DEVICES = "image size", "depth", "batch", "devices"
 AXES = {
@@ -84,7 +84,7 @@ class Cost:
         flops: operations, by the program before it is compiled.
         cycles: scheduled, without collectives.
         bytes: moved between memory and chip.
-        temporaries: bytes of memory.
+        temp_bytes: bytes of memory.
         collectives: bytes of the arrays that are passed between chips.
         parts: cycles by part of the model.
         seconds: that finding out took.
@@ -94,7 +94,7 @@ class Cost:
     flops: float | None
     cycles: int | None
     bytes: float | None
-    temporaries: int | None
+    temp_bytes: int | None
     collectives: int | None
     parts: dict[str, int]
     seconds: float
@@ -122,7 +122,7 @@ QUANTITIES: dict[str, Callable[[Cost], float | None]] = {
     "scheduled cycles": lambda cost: cost.cycles,
     "operations": lambda cost: cost.flops,
     "bytes moved": lambda cost: cost.bytes,
-    "temporaries": lambda cost: cost.temporaries,
+    "temp_bytes": lambda cost: cost.temp_bytes,
     "bytes of collectives": lambda cost: cost.collectives or None,
 }
 GROUPS = ("encoder attention", "encoder MLPs", "decoder attention", "decoder, rest", "optimizer", "rest")
@@ -146,13 +146,13 @@ def settings(config: ConfigDict, targets: Sequence[Target], say: Callable[[str],
     """
     base = targets[0]
     check(config, len(base.devices))
-    images = config.batch_size // len(base.devices) // config.accumulate
+    images = config.batch_size // len(base.devices) // config.grad_accum_steps
     stage = int(np.argmax(config.model.depths))
     depth, height = config.model.depths[stage], config.image_size[0]
 
     def setting(varied: str, value: int, target: Target = base, images: int = images) -> Setting:
         changed = config.copy_and_resolve_references().unlock()
-        changed.accumulate, changed.batch_size = 1, images * len(target.devices)
+        changed.grad_accum_steps, changed.batch_size = 1, images * len(target.devices)
         return Setting(varied, value, changed, target)
 
     found: dict[tuple[str, int], Setting] = {}
@@ -223,7 +223,7 @@ def _cost(setting: Setting, folder: Path) -> Cost:
     config, target = setting.config, setting.target
     lowered = lower_for(config, target)
     compilers = [f"{name} {metadata.version(name)}" for name in ("jaxlib", *(("libtpu",) if target.slice else ()))]
-    told_of = f"{READING} {[field.name for field in dataclasses.fields(Cost)]}"
+    told_of = f"{CACHE_VERSION} {[field.name for field in dataclasses.fields(Cost)]}"
     options = str(compiler_options(target.devices[0]))
     program = "\n".join([target.name, told_of, *compilers, options, lowered.as_text()])
     path = folder / f"{hashlib.sha256(program.encode()).hexdigest()[:16]}.json"
@@ -240,7 +240,7 @@ def _cost(setting: Setting, folder: Path) -> Cost:
         flops=flops / len(target.devices) if flops else None,
         cycles=told.cycles if told else None,
         bytes=told.bytes if told else None,
-        temporaries=told.temporaries if told else None,
+        temp_bytes=told.temp_bytes if told else None,
         collectives=sum(one.bytes for one in told.collectives) if told else None,
         parts={name: sum(both) for name, both in parts.by_part(told.cycles_by_scope).items()} if told else {},
         seconds=time.monotonic() - start,
@@ -346,7 +346,7 @@ def table(points: Sequence[Point]) -> str:
                     _number(cost.cycles, 1e6 * share, 10, 2),
                     _number(cost.flops, 1e12 * share, 8, 3),
                     _number(cost.bytes, 1e9 * share, 10, 2),
-                    _number(cost.temporaries, GIB * share, 8, 3),
+                    _number(cost.temp_bytes, GIB * share, 8, 3),
                     _number(None if varied == SIZE else cost.collectives, 1e6, 11, 1),
                 ]
                 text.append(f"{point.value:28,}{point.images:8}" + "".join(numbers) + (f"  {cost.needs}"))

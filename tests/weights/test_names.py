@@ -8,7 +8,7 @@ from flax import nnx
 from tests import golden, small
 from umae_jax.errors import UserError
 from umae_jax.weights.files import Weights, encode_weights, read_weights
-from umae_jax.weights.reference import from_reference, to_reference
+from umae_jax.weights.names import from_reference, to_reference
 
 
 def assert_same(ours, theirs):

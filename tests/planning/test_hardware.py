@@ -1,7 +1,7 @@
 import pytest
 
 from umae_jax.errors import UserError
-from umae_jax.hardware import KINDS, TPUS, topology
+from umae_jax.planning.hardware import KINDS, TPUS, topology
 
 
 @pytest.mark.parametrize(("name", "chips"), [("v5e:1x1", 1), ("v5e:16x16", 256), ("v5p:4x8x8", 256), ("v6e:2x4", 8)])

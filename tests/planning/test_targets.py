@@ -4,14 +4,14 @@ import pytest
 
 from tests import tiny
 from umae_jax import targets
-from umae_jax.compiled import Account
+from umae_jax.planning.compiled import CompiledStats
 
 GIB = 2**30
 TARGET = targets.Target("a slice", (None,) * 4, None, 16 * GIB)
 
 
 def told(peak):
-    return Account(GIB, peak - GIB, peak, 0.0, None, None, {}, {}, (), {})
+    return CompiledStats(GIB, peak - GIB, peak, 0.0, None, None, {}, {}, (), {})
 
 
 @pytest.mark.parametrize("refusals_tell", [True, False])

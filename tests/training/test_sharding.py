@@ -10,8 +10,8 @@ from tests import tiny
 from tests.commands import ROOT
 from umae_jax.config import default_config
 from umae_jax.models.presets import SIZES
-from umae_jax.training.mesh import make_mesh, spec_of, state_shardings
 from umae_jax.training.runs import describe, initialize
+from umae_jax.training.sharding import make_mesh, spec_of, state_shardings
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ from flax import nnx
 
 from umae_jax import masking
 from umae_jax.models.attention import Bias, attend
-from umae_jax.models.fused_attention import attend_in_windows, attend_to_all, takes_all, takes_windows
+from umae_jax.models.kernels.pallas_tpu import attend_in_windows, attend_to_all, takes_all, takes_windows
 from umae_jax.models.layers import DropPath
 from umae_jax.models.swin import SwinBlock
 from umae_jax.models.windows import make_windows
 from umae_jax.positions import select_case
-from umae_jax.training.mesh import batch_sharding, make_mesh, replicated
+from umae_jax.training.sharding import batch_sharding, make_mesh, replicated
 
 TOLERANCES = {"float32": 1e-5, "bfloat16": 4e-2}  # of the largest value
 

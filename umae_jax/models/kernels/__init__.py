@@ -1,0 +1,1 @@
+"""Implementations for particular machines; `models/attention.py` says what they compute."""

@@ -1,0 +1,1 @@
+"""The cost of a training step, by compilers, without the hardware."""

@@ -1,0 +1,1 @@
+"""Everything that differs between pre-training, classification, probing and other tasks."""
