@@ -9,7 +9,7 @@ from ml_collections import ConfigDict, config_dict
 from umae_jax.data.on_device import IMAGENET_MEAN, IMAGENET_STD
 from umae_jax.errors import UserError, listing, require
 from umae_jax.files import AnyPath
-from umae_jax.models import layers, presets
+from umae_jax.models import kernels, presets
 
 CONFIG_FILE = "config.json"  # in a run's directory
 
@@ -270,8 +270,8 @@ def check_values(config: ConfigDict) -> None:
         require(value in known, f"model.{key}: {value!r} is none of {', '.join(known)}")
     require(config.dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16, not {config.dtype!r}")
     require(
-        config.rematerialize in layers.REMATERIALIZE,
-        f"rematerialize must be one of {', '.join(layers.REMATERIALIZE)}, not {config.rematerialize!r}",
+        config.rematerialize in kernels.REMATERIALIZE,
+        f"rematerialize must be one of {', '.join(kernels.REMATERIALIZE)}, not {config.rematerialize!r}",
     )
     require(
         isinstance(config.fused_attention, bool),

@@ -12,7 +12,8 @@ from umae_jax.data.on_device import normalize
 from umae_jax.errors import require
 from umae_jax.files import locate
 from umae_jax.models.build import build_encoder
-from umae_jax.models.encoder import Encoder, check_image_size
+from umae_jax.models.encoder import Encoder
+from umae_jax.models.sizes import check_image_size
 from umae_jax.training.runs import read_run
 from umae_jax.weights.huggingface import weights_in
 from umae_jax.weights.names import from_reference

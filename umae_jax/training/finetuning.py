@@ -11,7 +11,7 @@ from umae_jax.data.on_device import mix, normalize, random_erase, random_flip, s
 from umae_jax.data.pipeline import Batch
 from umae_jax.data.sources import Source
 from umae_jax.errors import UserError, require
-from umae_jax.models.layers import PositionTable, resize_positions
+from umae_jax.models.positions_table import PositionTable, resize_positions
 from umae_jax.training.evaluation import check_classes
 from umae_jax.training.step import LossFunction, Params
 

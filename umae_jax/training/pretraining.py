@@ -1,12 +1,10 @@
 """What pre-training adds to a run: the loss of a masked image model on a batch of uint8 images."""
 
-import functools
-
 import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from umae_jax.data.on_device import normalize, random_flip, sample_keys
+from umae_jax.data.on_device import random_flip, sample_keys
 from umae_jax.data.pipeline import Batch
 from umae_jax.training.step import LossFunction, Params
 
@@ -17,13 +15,12 @@ def make_loss(config: ConfigDict, graph: nnx.GraphDef) -> LossFunction:
     Args:
         graph: of a `MaskedImageModel`.
     """
-    normalized = functools.partial(normalize, mean=config.data.mean, std=config.data.std)
 
     def loss(params: Params, batch: Batch) -> jax.Array:
         model = nnx.merge(graph, params)
         with jax.named_scope("images"):
             keys = jax.vmap(jax.random.split)(sample_keys(config.seed, batch.sample_index))
             images, mask = random_flip(batch.image, keys[:, 0]), model.sample_mask(keys[:, 1])
-        return model(images, mask, normalized)[0]
+        return model(images, mask)[0]
 
     return loss

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from umae_jax.data.pipeline import Batch
-from umae_jax.models.kernels.platforms import compiler_options
+from umae_jax.models.kernels import compiler_options
 from umae_jax.training.sharding import replicated, shardings_of
 
 Params = Any  # a pytree of float32 arrays
