@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 
-from umae_jax import beginning, cli
+from umae_jax import cli, startup
 from umae_jax.data.pipeline import Batch
 from umae_jax.errors import Preempted, UserError
 from umae_jax.files import AnyPath
@@ -107,8 +107,8 @@ def train(
         clock.count(batch_size)
         report.advance(number)
         if number == first_step + 1:
-            beginning.spent("the step")
-            cli.say(beginning.summary())
+            startup.mark("the step")
+            cli.say(startup.summary())
         if values.bad_steps >= stop_after_bad_steps:
             raise UserError(
                 f"the loss or gradient was not finite in {values.bad_steps} steps in a row, up to step {number} "
@@ -155,10 +155,10 @@ def train(
             if last:
                 break
             if number == first_step:
-                beginning.spent("what is measured before")
+                startup.mark("what is measured before")
             batch = clock.next(batches)
             if number == first_step:
-                beginning.spent("the first batch")
+                startup.mark("the first batch")
             state, metrics_of_step = step(state, batch)
             samples += batch_size
             number += 1

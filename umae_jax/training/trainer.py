@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from umae_jax import beginning, cli
+from umae_jax import cli, startup
 from umae_jax.config import CONFIG_FILE, differences, read_config, resolve_steps, to_json
 from umae_jax.data.pipeline import TrainLoader, abstract_batch
 from umae_jax.data.sources import Source
@@ -159,9 +159,9 @@ def run_training(config: ConfigDict, workdir: AnyPath, mesh: Mesh, task: Task, s
         total_steps, warmup_steps = durations(config, len(task.source))
         checkpoints = open_workdir(config, workdir)
         resources.callback(checkpoints.close)
-        beginning.spent("data and model")
+        startup.mark("data and model")
         state, samples = checkpoints.restore(task.run.state) or (task.begin(), 0)
-        beginning.spent("the state")
+        startup.mark("the state")
         first_step = int(state.step)
         parameters = sum(array.size for array in jax.tree.leaves(state.params))
         devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
@@ -179,7 +179,7 @@ def run_training(config: ConfigDict, workdir: AnyPath, mesh: Mesh, task: Task, s
         batch = abstract_batch(config, config.batch_size, batch_sharding(mesh))
         step = build_step(config, task.run, task.loss, warmup_steps, total_steps)
         compiled = lower_step(step, task.run.state, batch, mesh).compile()
-        beginning.spent("compiling")
+        startup.mark("compiling")
         train(
             state,
             step=compiled,
