@@ -7,6 +7,8 @@ import time
 import warnings
 from pathlib import Path
 
+import jax
+
 import umae_jax
 from umae_jax.files import AnyPath
 
@@ -49,8 +51,6 @@ def use_cache(folder: AnyPath | None) -> None:
     Args:
         folder: on this machine, limited to MAX_CACHE_BYTES, or in a bucket; None: no cache.
     """
-    import jax  # here, as workers that read images import this module's users without JAX
-
     enabled: bool = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or not enabled:
         return
