@@ -24,9 +24,8 @@ from ml_collections import ConfigDict
 from umae_jax.data.transforms import READ_TRIES, Sample, Unreadable
 from umae_jax.errors import UserError, listing, require
 
-# A run stops if more than this fraction of its reads fails, once this process has read so many samples.
-MAX_UNREADABLE = 0.5
-MIN_SAMPLES = 16
+MAX_UNREADABLE = 0.5  # a run stops if a larger fraction of its reads fails
+MIN_SAMPLES = 16  # read by this process before that fraction is judged
 CHUNK = 16  # samples per work item of a thread or worker, at most
 # A process keeps about eight cores busy: 13% of reading a 500 x 375 photograph at 256 x 256 (0.2 of 1.5 ms) holds the
 # interpreter's lock. Workers leave 0.16 ms per image to this process, so about 6,000 images/s per host. Extrapolated
@@ -64,7 +63,7 @@ class Readers(NamedTuple):
 
 
 def host_cores() -> int:
-    """Return the number of this host's cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -267,7 +266,7 @@ class EvalLoader:
         sharding: of a batch, over its first axis.
         images: number of records to draw from the source; None for all.
         seed: of that draw.
-        named: names of unreadable records to warn about no more; passes add to it.
+        named: names of unreadable records for which there was a warning already; passes add theirs.
         readers: threads and workers.
 
     Raises:

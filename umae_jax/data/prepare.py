@@ -16,7 +16,7 @@ from absl import flags
 
 from umae_jax import cli
 from umae_jax.data.sources import FILE_NAME, NO_LABEL, Source, open_source
-from umae_jax.errors import UserError, require
+from umae_jax.errors import require
 from umae_jax.files import locate_here
 
 VERSION = "1.0.0"
@@ -60,22 +60,7 @@ def write_data_set(source: Source, name: str, data_dir: str, split: str = "train
     if source.classes:
         features["label"] = tfds.features.ClassLabel(names=list(source.classes))
 
-    def examples() -> Iterator[tuple[int, dict[str, Any]]]:
-        nonlocal unreadable
-        for index in range(len(source)):
-            try:
-                path, data, label = source[index]
-            except OSError as error:
-                unreadable += 1
-                cli.say(f"left out an image that cannot be read: {error}")
-                continue
-            example: dict[str, Any] = {"image": io.BytesIO(data), FILE_NAME: Path(path).name}
-            yield index, example if label == NO_LABEL else {**example, "label": label}
-        if unreadable == len(source):
-            raise UserError(f"--source: none of its {unreadable} images can be read; repair them or choose another")
-
-    unreadable = 0
-    data_set_name = name
+    data_set_name, unreadable = name, 0
 
     class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         """Copies a source record by record."""
@@ -90,7 +75,20 @@ def write_data_set(source: Source, name: str, data_dir: str, split: str = "train
             return {split: self._generate_examples()}
 
         def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-            return examples()
+            nonlocal unreadable
+            for index in range(len(source)):
+                try:
+                    path, data, label = source[index]
+                except OSError as error:
+                    unreadable += 1
+                    cli.say(f"left out an image that cannot be read: {error}")
+                    continue
+                example: dict[str, Any] = {"image": io.BytesIO(data), FILE_NAME: Path(path).name}
+                yield index, example if label == NO_LABEL else {**example, "label": label}
+            require(
+                unreadable < len(source),
+                f"--source: none of its {unreadable} images can be read; repair them or choose another",
+            )
 
     FolderBuilder(data_dir=str(root), file_format="array_record").download_and_prepare()
     return Written(folder, len(source) - unreadable, unreadable)

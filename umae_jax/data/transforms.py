@@ -85,10 +85,10 @@ class Sample(NamedTuple):
     unreadable: tuple[Unreadable, ...] = ()
 
 
-def try_record(
+def _try_load(
     source: Source, index: int, load: Callable[[bytes], np.ndarray]
 ) -> tuple[Record, np.ndarray] | Unreadable:
-    """Read a record and load its pixels; files and decoders may raise anything, and no file may stop a run."""
+    """Load a record's pixels; sources and decoders may raise anything, and no file may stop a run."""
     name = f"record {index}"
     try:
         record = source[index]
@@ -100,26 +100,6 @@ def try_record(
         if isinstance(error, OSError) and error.filename and error.strerror:
             return Unreadable(str(error.filename), error.strerror)
         return Unreadable(name, str(error) or type(error).__name__)
-
-
-def first_readable(source: Source, count: int, size: tuple[int, int], channels: int) -> np.ndarray:
-    """Load the central crops of the first readable images: uint8 [count or fewer, *size, channels].
-
-    Raises:
-        UserError: if none of the first READ_TRIES * count images can be read.
-    """
-    images: list[np.ndarray] = []
-    tries = min(len(source), READ_TRIES * count)
-    for index in range(tries):
-        loaded = try_record(source, index, lambda data: load_whole(data, size, channels))
-        if isinstance(loaded, Unreadable):
-            logging.warning("cannot show an unreadable image: %s (%s)", *loaded)
-        else:
-            images.append(loaded[1])
-        if len(images) == count:
-            break
-    require(bool(images), f"none of the first {tries} images can be read, {loaded[0]} the last; repair or remove them")
-    return np.stack(images)
 
 
 @dataclass(frozen=True)
@@ -165,7 +145,7 @@ class LoadCrop:
 
         unreadable: list[Unreadable] = []
         while len(unreadable) < READ_TRIES:
-            loaded = try_record(self.source, record_index, load)
+            loaded = _try_load(self.source, record_index, load)
             if not isinstance(loaded, Unreadable):
                 return Sample(_arrays(*loaded, self.labels), tuple(unreadable))
             unreadable.append(loaded)
@@ -189,6 +169,10 @@ class LoadWhole:
     share: float = 1.0
     labels: Labels | None = None
 
+    def try_load(self, record_index: int) -> tuple[Record, np.ndarray] | Unreadable:
+        """Load a record and its pixels, uint8 [*size, channels], without checking the label."""
+        return _try_load(self.source, record_index, lambda data: load_whole(data, self.size, self.channels, self.share))
+
     def __call__(self, record_index: int) -> Sample:
         """Load a record.
 
@@ -197,12 +181,31 @@ class LoadWhole:
         """
         if record_index < 0:
             return Sample(_blank(self.size, self.channels, self.labels))
-        loaded = try_record(
-            self.source, record_index, lambda data: load_whole(data, self.size, self.channels, self.share)
-        )
+        loaded = self.try_load(record_index)
         if isinstance(loaded, Unreadable):
             return Sample(_blank(self.size, self.channels, self.labels), (loaded,))
         return Sample(_arrays(*loaded, self.labels))
+
+
+def first_readable(source: Source, count: int, size: tuple[int, int], channels: int) -> np.ndarray:
+    """Load the central crops of the first readable images: uint8 [count or fewer, *size, channels].
+
+    Raises:
+        UserError: if none of the first READ_TRIES * count images can be read.
+    """
+    load = LoadWhole(source, size, channels)
+    images: list[np.ndarray] = []
+    tries = min(len(source), READ_TRIES * count)
+    for index in range(tries):
+        loaded = load.try_load(index)
+        if isinstance(loaded, Unreadable):
+            logging.warning("cannot show an image that cannot be read: %s (%s)", *loaded)
+        else:
+            images.append(loaded[1])
+        if len(images) == count:
+            break
+    require(bool(images), f"none of the first {tries} images can be read, {loaded[0]} the last; repair or remove them")
+    return np.stack(images)
 
 
 def _arrays(record: Record, pixels: np.ndarray, labels: Labels | None) -> dict[str, np.ndarray]:
