@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from umae_jax.multihost import gather_rows
 
 from umae_jax.data.pipeline import EvalLoader, Readers, Sample
+from umae_jax.multihost import gather_rows
 from umae_jax.training.sharding import batch_sharding, local_rows
 from umae_jax.training.task import BaseTask, Hook
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from umae_jax.multihost import StopSignal
 
 from tests import tiny, tiny_classifier, toy
 from umae_jax.errors import Preempted, UserError
+from umae_jax.multihost import StopSignal
 from umae_jax.tasks import make_task
 from umae_jax.training.run import check_same_classes, check_same_run, durations, lower, train
 from umae_jax.training.sharding import make_mesh
@@ -45,7 +45,7 @@ def test_a_task_from_outside_trains_and_evaluates(finished):
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == 10
     assert losses[-1] < losses[0] / 2
-    assert all(row["red_error"] > 0 for row in rows if "loss" in row)
+    assert all(0 < row["red_error"] for row in rows if "loss" in row)
     evaluated = {row["step"]: row for row in rows if "negative_error" in row}
     assert list(evaluated) == [0, 4, 8, 10]
     assert all(row["evaluated"] == 20 for row in evaluated.values())
