@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from umae_jax import cli
+from umae_jax import cli, multihost
 from umae_jax.data.on_device import normalize
 from umae_jax.data.sources import open_images, open_source
 from umae_jax.data.transforms import load_whole, reason
@@ -38,7 +38,7 @@ _SOURCE = flags.DEFINE_string("source", None, "Labelled training images for a pr
 _VALIDATION = flags.DEFINE_string("validation", None, "Labelled images to measure on: folder:PATH or tfds:NAME.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images at a time, over all devices.", lower_bound=1)
 _JSON = flags.DEFINE_boolean("json", False, "Print JSON.")
-_PROCESSES = cli.define_processes()
+_CLUSTER = multihost.define_flags()
 LIKELIEST = 5  # classes named for an image
 
 
@@ -137,7 +137,7 @@ def main() -> None:
         bool(_PROBE.value) or (_SOURCE.value is None and _STAGE.value is None),
         "--source and --stage are those of a probe; add --probe knn or --probe linear, or leave them out",
     )
-    cli.join(_PROCESSES, None, None)
+    cli.join(_CLUSTER, None, None)
     run = read_run(workdir, best=_BEST.value)
     config = run.config.unlock()
     config.data.source = _SOURCE.value or config.data.source

@@ -12,14 +12,13 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from umae_jax import cli
+from umae_jax import cli, multihost
 from umae_jax.config import check, steps_of_epochs
 from umae_jax.data.sources import Source, open_source
 from umae_jax.errors import require
 from umae_jax.features import read_encoder
 from umae_jax.files import AnyPath, locate
-from umae_jax.signals import StopSignals
-from umae_jax.training.agreement import AgreedStop, broadcast_json
+from umae_jax.multihost import StopSignal, broadcast_json
 from umae_jax.training.checkpoint import BEST, Checkpoints, newest_step
 from umae_jax.training.evaluation import make_evaluator, open_validation
 from umae_jax.training.finetuning import adapt_pretrained, make_loss, name_classes
@@ -33,7 +32,7 @@ TOP1 = "validation_top1"
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints and metrics go.")
-_PROCESSES = cli.define_processes()
+_CLUSTER = multihost.define_flags()
 
 
 def begin(config: ConfigDict, what: Run) -> TrainState:
@@ -54,7 +53,7 @@ def make_validation(
     source: Source,
     workdir: AnyPath,
     best: Checkpoints,
-    stop: AgreedStop,
+    stop: StopSignal,
 ) -> Action:
     """Measures accuracy, and keeps the checkpoint that did best."""
     highest = broadcast_json(best.note(TOP1)) or 0.0
@@ -81,8 +80,8 @@ def main() -> None:
     """Fine-tune, or continue."""
     config = cli.read_config(_CONFIG)
     workdir = locate(cli.required(_WORKDIR, "a directory for what the run produces"), "--workdir")
-    cli.join(_PROCESSES, config, workdir)  # before signals are remembered: waiting for others needs no saving
-    with StopSignals() as signals, contextlib.ExitStack() as resources:
+    cli.join(_CLUSTER, config, workdir)  # before signals are remembered: waiting for others needs no saving
+    with StopSignal() as stop, contextlib.ExitStack() as resources:
         check(config)
         require(
             config.model.method == "classifier",
@@ -99,7 +98,6 @@ def main() -> None:
         name_classes(config, source)
         validation = open_validation(config, source)
         mesh = make_mesh(config.mesh.fsdp)
-        stop = AgreedStop(signals, mesh)
         what = describe(config, mesh)
 
         def actions(first_step: int) -> list[Action]:
@@ -113,7 +111,7 @@ def main() -> None:
 
         measured = (TOP1,) if validation and config.validation.every_epochs else ()
         task = Task(what, source, make_loss(config, what.graph), lambda: begin(config, what), actions, measured)
-        run_training(config, workdir, mesh, task, stop)
+        run_training(config, workdir, mesh, task, stop, _CLUSTER.step_timeout.value)
     if broadcast_json((workdir / BEST).is_dir()):
         best = Checkpoints(workdir, folder=BEST, keep=None)
         best.forget(after=MAX_SAMPLES, before=MAX_SAMPLES)  # nothing is left that might be continued

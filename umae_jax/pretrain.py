@@ -10,15 +10,14 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from umae_jax import cli
+from umae_jax import cli, multihost
 from umae_jax.config import check, steps_of_epochs
 from umae_jax.data.sources import Source, open_source
 from umae_jax.data.transforms import first_readable
 from umae_jax.errors import require
 from umae_jax.files import AnyPath, locate, write_whole
+from umae_jax.multihost import StopSignal
 from umae_jax.pictures import make_illustrator
-from umae_jax.signals import StopSignals
-from umae_jax.training.agreement import AgreedStop
 from umae_jax.training.evaluation import open_validation
 from umae_jax.training.loop import Action
 from umae_jax.training.pretraining import make_loss
@@ -33,7 +32,7 @@ KNN = "knn_top1"
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go.")
-_PROCESSES = cli.define_processes()
+_CLUSTER = multihost.define_flags()
 
 
 def make_artist(config: ConfigDict, what: Run, mesh: Mesh, source: Source, workdir: AnyPath) -> Action:
@@ -58,7 +57,7 @@ def make_artist(config: ConfigDict, what: Run, mesh: Mesh, source: Source, workd
 
 
 def make_prober(
-    config: ConfigDict, what: Run, mesh: Mesh, training: Source, validation: Source, stop: AgreedStop
+    config: ConfigDict, what: Run, mesh: Mesh, training: Source, validation: Source, stop: StopSignal
 ) -> Action:
     """Measures what the nearest neighbours of frozen features tell of the validation images' classes."""
     batch_size = config.batch_size // config.grad_accum_steps
@@ -80,8 +79,8 @@ def main() -> None:
     """Pre-train, or continue."""
     config = cli.read_config(_CONFIG)
     workdir = locate(cli.required(_WORKDIR, "a directory for what the run produces"), "--workdir")
-    cli.join(_PROCESSES, config, workdir)  # before signals are remembered: waiting for others needs no saving
-    with StopSignals() as signals:
+    cli.join(_CLUSTER, config, workdir)  # before signals are remembered: waiting for others needs no saving
+    with StopSignal() as stop:
         check(config)
         require(
             config.model.method != "classifier",
@@ -93,7 +92,6 @@ def main() -> None:
             "python -m umae_jax.convert FILE --workdir DIR, and continue there",
         )
         mesh = make_mesh(config.mesh.fsdp)
-        stop = AgreedStop(signals, mesh)
         what = describe(config, mesh)
         source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
         validation = open_validation(config, source)
@@ -104,7 +102,7 @@ def main() -> None:
 
         measured = (KNN,) if validation and config.validation.every_epochs else ()
         task = Task(what, source, make_loss(config, what.graph), lambda: initialize(config, what), actions, measured)
-        run_training(config, workdir, mesh, task, stop)
+        run_training(config, workdir, mesh, task, stop, _CLUSTER.step_timeout.value)
         if pictures := sorted((workdir / PICTURES).glob("*.png")):
             cli.result(pictures[-1])
 

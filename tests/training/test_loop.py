@@ -1,17 +1,14 @@
 import itertools
 import json
-import os
 import signal
 
 import jax.numpy as jnp
 import pytest
 
 from umae_jax.errors import Preempted, UserError
-from umae_jax.signals import StopSignals
-from umae_jax.training.agreement import AgreedStop
+from umae_jax.multihost import StopSignal
 from umae_jax.training.checkpoint import Checkpoints
 from umae_jax.training.loop import Action, train
-from umae_jax.training.sharding import make_mesh
 from umae_jax.training.step import Metrics, TrainState
 
 
@@ -25,8 +22,7 @@ class Recorder:
     def __init__(self, workdir, bad_from=10**9):
         self.workdir, self.bad_from = workdir, bad_from
         self.calls = []
-        self.signals = StopSignals()
-        self.stop = AgreedStop(self.signals, make_mesh())
+        self.stop = StopSignal()
         self.batches = itertools.repeat(None)
 
     def step(self, state, batch):
@@ -80,7 +76,7 @@ def test_a_signal_in_an_action_breaks_it_off_to_be_done_again(tmp_path):
 
     def interrupted(step, state):
         if step == 2:
-            recorder.signals.received = signal.SIGTERM
+            recorder.stop.received = signal.SIGTERM
         recorder.stop.check()
         return act(step, state)
 
@@ -133,7 +129,7 @@ def test_a_signal_during_an_action_saves_at_the_next_step(tmp_path):
 
     def signalled(step, state):
         if step == 4:
-            recorder.signals.received = signal.SIGTERM
+            recorder.stop.received = signal.SIGTERM
         return act(step, state)
 
     recorder.act = signalled
@@ -145,23 +141,10 @@ def test_a_signal_during_an_action_saves_at_the_next_step(tmp_path):
 
 def test_a_signal_before_the_first_step_saves_that(tmp_path):
     recorder = Recorder(tmp_path)
-    recorder.signals.received = signal.SIGINT
+    recorder.stop.received = signal.SIGINT
     with pytest.raises(Preempted, match="stopped by SIGINT at step 0"):
         recorder.train(20)
     assert recorder.calls == ["save 0 at 0"]
-
-
-def test_the_first_signal_is_remembered_and_the_second_acts():
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may have it ignored
-    try:
-        with StopSignals() as signals:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert signals.received == signal.SIGINT
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, inherited)
 
 
 def test_logs_as_rarely_as_asked_and_at_the_end(tmp_path):

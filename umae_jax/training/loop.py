@@ -8,10 +8,9 @@ import jax
 
 from umae_jax import beginning, cli
 from umae_jax.data.pipeline import Batch
-from umae_jax.errors import Preempted, UserError
+from umae_jax.errors import Preempted, PreemptionRequested, UserError
 from umae_jax.files import AnyPath
-from umae_jax.signals import PreemptionRequested
-from umae_jax.training.agreement import AgreedStop
+from umae_jax.multihost import StopSignal, Watchdog
 from umae_jax.training.checkpoint import Checkpoints
 from umae_jax.training.metrics import Report
 from umae_jax.training.step import Metrics, TrainState
@@ -22,7 +21,7 @@ class Action(NamedTuple):
 
     Attributes:
         every: steps; done also before the first step and after the last. 0: never.
-        run: from (step, state) to metrics to write, if any; may raise PreemptionRequested, see `AgreedStop.check`.
+        run: from (step, state) to metrics to write, if any; may raise PreemptionRequested, see `StopSignal.check`.
         metric: one of these. Where a run continues at a step that has it already, the action is not done again.
     """
 
@@ -73,7 +72,8 @@ def train(
     checkpoint_every: int,
     log_every: int,
     stop_after_bad_steps: int,
-    stop: AgreedStop,
+    stop: StopSignal,
+    watchdog: Watchdog | None = None,
     workdir: AnyPath,
     actions: Sequence[Action] = (),
     done: Collection[str] = (),
@@ -97,6 +97,7 @@ def train(
         UserError: after `stop_after_bad_steps` steps in a row without a finite loss and gradient, or if a checkpoint
             cannot be written.
     """
+    watchdog = watchdog or Watchdog(None)
     report = Report(workdir, first_step, total_steps)
     clock = Clock()
     saved = first_step if first_step else None
@@ -123,7 +124,7 @@ def train(
         pending: tuple[int, Metrics] | None = None
         number = first_step
         while True:
-            signal = stop.ask()  # once a step: one that comes later waits for the next
+            signal = stop.poll(number)  # once a step: one that comes later waits for the next
             last = number == total_steps
             due = [
                 action.run
@@ -136,6 +137,8 @@ def train(
             if pending and (due or save):
                 read(*pending)  # a state that is looked at or saved is one whose step was found good
                 pending = None
+            if due or save:
+                watchdog.cancel()
             try:
                 for act in due if signal is None else ():
                     if metrics := act(number, state):
@@ -156,6 +159,7 @@ def train(
                 break
             if number == first_step:
                 beginning.spent("what is measured before")
+            watchdog.arm()
             batch = clock.next(batches)
             if number == first_step:
                 beginning.spent("the first batch")
@@ -168,5 +172,6 @@ def train(
         checkpoints.wait()
         report.flush()
     finally:
+        watchdog.cancel()
         report.close()
     return state

@@ -15,7 +15,7 @@ from umae_jax.data.pipeline import TrainLoader, abstract_batch
 from umae_jax.data.sources import Source
 from umae_jax.errors import UserError, listing, require
 from umae_jax.files import AnyPath, write_whole
-from umae_jax.training.agreement import AgreedStop, broadcast_json
+from umae_jax.multihost import StopSignal, Watchdog, broadcast_json
 from umae_jax.training.checkpoint import Checkpoints
 from umae_jax.training.loop import Action, train
 from umae_jax.training.metrics import metrics_of
@@ -148,7 +148,9 @@ def build_step(config: ConfigDict, run: Run, loss: LossFunction, warmup_steps: i
     )
 
 
-def run_training(config: ConfigDict, workdir: AnyPath, mesh: Mesh, task: Task, stop: AgreedStop) -> None:
+def run_training(
+    config: ConfigDict, workdir: AnyPath, mesh: Mesh, task: Task, stop: StopSignal, step_timeout: float = 0
+) -> None:
     """Train to the end, from the newest whole checkpoint in the directory if there is one.
 
     Raises:
@@ -193,6 +195,7 @@ def run_training(config: ConfigDict, workdir: AnyPath, mesh: Mesh, task: Task, s
             log_every=config.log_every,
             stop_after_bad_steps=config.stop_after_bad_steps,
             stop=stop,
+            watchdog=Watchdog(step_timeout),
             workdir=workdir,
             actions=task.actions(first_step),
             done=done,
