@@ -156,4 +156,3 @@ class BaseTask(abc.ABC):
     def predict(self, run: StoredRun, path: Path) -> Iterator[Prediction]:
         """Predict for an image file or each image of a folder."""
         raise NotImplementedError(f"{self.config.model.method} predicts nothing of single images")
-

@@ -58,11 +58,7 @@ def _recognize(encoder: str, shapes: Mapping[str, tuple[int, ...]], name: str, e
     depths = tuple(end - first for first, end in zip(firsts, (*firsts[1:], blocks), strict=True))
     widths = tuple(block_widths[first] for first in firsts)
     preset = next(
-        (
-            size
-            for size in ENCODERS[encoder].sizes.values()
-            if (size["widths"], size["depths"]) == (widths, depths)
-        ),
+        (size for size in ENCODERS[encoder].sizes.values() if (size["widths"], size["depths"]) == (widths, depths)),
         None,
     )
     if encoder == "swin":
