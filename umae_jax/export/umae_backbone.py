@@ -31,7 +31,7 @@ SKIPPED = (
     "vis_mask_token",
     "head.",
     "fc_norm.",
-)  # parameters of checkpoints outside the encoder
+)  # prefixes outside the encoder
 ARGUMENTS = ("channels", "patch", "widths", "depths", "heads", "mlp_ratios")  # arguments of both encoders
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -389,7 +389,7 @@ def load_backbone(file: str | os.PathLike[str], **changes: Any) -> SwinBackbone 
         raise ValueError(f"{file} holds no valid configuration in its metadata: {error!r}") from error
     if encoder not in classes:
         raise ValueError(
-            f"{file} holds the encoder {encoder!r}, which is no pyramid; export a ViT for transformers instead"
+            f"{file} holds the encoder {encoder!r}, not a pyramid; export a ViT for transformers instead"
         )
     arguments["final_norm"] = any(name.startswith("norm.") for name in tensors)
     try:

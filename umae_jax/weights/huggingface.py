@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from umae_jax.files import AnyPath
-from umae_jax.training.checkpoint import FOLDER
+from umae_jax.weights.stored_run import FOLDER
 
 # The reference's name and the names in transformers; the fused qkv is three parameters there, split along the first
 # axis. {n} counts blocks.
