@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from umae_jax.files import AnyPath
+from umae_jax.files import AnyPath, in_bucket
 
 FOLDER = "compiled"  # in the directory of a run that several processes share
 MAX_BYTES = 2 * 2**30
@@ -38,7 +38,8 @@ def keep(folder: AnyPath | None) -> None:
     enabled: bool = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or not enabled:
         return
-    if isinstance(folder, Path):
+    if folder is not None and not in_bucket(folder):
+        folder = Path(folder)
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # whoever may write here has us run his programs
             _prune(folder, MAX_BYTES)
@@ -49,7 +50,7 @@ def keep(folder: AnyPath | None) -> None:
     jax.config.update("jax_compilation_cache_dir", None if folder is None else str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
-    if not isinstance(folder, Path):
+    if folder is None or in_bucket(folder):
         jax.config.update("jax_persistent_cache_enable_xla_caches", None)  # XLA itself cannot reach buckets
     warnings.filterwarnings("ignore", "Error writing persistent compilation cache", UserWarning)  # costs time alone
 
