@@ -16,7 +16,7 @@ from tests.images import picture
 from tests.runs import store
 from umae_jax.config import default_config
 from umae_jax.errors import UserError
-from umae_jax.training.importing import import_weights
+from umae_jax.tasks.importing import import_weights
 from umae_jax.weights.exchange import export_weights
 from umae_jax.weights.files import Weights, encode_weights, read_weights
 from umae_jax.weights.names import to_reference

@@ -17,7 +17,7 @@ from umae_jax import cli
 from umae_jax.config import check
 from umae_jax.errors import require
 from umae_jax.files import locate, locate_here
-from umae_jax.training.importing import import_weights
+from umae_jax.tasks.importing import import_weights
 from umae_jax.weights.exchange import REFERENCE, export_weights
 from umae_jax.weights.huggingface import LAYOUTS, resolve_weights
 

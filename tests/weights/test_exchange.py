@@ -37,10 +37,10 @@ def test_metadata_with_old_keys_of_a_masked_autoencoder_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("classes", ["[1", "7", "null"])
-def test_invalid_class_names_are_ignored(tmp_path, classes):
-    kind = "swin_classifier"
-    write(tmp_path / "swin.safetensors", kind, config=json.dumps(OLD_CONFIGS["pvt_classifier"]), classes=classes)
-    assert read_model(tmp_path / "swin.safetensors").classes == ()
+def test_invalid_class_names_are_rejected(tmp_path, classes):
+    write(tmp_path / "pvt.safetensors", "pvt_classifier", classes=classes)
+    with pytest.raises(UserError, match=r"pvt.safetensors.*classes"):
+        read_model(tmp_path / "pvt.safetensors")
 
 
 def test_an_invalid_configuration_is_rejected(tmp_path):

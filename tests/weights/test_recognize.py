@@ -3,10 +3,9 @@ import pytest
 from flax import nnx
 
 from tests import golden, small
-from umae_jax.config import default_config
+from umae_jax.config import ENCODERS, default_config, methods_of
 from umae_jax.errors import UserError
 from umae_jax.models.build import build_model
-from umae_jax.models.presets import SIZES, methods_of
 from umae_jax.weights.names import entries, to_reference
 from umae_jax.weights.recognize import recognize
 
@@ -24,7 +23,7 @@ def shapes_of(config):
 
 @pytest.mark.parametrize(
     ("size", "method"),
-    [(size, "um_mae") for size in SIZES]
+    [(size, "um_mae") for encoder in ENCODERS.values() for size in encoder.sizes]
     + [(size, method) for size in ("swin_tiny", "pvt_small", "vit_small") for method in methods_of(size)[1:]],
 )
 def test_every_preset_is_recognized_from_its_shapes(size, method):

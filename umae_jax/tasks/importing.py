@@ -11,9 +11,10 @@ from ml_collections import ConfigDict
 from umae_jax.config import CONFIG_FILE, to_json
 from umae_jax.errors import UserError, require
 from umae_jax.files import AnyPath, write_whole
+from umae_jax.tasks import make_task
 from umae_jax.training.checkpoint import Checkpoints
-from umae_jax.training.runs import describe, start_from
 from umae_jax.training.sharding import make_mesh
+from umae_jax.training.state import abstract_run, initialize
 from umae_jax.weights.exchange import read_model
 from umae_jax.weights.names import from_reference
 from umae_jax.weights.stored_run import CLASSES_FILE
@@ -42,7 +43,8 @@ def import_weights(file: AnyPath, workdir: Path, config: ConfigDict | None = Non
         f"--workdir: {workdir} is not empty; choose another directory",
     )
     config, tensors, classes = read_model(file, config)
-    run = describe(config, make_mesh())
+    task = make_task(config)
+    run = abstract_run(task, make_mesh())
     params = from_reference(config, run.state.params, tensors, name=str(file))
     existed = workdir.exists()
     shutil.rmtree(incoming, ignore_errors=True)  # of an import that was killed
@@ -50,7 +52,7 @@ def import_weights(file: AnyPath, workdir: Path, config: ConfigDict | None = Non
     try:
         checkpoints = Checkpoints(incoming)
         try:
-            checkpoints.save(0, start_from(run, params), samples=0)
+            checkpoints.save(0, initialize(task, run, params), {"samples": 0})
             checkpoints.wait()
         finally:
             with contextlib.suppress(Exception):  # `save` or `wait` raised it already

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 import umae_jax
 from umae_jax import export
-from umae_jax.config import from_json, to_json
+from umae_jax.config import from_json, old_class_names, to_json
 from umae_jax.errors import UserError, require
 from umae_jax.files import AnyPath, write_together
 from umae_jax.weights.files import Weights, check_output, encode_weights, read_weights
@@ -53,22 +53,14 @@ def read_model(path: AnyPath, config: ConfigDict | None = None, *, encoder_only:
     """
     tensors, metadata = read_weights(path)
     tensors = from_huggingface(tensors)
-    classes = _class_names(metadata)
-    if config is None and "config" in metadata:
-        try:
+    try:
+        classes = tuple(map(str, json.loads(metadata.get("classes", "[]"))))
+        if config is None and "config" in metadata:
             config = from_json(metadata["config"])
-        except ValueError as error:
-            raise UserError(f"{path}: invalid configuration in the metadata ({error}); {USE_CONFIG}") from None
+            classes = classes or old_class_names(metadata["config"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: invalid configuration or classes in the metadata ({error}); {USE_CONFIG}") from None
     return Model(config or recognize(tensors, str(path), encoder_only=encoder_only), tensors, classes)
-
-
-def _class_names(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """Read class names from metadata: under `classes`, or in older files under data.class_names of `config`."""
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        if "classes" in metadata:
-            return tuple(map(str, json.loads(metadata["classes"])))
-        return tuple(map(str, json.loads(metadata["config"])["data"]["class_names"]))
-    return ()
 
 
 def export_weights(workdir: AnyPath, output: Path, layout: str = REFERENCE, *, best: bool = False) -> list[Path]:

@@ -7,14 +7,12 @@ from collections.abc import Mapping
 import numpy as np
 from ml_collections import ConfigDict
 
-from umae_jax.config import default_config
+from umae_jax.config import ENCODERS, default_config
 from umae_jax.errors import UserError, require
-from umae_jax.models.presets import SIZES
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 MARKERS = {"swin": ".posmlp.", "pvt": ".attn.sr.", "vit": "cls_token"}  # each in names of one encoder only
-PAPER_SIDE = {"swin": 256, "pvt": 256, "vit": 224}  # pixels
 DECODER_WIDTH = 512  # of every preset, which all have as many decoder heads
 USE_CONFIG = "name the model with --config FILE"
 
@@ -56,7 +54,8 @@ def _recognize(encoder: str, shapes: Shapes, name: str, encoder_only: bool) -> C
     depths = tuple(end - start for start, end in zip(starts, (*starts[1:], blocks), strict=True))
     block_widths = [shapes[f"blocks.{block}.norm1.weight"][0] for block in range(blocks)]
     widths = tuple(block_widths[start] for start in starts)
-    preset = next((size for size in SIZES if _sizes(size) == (encoder, widths, depths)), None)
+    presets = ENCODERS[encoder].sizes
+    preset = next((name for name, size in presets.items() if (size["widths"], size["depths"]) == (widths, depths)), None)
     require(
         preset is not None or encoder == "swin",
         f"{name} holds a {encoder} of widths {widths} and depths {depths}, which leave its heads open; {USE_CONFIG}",
@@ -83,10 +82,6 @@ def _recognize(encoder: str, shapes: Shapes, name: str, encoder_only: bool) -> C
             _recognize_decoder(config, shapes, name)
     config.image_size = _image_size(config, shapes, name)
     return config
-
-
-def _sizes(preset: str) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-    return SIZES[preset]["encoder"], SIZES[preset]["widths"], SIZES[preset]["depths"]
 
 
 def _count(blocks: str, shapes: Shapes) -> int:
@@ -135,4 +130,4 @@ def _image_size(config: ConfigDict, shapes: Shapes, name: str) -> tuple[int, int
                 "image_size",
             )
             return (rows * side,) * 2
-    return (PAPER_SIDE[model.encoder],) * 2
+    return (ENCODERS[model.encoder].image_side,) * 2
