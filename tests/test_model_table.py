@@ -1,5 +1,6 @@
-from tests import commands
 from umae_jax.models.__main__ import describe
+
+from tests import commands
 
 
 def test_the_command_lists_a_size_with_its_methods():
