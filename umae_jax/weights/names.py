@@ -246,7 +246,8 @@ def from_reference(config: ConfigDict, params: nnx.State, tensors: Tensors, *, n
                 wrong.append(f"{fixed} is {list(tensors[fixed].shape)}, not {list(table.shape)}")
             elif not np.allclose(tensors[fixed], table, atol=1e-3):
                 wrong.append(f"{fixed} is not the fixed sin-cos table")
-    wrong += [f"{key} is not finite" for key in sorted(tensors.keys() - unexpected) if not np.isfinite(tensors[key]).all()]
+    known = sorted(tensors.keys() - unexpected)
+    wrong += [f"{key} is not finite" for key in known if not np.isfinite(tensors[key]).all()]
     if only:
         unexpected = {name for name in unexpected if not name.startswith(NOT_ENCODER)}
     elif missing and not unexpected and not wrong and all(name.startswith(NOT_ENCODER) for name in missing):

@@ -54,8 +54,8 @@ def _recognize(encoder: str, shapes: Shapes, name: str, encoder_only: bool) -> C
     depths = tuple(end - start for start, end in zip(starts, (*starts[1:], blocks), strict=True))
     block_widths = [shapes[f"blocks.{block}.norm1.weight"][0] for block in range(blocks)]
     widths = tuple(block_widths[start] for start in starts)
-    presets = ENCODERS[encoder].sizes
-    preset = next((name for name, size in presets.items() if (size["widths"], size["depths"]) == (widths, depths)), None)
+    presets = {(size["widths"], size["depths"]): name for name, size in ENCODERS[encoder].sizes.items()}
+    preset = presets.get((widths, depths))
     require(
         preset is not None or encoder == "swin",
         f"{name} holds a {encoder} of widths {widths} and depths {depths}, which leave its heads open; {USE_CONFIG}",

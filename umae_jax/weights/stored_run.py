@@ -1,10 +1,10 @@
 """A run's directory: its configuration, class names and checkpoints, read without the training code.
 
-    DIR/config.json, DIR/classes.json (classifiers)
-    DIR/checkpoints/STEP/state      arrays: step, params, optimizer, bad_steps, skipped_updates, average (if kept)
-    DIR/checkpoints/STEP/data       JSON: the position in the data
-    DIR/checkpoints/STEP/metrics    JSON: the validation metric, if it was the best up to that step
-    DIR/checkpoints_best/STEP       older runs: the best checkpoint; its data holds the metric
+DIR/config.json, DIR/classes.json (classifiers)
+DIR/checkpoints/STEP/state      arrays: step, params, optimizer, bad_steps, skipped_updates, average (if kept)
+DIR/checkpoints/STEP/data       JSON: the position in the data
+DIR/checkpoints/STEP/metrics    JSON: the validation metric, if it was the best up to that step
+DIR/checkpoints_best/STEP       older runs: the best checkpoint; its data holds the metric
 """
 
 import contextlib
