@@ -40,8 +40,10 @@ PATCH_CONVOLUTION = (("kernel", "weight", None), ("bias", "bias", SAME))  # the 
 NORM = (("scale", "weight", SAME), ("bias", "bias", SAME))
 PARAMETER = (("", "", SAME),)
 
-_SWIN = "encoder.stages.{stage}.blocks.{block}."
-_VIT = (
+Rows = tuple[tuple[str, str, Any], ...]
+
+# Modules of a block.
+_VIT: Rows = (
     ("norm1", "norm1", NORM),
     ("qkv", "attn.qkv", LINEAR),
     ("proj", "attn.proj", LINEAR),
@@ -49,44 +51,43 @@ _VIT = (
     ("mlp.fc1", "mlp.fc1", LINEAR),
     ("mlp.fc2", "mlp.fc2", LINEAR),
 )
+_SWIN: Rows = (
+    *_VIT,
+    ("position.fc1", "attn.posmlp.0", POINTWISE_CONVOLUTION),
+    ("position.fc2", "attn.posmlp.2", POINTWISE_CONVOLUTION),
+)
+_PVT: Rows = (
+    ("norm1", "norm1", NORM),
+    ("attention.q", "attn.q", LINEAR),
+    ("attention.kv", "attn.kv", LINEAR),
+    ("attention.proj", "attn.proj", LINEAR),
+    ("attention.reduce", "attn.sr", POINTWISE_CONVOLUTION),
+    ("attention.norm", "attn.norm", NORM),
+    *_VIT[3:],
+)
 
 
-def _blocks(ours: str, theirs: str, rows: tuple[tuple[str, str, Any], ...]) -> tuple[tuple[str, str, Any], ...]:
+def _blocks(ours: str, theirs: str, rows: Rows) -> Rows:
+    """Prefix the modules of a block."""
     return tuple((ours + name, theirs + other, layout) for name, other, layout in rows)
 
 
 # Our module, the reference's module, parameters. {stage} and {block} count from 0. The reference numbers blocks through
 # all stages, {number}, and its first block of a stage includes the downsampling before that stage.
-ENCODERS = {
+ENCODERS: dict[str, Rows] = {
     "swin": (
         ("encoder.patch_embed", "patch_embed.proj", PATCH_CONVOLUTION),
         ("encoder.patch_norm", "patch_embed.norm", NORM),
         ("encoder.stages.{stage}.merge.norm", "blocks.{number}.downsample.norm", NORM),
         ("encoder.stages.{stage}.merge.proj", "blocks.{number}.downsample.proj", HALVING_CONVOLUTION),
-        *_blocks("encoder.stages.{stage}.blocks.{block}.", "blocks.{number}.", _VIT),
-        (_SWIN + "position.fc1", "blocks.{number}.attn.posmlp.0", POINTWISE_CONVOLUTION),
-        (_SWIN + "position.fc2", "blocks.{number}.attn.posmlp.2", POINTWISE_CONVOLUTION),
+        *_blocks("encoder.stages.{stage}.blocks.{block}.", "blocks.{number}.", _SWIN),
         ("encoder.norm", "norm", NORM),
     ),
     "pvt": (
         ("encoder.positions.table", "pos_embed", PARAMETER),
         ("encoder.patch_embed", "patch_embed.proj", PATCH_CONVOLUTION),
         ("encoder.stages.{stage}.merge", "blocks.{number}.downsample.proj", HALVING_CONVOLUTION),
-        *_blocks(
-            "encoder.stages.{stage}.blocks.{block}.",
-            "blocks.{number}.",
-            (
-                ("norm1", "norm1", NORM),
-                ("attention.q", "attn.q", LINEAR),
-                ("attention.kv", "attn.kv", LINEAR),
-                ("attention.proj", "attn.proj", LINEAR),
-                ("attention.reduce", "attn.sr", POINTWISE_CONVOLUTION),
-                ("attention.norm", "attn.norm", NORM),
-                ("norm2", "norm2", NORM),
-                ("mlp.fc1", "mlp.fc1", LINEAR),
-                ("mlp.fc2", "mlp.fc2", LINEAR),
-            ),
-        ),
+        *_blocks("encoder.stages.{stage}.blocks.{block}.", "blocks.{number}.", _PVT),
         ("encoder.norm", "norm", NORM),
     ),
     "vit": (
@@ -97,7 +98,7 @@ ENCODERS = {
         ("encoder.norm", "norm", NORM),
     ),
 }
-_AUTOENCODER = (
+_AUTOENCODER: Rows = (
     ("mask_token", "vis_mask_token", PARAMETER),
     ("decoder_embed", "decoder_embed", LINEAR),
     ("decoder_mask_token", "mask_token", PARAMETER),
@@ -105,19 +106,12 @@ _AUTOENCODER = (
     ("decoder_norm", "decoder_norm", NORM),
     ("decoder_prediction", "decoder_pred", LINEAR),
 )
-METHODS = {
+METHODS: dict[str, Rows] = {
     "um_mae": _AUTOENCODER,
     "mae": _AUTOENCODER,
-    "simmim": (
-        ("mask_token", "mask_token", PARAMETER),
-        ("decoder_prediction", "decoder_pred", LINEAR),
-    ),
-    "classifier": (
-        ("head_norm", "fc_norm", NORM),
-        ("head", "head", LINEAR),
-    ),
+    "simmim": (("mask_token", "mask_token", PARAMETER), ("decoder_prediction", "decoder_pred", LINEAR)),
+    "classifier": (("head_norm", "fc_norm", NORM), ("head", "head", LINEAR)),
 }
-
 
 # Prefixes of names outside the encoder: decoders, mask tokens and heads, also those of other programs.
 NOT_ENCODER = ("decoder", "mask_token", "vis_mask_token", "head", "fc_norm", "pooler.", "classifier.")
