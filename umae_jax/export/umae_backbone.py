@@ -25,13 +25,7 @@ from torch import Tensor, nn
 ACROSS_REGIONS = -100.0  # attention bias between tokens of a window that are not neighbours in the image
 NORM_EPSILON = 1e-6
 BLOCK_EPSILON = 1e-5  # norms inside blocks
-SKIPPED = (
-    "decoder_",
-    "mask_token",
-    "vis_mask_token",
-    "head.",
-    "fc_norm.",
-)  # prefixes outside the encoder
+NOT_ENCODER = ("decoder_", "mask_token", "vis_mask_token", "head.", "fc_norm.")  # prefixes of other parameters
 ARGUMENTS = ("channels", "patch", "widths", "depths", "heads", "mlp_ratios")  # arguments of both encoders
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -372,7 +366,7 @@ def load_backbone(file: str | os.PathLike[str], **changes: Any) -> SwinBackbone 
     if file.suffix not in readers:
         raise ValueError(f"{file} must end in .safetensors or .pth")
     tensors, metadata = readers[file.suffix](file)
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(SKIPPED)}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(NOT_ENCODER)}
     classes: dict[str, type[SwinBackbone | PvtBackbone]] = {"swin": SwinBackbone, "pvt": PvtBackbone}
     own = {"swin": ("window", "position_width"), "pvt": ("sr_ratios",)}
     try:
@@ -388,9 +382,7 @@ def load_backbone(file: str | os.PathLike[str], **changes: Any) -> SwinBackbone 
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, RecursionError) as error:
         raise ValueError(f"{file} holds no valid configuration in its metadata: {error!r}") from error
     if encoder not in classes:
-        raise ValueError(
-            f"{file} holds the encoder {encoder!r}, not a pyramid; export a ViT for transformers instead"
-        )
+        raise ValueError(f"{file} holds the encoder {encoder!r}, not a pyramid; export ViTs for transformers instead")
     arguments["final_norm"] = any(name.startswith("norm.") for name in tensors)
     try:
         backbone = classes[encoder](**arguments | changes)
