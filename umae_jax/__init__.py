@@ -3,11 +3,13 @@
 "SPEC n" in docstrings is section n of docs/method.md, which a wheel holds as umae_jax/docs/method.md.
 """
 
+import importlib
 import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from umae_jax.api import default_config, evaluate, finetune, list_models, load_encoder, pretrain
+    from umae_jax.api import default_config, evaluate, finetune, list_models, pretrain
+    from umae_jax.features import load_encoder
 
 __version__ = "0.2.0"
 __all__ = ["default_config", "evaluate", "finetune", "list_models", "load_encoder", "pretrain"]
@@ -18,9 +20,8 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - one of the functions of the
     """Import the API on first use: commands and the workers that read images start without it."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from umae_jax import api
-
-    return getattr(api, name)
+    module = importlib.import_module("umae_jax.features" if name == "load_encoder" else "umae_jax.api")
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

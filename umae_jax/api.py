@@ -1,16 +1,16 @@
 """The Python API, exported by `import umae_jax`: the commands as functions, with the same configurations."""
 
+import copy
 import os
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from umae_jax.config import ENCODERS, check_command, default_config, load_config, methods_of
+from umae_jax.config import ENCODERS, default_config, load_config, methods_of
 from umae_jax.errors import require
-from umae_jax.features import load_encoder
 from umae_jax.files import locate
 
-__all__ = ["default_config", "evaluate", "finetune", "list_models", "load_encoder", "pretrain"]
+__all__ = ["default_config", "evaluate", "finetune", "list_models", "pretrain"]
 
 _Path = str | os.PathLike[str]
 
@@ -47,11 +47,9 @@ def finetune(config: ConfigDict | _Path, workdir: _Path) -> None:
 
 
 def _train(command: str, config: ConfigDict | _Path, workdir: _Path) -> None:
-    from umae_jax.training import run  # here, as loading an encoder needs no training
+    from umae_jax.tasks.command import train  # here, as loading an encoder needs no training
 
-    config = load_config(config).copy_and_resolve_references()
-    check_command(config, command)
-    run.train(config, locate(workdir, "workdir"))
+    train(copy.deepcopy(load_config(config)), locate(workdir, "workdir"), command)
 
 
 def evaluate(
@@ -81,14 +79,12 @@ def evaluate(
     Raises:
         UserError: if there is no such run, or its data cannot be read.
     """
-    path = locate(workdir, "workdir")
-    if probe is None:
-        require(source is None and stage is None, "source and stage are those of a probe; give probe, or leave them out")
-        from umae_jax.tasks import classification
+    from umae_jax.tasks import evaluation
 
-        return classification.evaluate_run(path, best=best, validation=validation, batch_size=batch_size)
-    from umae_jax.tasks import probing
-
-    return probing.probe_run(
-        path, probe=probe, best=best, validation=validation, source=source, stage=stage, batch_size=batch_size
+    require(
+        probe is not None or (source is None and stage is None),
+        "source and stage belong to a probe; give probe, or leave them out",
     )
+    path = locate(workdir, "workdir")
+    run = evaluation.open_run(path, best=best, source=source, validation=validation, stage=stage)
+    return evaluation.evaluate_run(run, probe=probe, batch_size=batch_size)[1]

@@ -1,8 +1,8 @@
-"""List the presets: parameters, tokens in the encoder, and work for an image at the paper's size.
+"""List the preset models: parameters, encoder tokens, and FLOPs per image of the paper's size.
 
     python -m umae_jax.models [SIZE ...]
 
-The work is XLA's own count for the compiled forward pass of one image, in float32, masking, loss and head included.
+FLOPs are XLA's count for the compiled forward pass of one image in float32, including masking, loss and head.
 """
 
 import sys
@@ -12,19 +12,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from umae_jax import cli
-from umae_jax.config import default_config
+from umae_jax.api import list_models
+from umae_jax.config import METHODS, default_config
 from umae_jax.errors import require
 from umae_jax.models.build import build_model
 from umae_jax.models.classifier import Classifier
 from umae_jax.models.masked import MaskedImageModel
-from umae_jax.models.presets import METHODS, SIZES, methods_of
 
-COLUMNS = ("size", "method", "image", "parameters", "tokens", "GFLOPs an image")
+COLUMNS = ("size", "method", "image", "parameters", "tokens", "GFLOPs per image")
 ROW = "{:<11} {:<11} {:>9} {:>12} {:>7} {:>16}"
 
 
 def describe(size: str, method: str) -> tuple[str, ...]:
-    """One row of the table."""
+    """Return one row of the table."""
     config = default_config(size, method)
     config.dtype = "float32"
     model = nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)))
@@ -46,15 +46,16 @@ def describe(size: str, method: str) -> tuple[str, ...]:
 
 
 def main(*sizes: str) -> None:
-    """Print the table, row by row."""
-    unknown = [size for size in sizes if size not in SIZES]
-    require(not unknown, f"there is no size {', '.join(unknown)}; choose {', '.join(SIZES)}")
-    for method, what in METHODS.items():
-        print(f"{method:<11} {what}")  # noqa: T201 - the result
+    """Print the table row by row."""
+    models = list_models()
+    unknown = [size for size in sizes if size not in models]
+    require(not unknown, f"there is no size {', '.join(unknown)}; choose {', '.join(models)}")
+    for name, method in METHODS.items():
+        print(f"{name:<11} {method.summary}")  # noqa: T201 - the result
     print(f"\n{ROW.format(*COLUMNS)}")  # noqa: T201
-    for size in sizes or SIZES:
-        for method in methods_of(size):
-            print(ROW.format(*describe(size, method)), flush=True)  # noqa: T201
+    for size in sizes or models:
+        for name in models[size]:
+            print(ROW.format(*describe(size, name)), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

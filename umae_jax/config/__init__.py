@@ -48,7 +48,6 @@ __all__ = [
     "Method",
     "bundled_configs",
     "check",
-    "check_command",
     "check_values",
     "default_config",
     "differences",
@@ -63,6 +62,7 @@ __all__ = [
     "read_config",
     "resolve_steps",
     "steps_of_epochs",
+    "task_name",
     "to_json",
 ]
 
@@ -151,17 +151,14 @@ def check_values(config: ConfigDict) -> None:
     METHODS[config.model.method].check(config)
 
 
-def check_command(config: ConfigDict, command: str) -> None:
-    """Check that a command trains the configuration's method.
+def task_name(method: str) -> str:
+    """Return the module of `umae_jax.tasks` that trains a method.
 
     Raises:
-        UserError: naming the right command.
+        UserError: if there is no such method.
     """
-    right = METHODS[config.model.method].command
-    require(
-        command == right,
-        f"model.method: {config.model.method} is trained by umae_jax.{right}, not umae_jax.{command}",
-    )
+    require(method in METHODS, f"model.method must be one of {', '.join(METHODS)}, not {method!r}")
+    return METHODS[method].task
 
 
 def resolve_steps(config: ConfigDict, key: str, examples_per_epoch: int, batch_size: int) -> int:
@@ -292,6 +289,8 @@ def explain_key(name: str) -> str:
     for key, owners in _owners().items():
         if matches(key):
             return f"{key} is a key of {', '.join(owners)} only"
-    near = difflib.get_close_matches(name, {key for full in _all_keys() for key in (full, full.rpartition(".")[2])}, n=1)
+    near = difflib.get_close_matches(
+        name, {key for full in _all_keys() for key in (full, full.rpartition(".")[2])}, n=1
+    )
     hint = f"did you mean {near[0]}? " if near else ""
     return f"unknown key {name}; {hint}`python -m umae_jax.config` lists all keys"

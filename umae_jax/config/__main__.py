@@ -47,12 +47,15 @@ def describe_keys() -> str:
         parts += [f"## {title}", _table(by_dotted_key({section: COMMON[section]}))]
     for encoder in ENCODERS.values():
         sizes = ", ".join(f"`{size}`" for size in encoder.sizes)
-        parts += [f"## Encoder {encoder.name}", f"Sizes: {sizes}, for images of {encoder.image_side} x {encoder.image_side} pixels."]
+        parts += [
+            f"## Encoder {encoder.name}",
+            f"Sizes: {sizes}, for images of {encoder.image_side} x {encoder.image_side} pixels.",
+        ]
         parts += [_table(by_dotted_key({"model": encoder.keys}))] if encoder.keys else ["It has no further keys."]
     for name, method in METHODS.items():
         encoder = ENCODERS[method.encoders[0] if method.encoders else next(iter(ENCODERS))]
         size = next(iter(encoder.sizes))
-        parts += [f"## Method `{name}`", f"{method.summary[0].upper()}{method.summary[1:]}; `python -m umae_jax.{method.command}`."]
+        parts += [f"## Method `{name}`", f"{method.summary[0].upper()}{method.summary[1:]}."]
         if changes := list(_changes(size, name)):
             parts += [f"Its defaults differ: {', '.join(changes)}."]
         parts += [_table(by_dotted_key(method.keys))]

@@ -133,7 +133,7 @@ class Method(NamedTuple):
 
     Attributes:
         summary: one phrase for lists of methods.
-        command: the command that trains it: `python -m umae_jax.COMMAND`.
+        task: module of `umae_jax.tasks` that trains it.
         keys: keys that only this method has, by section.
         recipe: returns values by dotted key that replace defaults, given the size and the name of the encoder.
         check: raises UserError if values of its keys do not fit together.
@@ -141,7 +141,7 @@ class Method(NamedTuple):
     """
 
     summary: str
-    command: str
+    task: str
     keys: Sections
     recipe: Callable[[str, str], Mapping[str, Any]] = lambda size, encoder: {}
     check: Callable[[ConfigDict], None] = _no_checks

@@ -49,4 +49,4 @@ def _recipe(size: str, encoder: str) -> dict[str, Any]:
     }
 
 
-METHODS["classifier"] = Method(summary="1000 classes", command="finetune", keys=_KEYS, recipe=_recipe)
+METHODS["classifier"] = Method(summary="1000 classes", task="classification", keys=_KEYS, recipe=_recipe)

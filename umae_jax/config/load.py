@@ -37,7 +37,8 @@ def load_config(source: ConfigDict | str | os.PathLike[str]) -> ConfigDict:
         file = BUNDLED / f"{path}.py"
     require(
         file.is_file(),
-        f"there is no file {path}, nor a bundled configuration of that name; bundled are {', '.join(bundled_configs())}",
+        f"there is no file {path} and no bundled configuration of that name; bundled are "
+        f"{', '.join(bundled_configs())}",
     )
     spec = importlib.util.spec_from_file_location("umae_jax_config_file", file)
     if spec is None or spec.loader is None:

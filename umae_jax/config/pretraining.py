@@ -7,7 +7,9 @@ from umae_jax.config.base import BOOLEAN, METHODS, Key, Method, integer, number
 DECODER_DEPTHS = {"swin_large": 8, "vit_large": 8, "vit_huge": 8}  # of the other sizes: 2
 
 _FACTOR = Key(
-    2, "mask units along the side of an encoder token: a unit of the pyramids is `4 * 2**3 / 2 = 16` pixels wide", integer(1)
+    2,
+    "mask units along the side of an encoder token: the pyramids have units of `4 * 2**3 / 2 = 16` pixels",
+    integer(1),
 )
 
 
@@ -38,20 +40,20 @@ def _autoencoder_recipe(size: str, encoder: str) -> dict[str, Any]:
 
 METHODS["um_mae"] = Method(
     summary="uniform sampling, secondary masking, light decoder",
-    command="pretrain",
+    task="pretraining",
     keys={"model": _autoencoder_keys(secondary_ratio=0.25)},
     recipe=_autoencoder_recipe,
 )
 METHODS["mae"] = Method(
     summary="random sampling, light decoder (ViT)",
-    command="pretrain",
+    task="pretraining",
     keys={"model": _autoencoder_keys(secondary_ratio=0.0)},
     recipe=_autoencoder_recipe,
     encoders=("vit",),  # random sampling leaves no grid for a pyramid
 )
 METHODS["simmim"] = Method(
     summary="random masking of the whole image, one linear layer",
-    command="pretrain",
+    task="pretraining",
     keys={
         "model": {
             "decoder_factor": _FACTOR,
