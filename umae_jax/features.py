@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from umae_jax.errors import require
 from umae_jax.files import locate
 from umae_jax.models.build import build_encoder
-from umae_jax.models.encoder import Encoder, check_image_size
+from umae_jax.models.encoder import Encoder
+from umae_jax.models.sizes import check_image_size
 from umae_jax.weights.exchange import read_model
 from umae_jax.weights.huggingface import resolve_weights
 from umae_jax.weights.names import from_reference
