@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from umae_jax.data.on_device import mix, random_erase, sample_keys, smooth_targets
+from umae_jax.data.on_device import mix, random_erase, random_flip, sample_keys, smooth_targets
 
 ONE_HOT = jax.nn.one_hot
 
@@ -101,3 +101,12 @@ def test_draws_depend_on_the_image_alone():
 def test_without_mixup_and_cutmix_nothing_changes():
     images, targets = constant_images(3), ONE_HOT(jnp.arange(3), 3)
     assert mix(images, targets, keys_of(3), mixup=0.0, cutmix=0.0) == (images, targets)
+
+
+def test_flips_are_drawn_per_sample_with_probability_one_half():
+    keys = sample_keys(3, jnp.arange(1000, dtype=jnp.uint32))
+    images = jnp.broadcast_to(jnp.arange(4, dtype=jnp.uint8)[None, None, :, None], (1000, 2, 4, 1))
+    flipped = np.asarray(random_flip(images, keys))[:, 0, 0, 0] == 3
+    assert 430 < flipped.sum() < 570
+    some = sample_keys(3, jnp.array([700, 5], jnp.uint32))
+    np.testing.assert_array_equal(np.asarray(random_flip(images[:2], some))[:, 0, 0, 0] == 3, flipped[[700, 5]])
