@@ -3,7 +3,7 @@
     python -m umae_jax.pretrain --config configs/cifar/pretrain.py:um_mae --workdir DIR \
         --config.data.source=folder:CIFAR/train
 
-Behind the colon stands the method, um_mae or simmim. `configs/cifar/experiment.py` compares them.
+The method follows the colon: um_mae or simmim. `configs/cifar/experiment.py` compares them.
 """
 
 from ml_collections import ConfigDict
@@ -24,9 +24,8 @@ def get_config(method: str = "um_mae") -> ConfigDict:
     config.model.heads = (1, 2, 4)
     config.model.mlp_ratios = (4, 4, 4)
     config.model.window = 8
-    config.model.decoder_width = 64
-    config.model.decoder_depth = 1
-    config.model.decoder_heads = 4
+    if method == "um_mae":
+        config.model.update(decoder_width=64, decoder_depth=1, decoder_heads=4)
 
     config.data.source = "folder:cifar/train"
     config.data.area = 0.35
