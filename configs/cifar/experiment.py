@@ -114,9 +114,7 @@ def keep_settings(workdir: Path) -> dict[str, Any]:
         path.write_text(json.dumps(settings, indent=2) + "\n")
     before = json.loads(path.read_text())
     if changed := [name for name, value in settings.items() if before.get(name) != value]:
-        sys.exit(
-            f"{workdir} was started with another --{', --'.join(changed)}; see {path}, or choose another --workdir"
-        )
+        sys.exit(f"{workdir} was started with other --{', --'.join(changed)}; see {path}, or choose another --workdir")
     return settings
 
 
