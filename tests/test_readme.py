@@ -2,7 +2,6 @@
 
 import ast
 import functools
-import importlib.util
 import itertools
 import re
 import shlex
@@ -13,7 +12,7 @@ import umae_jax
 from tests import small
 from tests.commands import ROOT
 from tests.runs import store
-from umae_jax.config import default_config, flat
+from umae_jax.config import default_config, flat, load_config
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TREES = ("configs", "docs", "launch", "tests", "umae_jax")
@@ -21,14 +20,6 @@ FLAG = re.compile(r"--([a-z][a-z_0-9]*(?:-[a-z]+)?)")
 DEFINITION = re.compile(r"DEFINE_\w+\(\s*\"(\w+)\"")
 OTHER_FLAGS = {"dry-run", "check", "strict", "file_format", "help"}  # of launch/ and of other programs
 SECTIONS = ("augment", "data", "mesh", "model", "optimizer", "probe", "validation")
-
-
-def quickstart():
-    """Load the configuration of the quickstart."""
-    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "configs" / "quickstart.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
 
 
 def commands(page):
@@ -47,11 +38,11 @@ def source_of(module):
 
 def imported(file):
     """Return the files of the modules of this package that a file imports."""
-    imports = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
-    names = {f"{node.module}.{alias.name}" for node in imports for alias in node.names} | {
-        node.module for node in imports
-    }
-    return {source for name in names if name.startswith("umae_jax.") and (source := source_of(name))}
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("umae_jax"):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {source for name in names if (source := source_of(name))}
 
 
 def flags_of(files):
@@ -69,7 +60,7 @@ def keys():
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    config = quickstart()
+    config = load_config("quickstart")
     store(tmp_path / "runs" / "quickstart", config, small.random_model(config)[1])
     monkeypatch.chdir(tmp_path)
     exec(code, {})
