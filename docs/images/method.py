@@ -1,7 +1,7 @@
 """Draw docs/images/method.png from a picture that a pre-training run wrote.
 
     pip install -e ".[plot]"
-    python docs/figures.py runs/quickstart/reconstructions/0000797.png
+    python docs/images/method.py runs/quickstart/reconstructions/0000797.png
 
 The image, its mask, the compact grid and the reconstruction are cut out of that picture. The compact grid is what the
 encoder receives: the sampled unit of each cell of 2 x 2 units.
@@ -21,7 +21,7 @@ from PIL import Image
 SIDE, MARGIN, LINE = 256, 8, 22
 NOT_SAMPLED = (190, 190, 190)
 UNITS = 16  # mask units per side of an image of the quickstart
-OUTPUT = Path(__file__).parent / "images" / "method.png"
+OUTPUT = Path(__file__).with_suffix(".png")
 ROW = 0  # row of the picture whose way through the model is shown
 SIZE = (9.6, 4.1)  # inches
 ASPECT = SIZE[0] / SIZE[1]
