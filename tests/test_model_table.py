@@ -1,6 +1,5 @@
-from umae_jax.model_table import describe
-
 from tests import commands
+from umae_jax.model_table import describe
 
 
 def test_the_command_lists_a_size_with_its_methods():

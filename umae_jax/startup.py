@@ -7,8 +7,10 @@ import time
 import warnings
 from pathlib import Path
 
+import jax
+
 import umae_jax
-from umae_jax.files import AnyPath
+from umae_jax.files import AnyPath, in_bucket
 
 CACHE_FOLDER = "compiled"  # in the directory of a run that several processes share
 MAX_CACHE_BYTES = 2 * 2**30
@@ -49,17 +51,15 @@ def use_cache(folder: AnyPath | None) -> None:
     Args:
         folder: on this machine, limited to MAX_CACHE_BYTES, or in a bucket; None: no cache.
     """
-    import jax  # here, as workers that read images import this module's users without JAX
-
     enabled: bool = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or not enabled:
         return
-    if isinstance(folder, Path) and not _prepare(folder):
+    if folder is not None and not in_bucket(folder) and not _prepare(Path(folder)):
         folder = None
     jax.config.update("jax_compilation_cache_dir", None if folder is None else str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
-    if not isinstance(folder, Path):
+    if folder is None or in_bucket(folder):
         jax.config.update("jax_persistent_cache_enable_xla_caches", None)  # XLA itself cannot reach buckets
     warnings.filterwarnings("ignore", "Error writing persistent compilation cache", UserWarning)  # costs only time
 

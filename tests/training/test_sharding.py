@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from umae_jax.training.runs import describe, initialize
 
 from tests import tiny
 from tests.commands import ROOT
 from umae_jax.config import default_config, encoder_of
-from umae_jax.training.runs import describe, initialize
 from umae_jax.training.sharding import make_mesh, spec_of, state_shardings
 
 

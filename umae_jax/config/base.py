@@ -4,7 +4,6 @@ Encoders and methods are entries of `ENCODERS` and `METHODS`. The modules of thi
 imported, so that a new one is a new file; a method defined elsewhere adds its own entry.
 """
 
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -47,7 +46,7 @@ def integer(lower: int | None = None, upper: int | None = None) -> Check:
     """Accept integers from `lower` to `upper`, both included; None: no bound."""
 
     def accepts(value: Any) -> bool:  # noqa: ANN401
-        integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        integral = isinstance(value, int) and not isinstance(value, bool)
         return integral and (lower is None or value >= lower) and (upper is None or value <= upper)
 
     words = [
@@ -63,7 +62,7 @@ def number(interval: str = "(-inf, inf)") -> Check:
     lower, upper = map(float, interval[1:-1].split(","))
 
     def accepts(value: Any) -> bool:  # noqa: ANN401
-        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        if not isinstance(value, int | float) or isinstance(value, bool):
             return False
         above = value >= lower if interval[0] == "[" else value > lower
         below = value <= upper if interval[-1] == "]" else value < upper
