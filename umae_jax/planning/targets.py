@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from umae_jax.errors import require
@@ -73,7 +74,9 @@ def find_target(name: str) -> Target:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling does not need exclusive access
-    jax.config.update("jax_enable_compilation_cache", False)  # programs for absent devices cannot be loaded from it
+    # Programs for absent devices cannot be loaded from the cache. JAX reads the setting only once, hence the reset.
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     return Target(name, devices, topology.chip, topology.chip.memory, topology)
 
