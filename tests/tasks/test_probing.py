@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from umae_jax.training.probes import BLOCK, Labelled, knn_accuracy, linear_accuracy
+from umae_jax.tasks.probing import BLOCK, Labelled, knn_accuracy, linear_accuracy
 
 
 def clusters(count, classes, width=8, spread=0.3, seed=0):

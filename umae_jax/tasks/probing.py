@@ -1,6 +1,7 @@
-"""Probes of frozen features: what a nearest-neighbour vote or a linear layer makes of an encoder's averaged maps."""
+"""Probes of frozen features: how well a nearest-neighbour vote or a linear layer classifies an encoder's mean maps."""
 
 import functools
+import time
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -12,19 +13,23 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from umae_jax.data.on_device import normalize
-from umae_jax.data.pipeline import Batch, EvalLoader, abstract_batch
+from umae_jax import cli
+from umae_jax.data.pipeline import EvalLoader, abstract_batch, readers
 from umae_jax.data.sources import Source
+from umae_jax.data.transforms import LoadWhole
 from umae_jax.errors import require
+from umae_jax.tasks import labelled
+from umae_jax.training.metrics import duration
 from umae_jax.training.sharding import batch_sharding, replicated
-from umae_jax.training.step import Params
+from umae_jax.training.task import Batch, Params, Prediction
+from umae_jax.weights.stored_run import StoredRun
 
 PROBES = ("knn", "linear")
-BLOCK = 1024  # queries whose neighbours are looked for at once
+BLOCK = 1024  # queries per search for neighbours
 LINEAR_STEPS = 100  # of L-BFGS
-# On half the squared weights; the linear probe chooses one, of equals the strongest.
+# On half the squared weights; the linear probe chooses one, among equals the strongest.
 PENALTIES = tuple(10.0**power for power in range(0, -7, -1))
-HELD_OUT = 0.2  # of the training features, to choose by
+HELD_OUT = 0.2  # fraction of the training features to choose by
 
 
 class Labelled(NamedTuple):
@@ -33,7 +38,7 @@ class Labelled(NamedTuple):
     Attributes:
         features: float32 [N, C].
         labels: int32 [N].
-        unreadable: images that are left out, as they could not be read.
+        unreadable: number of images left out because they could not be read.
     """
 
     features: np.ndarray
@@ -42,10 +47,10 @@ class Labelled(NamedTuple):
 
 
 class ReadFeatures(Protocol):
-    """Reads the features of a source's images, or of so many of them drawn by the seed."""
+    """Reads the features of all images of a source, or of a number of them drawn by the seed."""
 
     def __call__(self, params: Params, source: Source, key: str, images: int | None = None) -> Labelled:
-        """`key` is that of the configuration, for error messages."""
+        """Read them; `key` names the source in error messages."""
         ...
 
 
@@ -57,13 +62,13 @@ def make_reader(
     batch_size: int,
     check: Callable[[], None] = lambda: None,
 ) -> ReadFeatures:
-    """Compile the reading of features: a function of a model's parameters, a source, its key, and how many to read.
+    """Compile the reading of features.
 
     A feature is the mean over the map of one stage, `config.probe.stage`, of the encoder on the whole image.
 
     Args:
         config: of the model.
-        graph: of it, whatever it was trained for.
+        graph: of the model, whatever its task.
         params: its parameters, or their shapes with their shardings.
         mesh: the devices.
         batch_size: global.
@@ -71,29 +76,47 @@ def make_reader(
     """
     sharding = batch_sharding(mesh)
 
-    def average(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def mean_map(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
         encoder = nnx.merge(graph, params).encoder
-        images = normalize(batch.image, config.data.mean, config.data.std)
-        stage = encoder(encoder.embed(images)).maps[config.probe.stage]
-        return stage.astype(jnp.float32).mean((1, 2)), batch.label
+        stage = encoder(encoder.embed(batch["image"])).maps[config.probe.stage]
+        return stage.astype(jnp.float32).mean((1, 2)), batch["label"], batch["valid"]
 
-    # Every process gets all of them.
-    jitted = jax.jit(average, out_shardings=replicated(mesh))
-    compiled = jitted.lower(params, abstract_batch(config, batch_size, sharding)).compile()
-
+    arrays = {
+        "image": jax.ShapeDtypeStruct((*config.image_size, config.model.channels), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((), jnp.int32),
+        "valid": jax.ShapeDtypeStruct((), jnp.bool_),
+    }
+    # Every process gets all features.
+    jitted = jax.jit(mean_map, out_shardings=replicated(mesh))
+    compiled = jitted.lower(params, abstract_batch(arrays, batch_size, sharding)).compile()
     named: set[str] = set()
 
     def read(params: Params, source: Source, key: str, images: int | None = None) -> Labelled:
-        batches = EvalLoader.of(config, source, key, sharding, batch_size=batch_size, images=images, named=named)
-        read = []
-        for batch in batches:
-            read.append(jax.device_get(compiled(params, batch)))
+        load = LoadWhole(
+            source,
+            config.image_size,
+            config.model.channels,
+            config.validation.crop,
+            labels=(len(source.classes), key),
+        )
+        loader = EvalLoader(
+            len(source),
+            load,
+            batch_size=batch_size,
+            sharding=sharding,
+            images=images,
+            seed=config.seed,
+            named=named,
+            readers=readers(config),
+        )
+        parts = []
+        for batch in loader:
+            parts.append(jax.device_get(compiled(params, batch)))
             check()
-        features, labels = (np.concatenate(arrays) for arrays in zip(*read, strict=True))
-        there = labels >= 0
-        require(bool(there.any()), f"{key}: none of its images can be read; repair them or name another source")
+        features, labels, valid = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        require(bool(valid.any()), f"{key}: none of its images can be read; repair them or name another source")
         asked = len(source) if images is None else min(images, len(source))
-        return Labelled(features[there], labels[there], asked - int(there.sum()))
+        return Labelled(features[valid], labels[valid], asked - int(valid.sum()))
 
     return read
 
@@ -102,7 +125,7 @@ def make_reader(
 def _vote(
     bank: jax.Array, labels: jax.Array, queries: jax.Array, *, classes: int, neighbors: int, temperature: float
 ) -> jax.Array:
-    """The class that a query's nearest neighbours vote for: bank [N, C], labels [N], queries [Q, C] -> int32 [Q]."""
+    """Return the class each query's nearest neighbours vote for: bank [N, C], labels [N], queries [Q, C] -> int32 [Q]."""
     similarity = jnp.einsum("qc,nc->qn", queries, bank, precision=jax.lax.Precision.HIGHEST)
     nearest, places = jax.lax.top_k(similarity, neighbors)  # [Q, k]
     votes = jnp.exp((nearest - nearest[:, :1]) / temperature)[..., None] * jax.nn.one_hot(labels[places], classes)
@@ -112,9 +135,9 @@ def _vote(
 def knn_accuracy(
     training: Labelled, validation: Labelled, *, classes: int, neighbors: int, temperature: float
 ) -> float:
-    """The share of validation features whose class their nearest training features vote for.
+    """Return the fraction of validation features whose class their nearest training features vote for.
 
-    Nearness is cosine similarity s, and a neighbour's vote weighs as exp(s / temperature).
+    The similarity is the cosine s; a neighbour's vote has weight exp(s / temperature).
     """
 
     def unit(features: np.ndarray) -> jax.Array:
@@ -142,7 +165,7 @@ class _Linear(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="classes")
 def _fit(features: jax.Array, labels: jax.Array, penalty: jax.Array, *, classes: int) -> _Linear:
-    """Logistic regression by L-BFGS on all of features [N, C] and labels [N] at once."""
+    """Fit logistic regression to features [N, C] and labels [N] by full-batch L-BFGS."""
 
     def loss(layer: _Linear) -> jax.Array:
         entropy = optax.softmax_cross_entropy_with_integer_labels(layer(features), labels).mean()
@@ -164,20 +187,20 @@ def _fit(features: jax.Array, labels: jax.Array, penalty: jax.Array, *, classes:
 
 
 def linear_accuracy(training: Labelled, validation: Labelled, *, classes: int, seed: int) -> tuple[float, float]:
-    """The share of validation features that logistic regression on the training features classifies rightly.
+    """Return the accuracy of logistic regression, fitted to the training features, on the validation features.
 
-    The penalty on the weights is the one of PENALTIES that does best on a part of the training features that it was
-    not fitted to; then all of them are fitted.
+    The penalty on the weights is the one of PENALTIES with the best accuracy on held-out training features; the layer
+    is then fitted to all of them.
 
     Returns:
-        The accuracy, and the penalty.
+        Accuracy and penalty.
     """
     mean, std = training.features.mean(0), training.features.std(0) + 1e-6
     features, labels = jnp.asarray((training.features - mean) / std), jnp.asarray(training.labels)
     queries = jnp.asarray((validation.features - mean) / std)
     order = np.random.default_rng(seed).permutation(len(features))
     held_out, rest = np.split(order, [max(1, int(HELD_OUT * len(order)))])
-    require(len(rest) > 0, "probe.images: one image is too few to fit a linear probe; take more")
+    require(len(rest) > 0, "probe.images: one image is too few to fit a linear probe; use more")
 
     def accuracy(layer: _Linear, features: jax.Array, labels: np.ndarray) -> float:
         return float((np.asarray(layer(features).argmax(1)) == labels).mean())
@@ -188,3 +211,45 @@ def linear_accuracy(training: Labelled, validation: Labelled, *, classes: int, s
 
     best = max(PENALTIES, key=on_held_out)
     return accuracy(_fit(features, labels, jnp.float32(best), classes=classes), queries, validation.labels), best
+
+
+def probe_run(run: StoredRun, probe: str, mesh: Mesh, batch_size: int) -> Prediction:
+    """Probe the features of one stage of a stored run, `config.probe.stage`.
+
+    Args:
+        run: of any task.
+        probe: "knn" or "linear".
+        mesh: the devices.
+        batch_size: global.
+
+    Returns:
+        A line for people, and the values by name.
+
+    Raises:
+        UserError: if training or validation images are missing or have no labels.
+    """
+    config = run.config
+    source = labelled.open_training(config)
+    keys = ("--source", "--validation")
+    validation = labelled.open_matching_validation(config, source, keys)
+    require(validation is not None, "--validation is missing; write --validation with folder:PATH or tfds:NAME")
+    assert validation is not None
+    read = make_reader(config, run.graph, run.params, mesh, batch_size)
+    start = time.monotonic()
+    training = read(run.params, source, keys[0], config.probe.images)
+    queries = read(run.params, validation, keys[1])
+    count, width = training.features.shape
+    cli.say(f"read {count + len(queries.labels):,} features of width {width} in {duration(time.monotonic() - start)}")
+    options: dict[str, float]
+    if probe == "knn":
+        options = {"neighbors": config.probe.neighbors, "temperature": config.probe.temperature}
+        top1 = knn_accuracy(training, queries, classes=len(source.classes), **options)  # type: ignore[arg-type]
+    else:
+        top1, penalty = linear_accuracy(training, queries, classes=len(source.classes), seed=config.seed)
+        options = {"penalty": penalty}
+    settings = ", ".join(f"{key} {value:g}" for key, value in options.items())
+    unreadable = training.unreadable + queries.unreadable
+    images = {"training_images": count, "images": len(queries.labels), "unreadable": unreadable}
+    line = f"{probe} top-1 {top1:.2%} of {images['images']:,} images, from {count:,} ({settings})"
+    line += f"; {unreadable} unreadable images do not count" if unreadable else ""
+    return line, {"step": run.step, "probe": probe, "stage": config.probe.stage, **options, **images, "top1": top1}
