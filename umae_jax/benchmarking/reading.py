@@ -23,7 +23,9 @@ from umae_jax.data.pipeline import TrainLoader, readers
 from umae_jax.data.sources import Source, open_source
 from umae_jax.data.transforms import random_crop, sample_rng
 from umae_jax.errors import require
+from umae_jax.tasks import make_task
 from umae_jax.training.sharding import batch_sharding, make_mesh
+from umae_jax.training.task import BaseTask
 
 WARMUP_STEPS = 2
 MIN_STEPS = 10
@@ -55,21 +57,25 @@ def read_with_pillow(source: Source, config: ConfigDict, samples: range) -> None
         np.asarray(image.resize(config.image_size[::-1], Image.Resampling.BICUBIC, box))
 
 
-def read_with_loader(source: Source, config: ConfigDict, samples: range) -> None:
+def read_with_loader(task: BaseTask, samples: range) -> None:
     """Read exactly these samples: reading ahead would take time from the other contender."""
-    loader = _make_loader(source, config, make_mesh(), samples)
+    loader = _make_loader(task, make_mesh(), samples.start, samples.stop)
     for batch in loader:
         jax.block_until_ready(batch)
     loader.close()
 
 
-def _make_loader(source: Source, config: ConfigDict, mesh: Mesh, samples: range | None = None) -> TrainLoader:
-    first, last = (samples.start, samples.stop) if samples else (0, None)
-    return TrainLoader.of(config, source, batch_sharding(mesh), first_sample=first, last_sample=last)
-
-
-def _open_source(config: ConfigDict) -> Source:
-    return open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
+def _make_loader(task: BaseTask, mesh: Mesh, first_sample: int = 0, last_sample: int | None = None) -> TrainLoader:
+    return TrainLoader(
+        task.num_samples,
+        task.sample_loader(),
+        batch_size=task.config.batch_size,
+        sharding=batch_sharding(mesh),
+        seed=task.config.seed,
+        first_sample=first_sample,
+        last_sample=last_sample,
+        readers=readers(task.config),
+    )
 
 
 def compare(config: ConfigDict, num_images: int, rounds: int) -> dict[str, Any]:
@@ -91,12 +97,14 @@ def compare(config: ConfigDict, num_images: int, rounds: int) -> dict[str, Any]:
     check(config)
     require(not config.data.workers, "data.workers: the benchmark measures this process's CPU time; set it to 0")
     config.data.workers = 0
-    source = _open_source(config)
+    task = make_task(config)
+    task.open()
+    source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
     turn = -(-num_images // config.batch_size) * config.batch_size
     rates: dict[str, list[Rate]] = {"loader": [], "pillow": []}
     for number in range(rounds + 1):
         samples = range(number * turn, (number + 1) * turn)
-        loader = measure(turn, partial(read_with_loader, source, config, samples))
+        loader = measure(turn, partial(read_with_loader, task, samples))
         pillow = measure(turn, partial(read_with_pillow, source, config, samples))
         if number:
             rates["loader"].append(loader)
@@ -132,9 +140,10 @@ def feed(config: ConfigDict, num_images: int) -> dict[str, float]:
         UserError: if the images cannot be opened, or the configuration is inconsistent.
     """
     check(config)
-    source = _open_source(config)
+    task = make_task(config)
+    task.open()  # completes the configuration from the data
     built, compiled, _, state = compile_step(config)
-    loader = _make_loader(source, config, built.mesh)
+    loader = _make_loader(task, built.mesh)
     num_steps = max(MIN_STEPS, -(-num_images // config.batch_size))
     pending, start, waited = None, 0.0, 0.0
     for number in range(WARMUP_STEPS + num_steps):

@@ -16,9 +16,8 @@ from umae_jax.planning.assembly import Built, build
 from umae_jax.planning.compiled import analyze
 from umae_jax.planning.flops import count_flops
 from umae_jax.planning.hardware import CHIPS, GIB
-from umae_jax.training.runs import initialize
 from umae_jax.training.sharding import make_mesh, shardings_of
-from umae_jax.training.step import TrainState
+from umae_jax.training.state import TrainState
 
 MIN_SECONDS = 1.0  # per turn, rounded up to whole steps
 
@@ -67,7 +66,7 @@ def compile_step(config: ConfigDict) -> CompiledStep:
     built = build(config, make_mesh(config.mesh.fsdp))
     start = time.perf_counter()
     compiled = built.lower().compile()
-    return CompiledStep(built, compiled, time.perf_counter() - start, initialize(config, built.run))
+    return CompiledStep(built, compiled, time.perf_counter() - start, built.initialize())
 
 
 def our_step(name: str, config: ConfigDict) -> Contender:
