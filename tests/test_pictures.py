@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw
 
 from tests import tiny
 from tests.images import picture
-from umae_jax.data.on_device import IMAGENET_MEAN, IMAGENET_STD, denormalize, normalize, random_flip, sample_keys
+from umae_jax.config import IMAGENET_MEAN, IMAGENET_STD
+from umae_jax.data.on_device import denormalize, normalize, random_flip, sample_keys
 from umae_jax.models.build import build_model
 from umae_jax.pictures import PLAIN, STATISTICS, make_illustrator, reconstruct
 

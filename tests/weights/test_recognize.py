@@ -3,10 +3,10 @@ import pytest
 from flax import nnx
 
 from tests import golden, small
-from umae_jax.config import default_config
+from umae_jax import list_models
+from umae_jax.config import default_config, methods_of
 from umae_jax.errors import UserError
 from umae_jax.models.build import build_model
-from umae_jax.models.presets import SIZES, methods_of
 from umae_jax.weights.names import entries, to_reference
 from umae_jax.weights.recognize import recognize
 
@@ -24,17 +24,17 @@ def shapes_of(config):
 
 @pytest.mark.parametrize(
     ("size", "method"),
-    [(size, "um_mae") for size in SIZES]
+    [(size, "um_mae") for size in list_models()]
     + [(size, method) for size in ("swin_tiny", "pvt_small", "vit_small") for method in methods_of(size)[1:]],
 )
 def test_every_preset_is_recognized_from_its_shapes(size, method):
     config = default_config(size, method)
     found = recognize(shapes_of(config), "weights")
     # Trained by the reference, and not for this: no shape tells them.
-    config.model.reference_order = method == "um_mae" and "vit" not in size
-    found.model.drop_path = config.model.drop_path
-    if method in ("simmim", "classifier"):
-        found.model.decoder_depth = config.model.decoder_depth
+    if method == "um_mae":
+        config.model.reference_order = "vit" not in size
+    if method == "classifier":
+        found.model.drop_path = config.model.drop_path
     assert found.model.to_dict() == config.model.to_dict()
     assert found.image_size == config.image_size
 

@@ -10,9 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
 ERASE_AREA = (0.02, 1 / 3)  # fraction of the image
 ERASE_ASPECT = (0.3, 1 / 0.3)  # height over width
 ERASE_TRIES = 10  # rectangles drawn until one fits

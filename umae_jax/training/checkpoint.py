@@ -16,7 +16,7 @@ from absl import logging
 
 from umae_jax.errors import UserError
 from umae_jax.files import AnyPath, explain, move_folder, of_bucket
-from umae_jax.training.agreement import all_gather_json, broadcast_json
+from umae_jax.multihost import all_gather_json, broadcast_json
 from umae_jax.training.step import TrainState
 
 Found = TypeVar("Found")

@@ -257,7 +257,8 @@ def open_workdir(task: BaseTask, workdir: AnyPath) -> Checkpoints:
             f"{workdir} holds checkpoints but no {CONFIG_FILE} that names their model; choose another --workdir",
         )
         check_same_run(read_config(config_file), config, workdir)
-        names = json.loads(classes_file.read_bytes()) if classes_file.is_file() else old_class_names(config_file)
+        written = classes_file.is_file()
+        names = json.loads(classes_file.read_bytes()) if written else old_class_names(config_file.read_bytes())
         check_same_classes(names, task.class_names, workdir)
     if is_primary():
         if task.class_names:

@@ -73,7 +73,7 @@ def model_card(config: ConfigDict, *, file: str, layout: str, step: int, paramet
         architecture = {"vit_mae": "ViTMAEForPreTraining", "vit": "ViTModel"}[layout]
         loading = _LOAD_TRANSFORMERS.format(model=architecture) + "\n\n" + _LOAD_JAX.format(file=file)
         names = f"The names are those of `{architecture}`."
-        if layout == "vit_mae" and model.secondary_ratio:
+        if layout == "vit_mae" and model.get("secondary_ratio"):
             names += " The token of secondary masking, which that model does not know, is left out."
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---

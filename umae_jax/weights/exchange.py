@@ -133,7 +133,8 @@ def export_weights(workdir: AnyPath, output: Path, layout: str = REFERENCE, *, b
         _check_not_anothers(output.parent)
         tensors = to_huggingface(layout, tensors)
         config = config.copy_and_resolve_references()
-        config.model.secondary_ratio = 0.0  # its token has no place in the file
+        if "secondary_ratio" in config.model:
+            config.model.secondary_ratio = 0.0  # its token has no place in the file
         beside["config.json"] = json.dumps(model_config(layout, config), indent=2).encode()
         beside["preprocessor_config.json"] = json.dumps(preprocessor_config(config), indent=2).encode()
     elif config.model.encoder != "vit":

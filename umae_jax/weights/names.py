@@ -142,7 +142,7 @@ def entries(config: ConfigDict) -> Iterator[Entry]:
     places = {
         "{block}": blocks,
         "{stage}": [place for place in blocks if place["block"] == 0],
-        "{decoder_block}": [{"decoder_block": block} for block in range(model.decoder_depth)],
+        "{decoder_block}": [{"decoder_block": block} for block in range(model.get("decoder_depth", 0))],
     }
     for ours, theirs, leaves in ENCODERS[model.encoder] + METHODS[model.method]:
         field = next((field for field in places if field in ours), None)

@@ -8,10 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from umae_jax.config import default_config, from_json
+from umae_jax.config import ENCODERS, default_config, from_json
 from umae_jax.errors import UserError, require
 from umae_jax.files import AnyPath
-from umae_jax.models.presets import SIZES
 from umae_jax.weights.files import read_weights
 from umae_jax.weights.huggingface import from_huggingface
 
@@ -61,8 +60,8 @@ def _recognize(encoder: str, shapes: Mapping[str, tuple[int, ...]], name: str, e
     preset = next(
         (
             size
-            for size in SIZES.values()
-            if (size["encoder"], size["widths"], size["depths"]) == (encoder, widths, depths)
+            for size in ENCODERS[encoder].sizes.values()
+            if (size["widths"], size["depths"]) == (widths, depths)
         ),
         None,
     )
@@ -75,7 +74,7 @@ def _recognize(encoder: str, shapes: Mapping[str, tuple[int, ...]], name: str, e
     else:
         heads = preset["heads"]
     method, channels = _method(encoder, shapes), shapes["patch_embed.proj.weight"][1]
-    config = default_config("vit_base" if encoder == "vit" else "swin_tiny", method)
+    config = default_config(next(iter(ENCODERS[encoder].sizes)), method)
     require(
         channels == len(config.data.mean),
         f"{name} holds a model of {channels} channels, of which nothing tells how they were normalised; {NAME_IT}, "
@@ -84,15 +83,15 @@ def _recognize(encoder: str, shapes: Mapping[str, tuple[int, ...]], name: str, e
     model = config.model
     model.update(
         {
-            "encoder": encoder,
             "patch": shapes["patch_embed.proj.weight"][2],
             "widths": widths,
             "depths": depths,
             "heads": heads,
             "mlp_ratios": tuple(shapes[f"blocks.{first}.mlp.fc1.weight"][0] // block_widths[first] for first in firsts),
-            "reference_order": encoder != "vit" and method == "um_mae",
         }
     )
+    if method == "um_mae":
+        model.reference_order = encoder != "vit"
     if encoder == "pvt":
         model.sr_ratios = tuple(2**stage for stage in reversed(range(len(depths))))
     if encoder == "swin":
@@ -138,7 +137,7 @@ def _recognize_decoder(config: ConfigDict, shapes: Mapping[str, tuple[int, ...]]
 
 def _image_size(config: ConfigDict, shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, int]:
     model = config.model
-    unit = model.patch * 2 ** (len(model.depths) - 1) // model.decoder_factor
+    unit = model.patch * 2 ** (len(model.depths) - 1) // model.get("decoder_factor", 1)
     for table, side in (("pos_embed", model.patch), ("decoder_pos_embed", unit)):
         if table in shapes:
             count = shapes[table][1] - (model.encoder == "vit")

@@ -1,4 +1,4 @@
-"""Compiled programs are kept for the next time, and change nothing but the time."""
+"""The clock of a command's start, and the cache of compiled programs."""
 
 import os
 import warnings
@@ -6,12 +6,10 @@ import warnings
 import jax
 import numpy as np
 import pytest
+from umae_jax.weights.stored_run import read_run
 
-from tests import commands, tiny
-from umae_jax import compilation_cache
-from umae_jax.training.checkpoint import Checkpoints
-from umae_jax.training.runs import describe
-from umae_jax.training.sharding import make_mesh
+from tests import commands
+from umae_jax import startup
 
 OPTIONS = ("--config.picture_every=6", "--config.total_steps=6")
 MISS = "PERSISTENT COMPILATION CACHE MISS for 'jit_train_step'"
@@ -19,7 +17,7 @@ MISS = "PERSISTENT COMPILATION CACHE MISS for 'jit_train_step'"
 
 @pytest.fixture
 def unset(monkeypatch):
-    """No choice of the user's, and JAX as it was afterwards."""
+    """Unset the variables that choose a cache, and restore JAX's settings afterwards."""
     names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs", "persistent_cache_enable_xla_caches")
     before = {f"jax_{name}": getattr(jax.config, f"jax_{name}") for name in names}
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
@@ -41,14 +39,6 @@ def programs(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("*-cache")}
 
 
-def state_of(workdir):
-    """What the newest checkpoint of a tiny run holds."""
-    checkpoints = Checkpoints(workdir, read_only=True)
-    state, _ = checkpoints.restore(describe(tiny.get_config(), make_mesh()).state)
-    checkpoints.close()
-    return state
-
-
 def test_a_second_run_compiles_no_step_and_ends_with_the_same_bits(tmp_path, monkeypatch):
     for name, value in environment(tmp_path / "home").items():
         monkeypatch.setenv(name, value)
@@ -61,12 +51,12 @@ def test_a_second_run_compiles_no_step_and_ends_with_the_same_bits(tmp_path, mon
     assert MISS not in read
     assert programs(tmp_path / "home" / "umae_jax") == kept
     assert commands.lines(tmp_path / "read") == commands.lines(tmp_path / "compiled")
-    states = (jax.device_get(state_of(tmp_path / name)) for name in ("compiled", "read"))
+    states = (jax.device_get(read_run(tmp_path / name).params) for name in ("compiled", "read"))
     jax.tree.map(np.testing.assert_array_equal, *states)
 
 
-def test_several_processes_on_processors_keep_nothing(tmp_path, monkeypatch):
-    """Their programs have another key each time."""
+def test_several_processes_on_cpus_keep_nothing(tmp_path, monkeypatch):
+    """Their programs have a different key each time."""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     environments = [environment(tmp_path / "home")] * 2
     options = ("--config=tests/tiny.py", "--workdir", tmp_path / "run", *OPTIONS)
@@ -74,7 +64,7 @@ def test_several_processes_on_processors_keep_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*-cache"))
 
 
-def test_a_run_compiles_nothing_once_all_has_been_done(tmp_path, monkeypatch):
+def test_a_run_compiles_nothing_after_it_has_done_everything_once(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_LOG_COMPILES", "1")
     options = ("--config.picture_every=3", "--config.checkpoint_every=4", "--config.total_steps=9")
     _, errors = commands.pretrain(tmp_path, *options)
@@ -84,38 +74,47 @@ def test_a_run_compiles_nothing_once_all_has_been_done(tmp_path, monkeypatch):
     assert "XLA compilation" not in after
 
 
-def test_the_programs_written_first_go_first(tmp_path, unset, monkeypatch):
+def test_the_oldest_programs_are_deleted_first(tmp_path, unset, monkeypatch):
     for age, name in enumerate(("new", "middle", "old")):
         path = tmp_path / f"{name}-cache"
         path.write_bytes(bytes(10))
         os.utime(path, (1000 - age, 1000 - age))
-    monkeypatch.setattr(compilation_cache, "MAX_BYTES", 25)
-    compilation_cache.keep(tmp_path)
+    monkeypatch.setattr(startup, "MAX_CACHE_BYTES", 25)
+    startup.use_cache(tmp_path)
     assert set(programs(tmp_path)) == {"new-cache", "middle-cache"}
     assert jax.config.jax_compilation_cache_dir == str(tmp_path)
 
 
 @pytest.mark.parametrize("folder", ["/dev/null/cache", "/proc/cache"])
-def test_where_nothing_can_be_written_nothing_is_kept_nor_said(folder, unset, capfd, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_ignored_silently(folder, unset, capfd, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", folder)
-    compilation_cache.keep_for_user()
+    startup.use_user_cache()
     assert jax.config.jax_compilation_cache_dir is None
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_disk_with_no_room_is_left_alone(tmp_path, unset, monkeypatch):
-    monkeypatch.setattr(compilation_cache, "ROOM", 2**80)
-    compilation_cache.keep(tmp_path)
+def test_a_full_disk_is_not_used(tmp_path, unset, monkeypatch):
+    monkeypatch.setattr(startup, "MIN_FREE_BYTES", 2**80)
+    startup.use_cache(tmp_path)
     assert jax.config.jax_compilation_cache_dir is None
 
 
-def test_jax_own_variables_win(tmp_path, unset, monkeypatch):
-    compilation_cache.keep(None)
+def test_the_variables_of_jax_take_precedence(tmp_path, unset, monkeypatch):
+    startup.use_cache(None)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "chosen"))
-    compilation_cache.keep(tmp_path / "ours")
+    startup.use_cache(tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     jax.config.update("jax_enable_compilation_cache", False)  # as by JAX_ENABLE_COMPILATION_CACHE
-    compilation_cache.keep(tmp_path / "ours")
+    startup.use_cache(tmp_path / "ours")
     jax.config.update("jax_enable_compilation_cache", True)
     assert not (tmp_path / "ours").exists()
+
+
+def test_the_summary_names_the_phases_that_took_long(monkeypatch):
+    monkeypatch.setattr(startup, "_phases", {})
+    monkeypatch.setattr(startup, "_last", 0.0)
+    for now, phase in ((10.0, "imports"), (10.1, "data"), (13.1, "imports")):
+        monkeypatch.setattr(startup.time, "monotonic", lambda now=now: now)
+        startup.mark(phase)
+    assert startup.summary() == "first step 13 s after the start: imports 13 s"

@@ -1,4 +1,4 @@
-"""Every preset with every method, without a single number computed."""
+"""Build every preset with every method, in shapes alone."""
 
 import functools
 
@@ -6,17 +6,17 @@ import jax
 import pytest
 from flax import nnx
 
+from umae_jax import list_models
 from umae_jax.config import default_config
 from umae_jax.errors import UserError
-from umae_jax.models import presets
 from umae_jax.models.build import build_model
 from umae_jax.weights.names import entries
 
-PRESETS = [(size, method) for size in presets.SIZES for method in presets.methods_of(size)]
+PRESETS = [(size, method) for size, methods in list_models().items() for method in methods]
 
 
 class OneKey:
-    """Stands in for nnx.Rngs, whose counter takes most of the time under eval_shape; no number is drawn here."""
+    """Replaces nnx.Rngs, whose counter takes most of the time under eval_shape."""
 
     def params(self):
         return jax.random.key(0)
@@ -49,17 +49,17 @@ def test_every_preset_builds_and_the_reference_has_a_name_for_each_parameter(siz
 
 
 def test_only_a_vit_has_random_sampling():
-    assert {size for size, method in PRESETS if method == "mae"} == {size for size in presets.SIZES if "vit" in size}
+    assert {size for size, method in PRESETS if method == "mae"} == {size for size in list_models() if "vit" in size}
 
 
 @pytest.mark.parametrize(
     ("size", "method", "message"),
     [
-        ("swin_giant", "um_mae", "there is no model 'swin_giant'; choose swin_tiny, "),
-        ("swin_tiny", "mae", "there is no method 'mae' for swin_tiny; choose um_mae, simmim, classifier$"),
-        ("vit_base", "mim", "there is no method 'mim' for vit_base; choose um_mae, mae, simmim, classifier$"),
+        ("swin_giant", "um_mae", "swin_giant.*swin_tiny, "),
+        ("swin_tiny", "mae", "'mae'.*swin_tiny.*um_mae, simmim, classifier$"),
+        ("vit_base", "mim", "'mim'.*vit_base.*um_mae, mae, simmim, classifier$"),
     ],
 )
-def test_a_preset_that_does_not_exist_is_told(size, method, message):
+def test_an_unknown_preset_is_named_with_the_known_ones(size, method, message):
     with pytest.raises(UserError, match=message):
         default_config(size, method)
