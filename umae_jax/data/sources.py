@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from umae_jax.errors import UserError, listing
-from umae_jax.files import AnyPath, files_in_bucket, locate, read_file
+from umae_jax.files import AnyPath, files_in_bucket, in_bucket, locate, read_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 NO_LABEL = -1
@@ -176,7 +176,7 @@ def _list_files(root: AnyPath) -> Iterator[str]:
     def fail(error: OSError) -> None:
         raise error
 
-    if not isinstance(root, Path):
+    if in_bucket(root):
         yield from files_in_bucket(root)
         return
     visited = set()  # links may form cycles

@@ -16,7 +16,7 @@ import safetensors
 import safetensors.numpy
 
 from umae_jax.errors import UserError, require
-from umae_jax.files import AnyPath
+from umae_jax.files import AnyPath, in_bucket
 
 INSTALL_TORCH = 'install torch: pip install "umae_jax[torch]"'
 
@@ -50,8 +50,8 @@ def read_weights(path: AnyPath) -> Weights:
 @contextlib.contextmanager
 def _on_disk(path: AnyPath) -> Iterator[Path]:
     """A file where what reads weights can find it: one in a bucket is fetched."""
-    if isinstance(path, Path):
-        yield path
+    if not in_bucket(path):
+        yield Path(path)
         return
     with tempfile.TemporaryDirectory() as folder:
         fetched = Path(folder) / path.name
