@@ -99,7 +99,7 @@ def test_without_the_compiler_it_says_what_to_install():
         (("--topology=v5e:3x3",), "--topology: there is no v5e:3x3; choose one of v5e:1x1"),
         (("--config.grad_accum_steps=3",), "batch_size: 16 does not divide among 8 devices x 3 accumulated parts"),
         (("--config.batch_size=12",), "batch_size: 12 does not divide among 8 devices"),
-        (("--growth=gs://bucket/growth",), "--growth: gs://bucket/growth is in a bucket; name a path of this machine"),
+        (("--growth=gs://bucket/growth",), "--growth: gs://bucket/growth is in a bucket"),
     ],
 )
 def test_bad_input_is_one_clear_sentence(arguments, message):

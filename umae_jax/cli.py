@@ -11,8 +11,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from umae_jax import beginning, compilation_cache, multihost
-from umae_jax.config import flat
+from umae_jax import multihost, startup
+from umae_jax.config import explain_failure, flat, load_config
 from umae_jax.errors import Preempted, UserError, require
 from umae_jax.files import AnyPath, explain
 from umae_jax.multihost import ClusterFlags
@@ -20,9 +20,21 @@ from umae_jax.multihost import ClusterFlags
 T = TypeVar("T")
 
 
+class _ConfigParser(flags.ArgumentParser):
+    """Parses --config: a file, or the name of a bundled configuration."""
+
+    def parse(self, argument: str) -> ConfigDict:
+        return load_config(argument)
+
+    def flag_type(self) -> str:
+        return "configuration"
+
+
 def define_config() -> flags.FlagHolder[ConfigDict]:
-    """Define `--config FILE` and its overrides `--config.KEY=VALUE`."""
-    return config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+    """Define `--config FILE_OR_NAME` and its overrides `--config.KEY=VALUE`."""
+    holder = config_flags.DEFINE_config_file("config", None, "A Python file, or a bundled configuration: quickstart.")
+    flags.FLAGS[holder.name].parser = _ConfigParser()
+    return holder
 
 
 def join(cluster: ClusterFlags, config: ConfigDict | None, workdir: AnyPath | None) -> None:
@@ -51,19 +63,23 @@ def join(cluster: ClusterFlags, config: ConfigDict | None, workdir: AnyPath | No
     multihost.check_agreement(settings, workdir)
     # All processes must find the same programs in their cache, or some wait for others to compile with them. On CPUs,
     # programs of several processes never have the same key twice.
-    shared = None if workdir is None or jax.default_backend() == "cpu" else workdir / compilation_cache.FOLDER
-    compilation_cache.keep(shared)
-    beginning.spent("meeting the others")
+    shared = None if workdir is None or jax.default_backend() == "cpu" else workdir / startup.CACHE_FOLDER
+    startup.use_cache(shared)
+    startup.mark("connecting the processes")
 
 
-def required(flag: flags.FlagHolder[T | None], what: str) -> T:
-    """The value of a flag that must be given.
+def required(flag: flags.FlagHolder[T | None], value: str) -> T:
+    """Return the value of a flag that must be given.
+
+    Args:
+        flag: the flag.
+        value: its meaning, for the error message, such as "the directory of a run".
 
     Raises:
-        UserError: saying what to write.
+        UserError: if it was not given.
     """
     if flag.value is None or flag.value == "":
-        raise UserError(f"--{flag.name} is missing; write --{flag.name} with {what}")
+        raise UserError(f"--{flag.name} is missing; write --{flag.name} with {value}")
     return flag.value
 
 
@@ -89,41 +105,27 @@ def _leave(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def _parse(argv: Sequence[str], most: int) -> list[str]:
-    """Parse flags and at most so many arguments; what is wrong, with the configuration file too, is one sentence."""
+def _parse(argv: Sequence[str], max_arguments: int) -> list[str]:
+    """Parse flags and up to `max_arguments` arguments; leave with one sentence if something is wrong."""
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
         _leave(str(error), 2)
-    except FileNotFoundError as error:
-        _leave(f"--config: there is no file {error.filename}; write the path of one such as configs/quickstart.py", 2)
-    except AttributeError as error:
-        if "get_config" in str(error):
-            _leave("--config: the file must define get_config(); see configs/quickstart.py", 2)
-        _leave(f"--config: unknown key {error}; umae_jax/config.py lists the keys and says what they mean", 2)
-    except Exception as error:  # the file is a program of the user's and may raise anything
-        _leave(f"--config: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", 2)
-    if len(rest) > 1 + most:
-        _leave(f"unexpected argument {rest[1 + most]!r}; every option is written --name value", 2)
+    except (AttributeError, KeyError) as error:  # an override of a key that the configuration does not have
+        _leave(f"--config: {explain_failure(error)}", 2)
+    if len(rest) > 1 + max_arguments:
+        _leave(f"unexpected argument {rest[1 + max_arguments]!r}; write options as --name value", 2)
     return rest
 
 
 def read_config(flag: flags.FlagHolder[ConfigDict]) -> ConfigDict:
-    """The configuration that the flags give.
+    """Return the configuration that --config and its overrides give.
 
     Raises:
-        UserError: if there is none.
+        UserError: if --config was not given.
     """
-    holder = flags.FLAGS[flag.name]
-    require(bool(holder.present), "--config is missing; write --config with a file such as configs/quickstart.py")
-    path = config_flags.get_config_filename(holder)
-    if not Path(path).is_file():
-        path = path.rpartition(":")[0] or path  # behind the colon stands what its get_config() is called with
-    require(Path(path).is_file(), f"--config: there is no file {path}; write one such as configs/quickstart.py")
-    config = flag.value
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"--config: get_config() of {path} must return a changed default_config(), not {config!r}")
-    return config
+    require(bool(flag.present), "--config is missing; write --config with a file or a name such as quickstart")
+    return flag.value
 
 
 def run(main: Callable[..., None], *, arguments: int = 0) -> None:
@@ -138,8 +140,8 @@ def run(main: Callable[..., None], *, arguments: int = 0) -> None:
 
     def guarded(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)
-        beginning.spent("imports")
-        compilation_cache.keep_for_user()
+        startup.mark("imports")
+        startup.use_user_cache()
         try:
             main(*argv[1:])
         except Preempted as stopped:
@@ -156,4 +158,4 @@ def run(main: Callable[..., None], *, arguments: int = 0) -> None:
             traceback.print_exc()
             _leave("this process failed; if it lost a connection, another one failed first: see the other logs", 1)
 
-    app.run(guarded, flags_parser=functools.partial(_parse, most=arguments))
+    app.run(guarded, flags_parser=functools.partial(_parse, max_arguments=arguments))

@@ -2,14 +2,15 @@
 
     python configs/cifar/experiment.py --zip cifar10.zip --workdir DIR [--seeds 3]
 
-Every method pre-trains on all 50,000 training images without their labels, for as many epochs, and is fine-tuned on the
-same few labelled ones. Accuracy is that of the last checkpoint on the 10,000 test images, which nothing is chosen by.
+Every method pre-trains for the same number of epochs on all 50,000 training images without their labels, and is then
+fine-tuned on the same few labelled images. Accuracy is measured on the 10,000 test images with the last checkpoint; no
+choice depends on it.
 
-Learning rates are chosen first, with equal effort for every method, by top-1 on training images held out: pre-training
-tries RATES for a part of its epochs, each fine-tuned at the rate of the configuration for a part of its epochs; then
-fine-tuning tries RATES on the best of them. UM-MAE's variants take UM-MAE's. Every run is a command of this program
-with its own directory below DIR, so that the same command continues where it was stopped; DIR/table.json and
-DIR/table.png are the result.
+Learning rates are tuned first, with the same budget for every method, by top-1 on held-out training images:
+pre-training tries RATES for a fraction of its epochs, each followed by a short fine-tuning at the configuration's rate;
+fine-tuning then tries RATES from the best of these. UM-MAE's variants use UM-MAE's rates. Every run is a umae_jax
+command with its own directory in DIR, so the same command continues after an interruption. The results are
+DIR/table.json and DIR/table.png.
 """
 
 import json
@@ -27,20 +28,20 @@ import matplotlib.figure
 from absl import app, flags
 
 HERE = Path(__file__).parent
-RATES = (0.3, 1.0, 3.0)  # times the rate of the configuration
+RATES = (0.3, 1.0, 3.0)  # multiples of the configuration's rate
 UM_MAE = "um_mae"
 SCRATCH = "from scratch"
 
 _ZIP = flags.DEFINE_string(
     "zip", None, "CIFAR-10 as JPEG files, train/CLASS/*.jpg and test/CLASS/*.jpg.", required=True
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.", required=True)
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each method.", lower_bound=1)
-_LABELLED = flags.DEFINE_integer("labelled", 200, "Labelled images of each class to fine-tune on.", lower_bound=1)
-_HELD_OUT = flags.DEFINE_integer("held_out", 200, "Images of each class to choose learning rates by.", lower_bound=1)
-_PRETRAIN_EPOCHS = flags.DEFINE_float("pretrain_epochs", 5.0, "Epochs of pre-training, of all training images.")
-_FINETUNE_EPOCHS = flags.DEFINE_float("finetune_epochs", 40.0, "Epochs of fine-tuning, of the labelled images.")
-_TUNING = flags.DEFINE_float("tuning", 0.3, "The share of these epochs that a learning rate is tried for.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of all runs and results.", required=True)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs per method.", lower_bound=1)
+_LABELLED = flags.DEFINE_integer("labelled", 200, "Labelled images per class to fine-tune on.", lower_bound=1)
+_HELD_OUT = flags.DEFINE_integer("held_out", 200, "Held-out images per class to tune learning rates on.", lower_bound=1)
+_PRETRAIN_EPOCHS = flags.DEFINE_float("pretrain_epochs", 5.0, "Epochs of pre-training on all training images.")
+_FINETUNE_EPOCHS = flags.DEFINE_float("finetune_epochs", 40.0, "Epochs of fine-tuning on the labelled images.")
+_TUNING = flags.DEFINE_float("tuning", 0.3, "Fraction of these epochs in the tuning of learning rates.")
 _PRETRAIN = flags.DEFINE_multi_string("pretrain", [], "Overrides of pre-training, such as --config.dtype=bfloat16.")
 _FINETUNE = flags.DEFINE_multi_string("finetune", [], "Overrides of fine-tuning.")
 _BOTH = flags.DEFINE_multi_string("both", [], "Overrides of both, such as --config.model.widths=(64,128,256).")
@@ -51,8 +52,8 @@ class Method(NamedTuple):
     """A row of the table.
 
     Attributes:
-        name: of the method whose learning rates it takes, and of configs/cifar/pretrain.py; "" for none.
-        overrides: of pre-training.
+        name: method of configs/cifar/pretrain.py, whose learning rates the row uses; "" for no pre-training.
+        overrides: flags for pre-training.
     """
 
     name: str
@@ -71,13 +72,13 @@ METHODS = {
 
 
 class Result(NamedTuple):
-    """What a finished command measured.
+    """Measurements of a finished command.
 
     Attributes:
-        metrics: the last value of everything in metrics.jsonl.
-        seconds: of training alone, by the images a second that were logged.
-        processor_seconds: of the command on all cores, where it was not stopped and continued.
-        memory: the most that the process held in memory, in MiB.
+        metrics: last value of every metric in metrics.jsonl.
+        seconds: duration of the training steps, from the logged images per second.
+        processor_seconds: CPU time of the command on all cores, if it was not interrupted.
+        memory: peak resident memory of the process, in MiB.
     """
 
     metrics: dict[str, float]
@@ -106,7 +107,7 @@ def unpack(archive: Path, folder: Path, labelled: int, held_out: int) -> None:
 
 
 def keep_settings(workdir: Path) -> dict[str, Any]:
-    """What the flags ask for, but for the number of seeds; a directory keeps what it was begun with."""
+    """Return the flags other than the number of seeds, and check that they are those the directory was started with."""
     settings = {flag.name: flag.value for flag in SETTINGS}
     path = workdir / "settings.json"
     if not path.exists():
@@ -114,12 +115,14 @@ def keep_settings(workdir: Path) -> dict[str, Any]:
         path.write_text(json.dumps(settings, indent=2) + "\n")
     before = json.loads(path.read_text())
     if changed := [name for name, value in settings.items() if before.get(name) != value]:
-        sys.exit(f"{workdir} was begun with another --{', --'.join(changed)}; see {path}, or choose another --workdir")
+        sys.exit(
+            f"{workdir} was started with another --{', --'.join(changed)}; see {path}, or choose another --workdir"
+        )
     return settings
 
 
 def run(command: str, config: str, workdir: Path, overrides: tuple[str, ...]) -> Result:
-    """Run a training command to its end, unless it has been already, and read what it measured."""
+    """Run a training command to its end, unless it has finished before, and read its metrics."""
     done = workdir / "result.json"
     if not done.exists():
         workdir.mkdir(parents=True, exist_ok=True)
@@ -147,7 +150,7 @@ def run(command: str, config: str, workdir: Path, overrides: tuple[str, ...]) ->
 
 
 class Experiment:
-    """The runs below one directory."""
+    """The runs in one directory."""
 
     def __init__(self, workdir: Path) -> None:
         self.workdir = workdir
@@ -165,7 +168,7 @@ class Experiment:
         return run("pretrain", f"pretrain.py:{method.name}", workdir, overrides)
 
     def neighbors(self, workdir: Path) -> float:
-        """What the labelled images tell of the test images' classes by the features of a pre-trained run."""
+        """Return the kNN accuracy of a pre-trained run on the test images, given the labelled ones."""
         done = workdir / "knn.json"
         if not done.exists():
             sources = ("--source", f"folder:{self.data / 'labelled'}", "--validation", f"folder:{self.data / 'test'}")
@@ -173,11 +176,13 @@ class Experiment:
             done.write_bytes(subprocess.run([*command, *sources], stdout=subprocess.PIPE, check=True).stdout)
         return json.loads(done.read_text())["top1"]
 
-    def finetune(self, workdir: Path, init: Path | None, rate: float, epochs: float, seed: int, judge: str) -> Result:
-        """Fine-tune on the labelled images; accuracy on those of `judge`, measured at the end alone."""
+    def finetune(
+        self, workdir: Path, init: Path | None, rate: float, epochs: float, seed: int, validation: str
+    ) -> Result:
+        """Fine-tune on the labelled images; measure accuracy on the images of `validation` once, at the end."""
         overrides = (
             f"--config.data.source=folder:{self.data / 'labelled'}",
-            f"--config.validation.source=folder:{self.data / judge}",
+            f"--config.validation.source=folder:{self.data / validation}",
             f"--config.validation.every_epochs={epochs}",
             *schedule(epochs, rate * base_rate("finetune.py")),
             f"--config.seed={seed}",
@@ -187,7 +192,7 @@ class Experiment:
         return run("finetune", "finetune.py", workdir, overrides)
 
     def tune(self, name: str) -> dict[str, float]:
-        """The learning rates of both parts that do best on images held out, after a part of the epochs."""
+        """Return the learning rates, of pre-training and fine-tuning, that are best on held-out images."""
         folder = self.workdir / "tuning" / (name or "scratch")
         epochs = {
             "pretrain": _TUNING.value * _PRETRAIN_EPOCHS.value,
@@ -229,7 +234,7 @@ class Experiment:
 
 
 def schedule(epochs: float, rate: float) -> tuple[str, ...]:
-    """Overrides of length and learning rate; the warm-up is a tenth of any length."""
+    """Return overrides of length and learning rate; a tenth of the length is warm-up."""
     return (
         f"--config.total_epochs={epochs}",
         f"--config.optimizer.warmup_epochs={epochs / 10}",
@@ -238,7 +243,7 @@ def schedule(epochs: float, rate: float) -> tuple[str, ...]:
 
 
 def base_rate(config: str) -> float:
-    """The learning rate that a configuration of this folder sets, for a batch of 256."""
+    """Return the base learning rate, for a batch of 256, of a configuration in this folder."""
     names: dict[str, Any] = {}
     exec((HERE / config).read_text(), names)
     return names["get_config"]().optimizer.base_learning_rate
@@ -249,12 +254,12 @@ def _best(accuracies: dict[float, float]) -> float:
 
 
 def say(line: str) -> None:
-    """Tell the user."""
+    """Print a line."""
     print(line, flush=True)  # noqa: T201
 
 
 def summarize(rows: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, Any]]:
-    """Mean and spread (the sample's standard deviation) of every number over the seeds."""
+    """Return mean and sample standard deviation of every number over the seeds."""
 
     def spread(values: list[float]) -> dict[str, Any]:
         deviation = statistics.stdev(values) if len(values) > 1 else None
@@ -264,10 +269,7 @@ def summarize(rows: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, An
 
 
 def draw(table: dict[str, dict[str, Any]], path: Path) -> None:
-    """Accuracy after fine-tuning against the time of pre-training, with bars of one standard deviation.
-
-    Time is the processor's, of all cores: other programs on the machine do not lengthen it.
-    """
+    """Plot accuracy after fine-tuning over the CPU time of pre-training, with error bars of one standard deviation."""
     figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for title, row in table.items():
@@ -281,7 +283,7 @@ def draw(table: dict[str, dict[str, Any]], path: Path) -> None:
             capsize=3,
             label=title,
         )
-    axes.set_xlabel("pre-training, minutes of processor time")
+    axes.set_xlabel("pre-training, minutes of CPU time")
     axes.set_ylabel("top-1 on the test images, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
@@ -289,7 +291,7 @@ def draw(table: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def main(_: list[str]) -> None:
-    """Tune, run all rows for every seed, and write the table after each."""
+    """Tune, run all rows for every seed, and write the table after each run."""
     start = time.monotonic()
     experiment = Experiment(Path(_WORKDIR.value).expanduser().absolute())
     settings = keep_settings(experiment.workdir)
@@ -303,8 +305,8 @@ def main(_: list[str]) -> None:
         for title, method in METHODS.items():
             measured = experiment.row(title, method, rates[method.name], seed)
             rows.setdefault(title, []).append(measured)
-            told = ", ".join(f"{key} {value:.4g}" for key, value in measured.items())
-            say(f"seed {seed}, {title}: {told} ({(time.monotonic() - start) / 60:.0f} min)")
+            line = ", ".join(f"{key} {value:.4g}" for key, value in measured.items())
+            say(f"seed {seed}, {title}: {line} ({(time.monotonic() - start) / 60:.0f} min)")
             table = summarize(rows)
             content = {"rows": table, "learning_rates": rates, "settings": settings}
             (experiment.workdir / "table.json").write_text(json.dumps(content, indent=2) + "\n")
@@ -316,12 +318,12 @@ def main(_: list[str]) -> None:
         say(f"{title:{width}}  " + "  ".join(f"{cell:>16}" for cell in cells))
 
 
-# What is printed: key, scale, unit.
+# Printed columns: key, scale, unit.
 COLUMNS = {
     "kNN": ("knn_top1", 100.0, "%"),
     "fine-tuned": ("top1", 100.0, "%"),
     "pre-training": ("pretrain_seconds", 1 / 60, " min"),
-    "processor time": ("pretrain_processor_seconds", 1 / 60, " min"),
+    "CPU time": ("pretrain_processor_seconds", 1 / 60, " min"),
     "memory": ("pretrain_memory", 1.0, " MiB"),
 }
 

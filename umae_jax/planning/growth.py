@@ -21,7 +21,7 @@ from umae_jax.config import check
 from umae_jax.errors import UserError, require
 from umae_jax.files import write_whole
 from umae_jax.models.build import build_model
-from umae_jax.models.kernels.platforms import compiler_options
+from umae_jax.models.kernels import compiler_options
 from umae_jax.planning import parts
 from umae_jax.planning.assembly import count_flops
 from umae_jax.planning.hardware import GIB
