@@ -20,9 +20,11 @@ def tpus():
     """Describe four absent TPUs to compile for."""
     pytest.importorskip("libtpu", reason="the plan extra is not installed")  # part of the test extra
     import jax  # after the settings above
+    from jax.experimental.compilation_cache import compilation_cache
 
     from umae_jax.planning.targets import find_target
 
     cached = jax.config.jax_enable_compilation_cache
     yield find_target("v5e:2x2").devices
     jax.config.update("jax_enable_compilation_cache", cached)
+    compilation_cache.reset_cache()  # JAX reads the setting only once

@@ -1,5 +1,6 @@
 import json
 import logging
+import resource
 import shutil
 
 import jax
@@ -220,14 +221,17 @@ def test_if_no_checkpoint_can_be_read_nothing_is_moved(tmp_path, abstract):
     assert not (tmp_path / "checkpoints_unreadable").exists()
 
 
-def test_a_failed_write_is_one_sentence(tmp_path):
+def test_a_full_disk_is_one_sentence(tmp_path, capfd):
     checkpoints = Checkpoints(tmp_path)
-    shutil.rmtree(tmp_path / "checkpoints")
-    (tmp_path / "checkpoints").write_text("in the way")
-
-    def write():
-        checkpoints.save(1, make_state(0.0), {"samples": 1})
-        checkpoints.wait()
-
-    with pytest.raises(UserError, match="could not write a checkpoint"):
-        write()
+    state = init_state({"kernel": jax.random.normal(jax.random.key(0), (64, 512))}, optax.identity())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        checkpoints.save(1, state, {"samples": 1})
+        with pytest.raises(UserError, match=r"could not write a checkpoint .*too large"):
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    checkpoints.close()
+    assert "Traceback" not in capfd.readouterr().err
+    assert not (tmp_path / "checkpoints" / "1").exists()

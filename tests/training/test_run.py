@@ -11,8 +11,8 @@ import pytest
 from tests import tiny, tiny_classifier, toy
 from umae_jax.errors import Preempted, UserError
 from umae_jax.multihost import StopSignal
-from umae_jax.tasks import make_task
-from umae_jax.training.run import check_same_classes, check_same_run, durations, lower, train
+from umae_jax.planning.assembly import build
+from umae_jax.training.run import check_same_classes, check_same_run, durations, train
 from umae_jax.training.sharding import make_mesh
 from umae_jax.weights.stored_run import best_checkpoint
 
@@ -156,4 +156,4 @@ def test_a_kernel_that_the_devices_cannot_run_is_rejected():
     config = tiny.get_config()
     config.fused_attention = True
     with pytest.raises(UserError, match="fused_attention.*TPU.*cpu"):
-        lower(make_task(config), make_mesh())
+        build(config, make_mesh())

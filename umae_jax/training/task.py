@@ -15,7 +15,7 @@ from umae_jax.files import AnyPath
 from umae_jax.models.build import build_model
 from umae_jax.weights.stored_run import StoredRun
 
-Batch = dict[str, jax.Array]  # arrays [B, ...], sharded over their first axis
+Batch = dict[str, Any]  # arrays [B, ...], sharded over their first axis
 Params = Any  # a pytree of float32 arrays
 Prediction = tuple[str, dict[str, Any]]  # a line for people, and the same as JSON
 
