@@ -113,7 +113,7 @@ def test_the_notebook_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path / "launch")}}).execute()
     written = tmp_path / "umae_colab"
     assert (written / "pretrained" / "reconstructions" / "0000002.png").is_file()
-    assert (written / "finetuned" / "checkpoints_best").is_dir()
+    assert (written / "finetuned" / "checkpoints").is_dir()
     assert {"encoder.safetensors", "umae_backbone.py", "README.md"} <= {
         path.name for path in (written / "export").iterdir()
     }

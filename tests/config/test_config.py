@@ -19,7 +19,6 @@ from umae_jax.config import (
     check,
     default_config,
     differences,
-    explain_key,
     flat,
     from_json,
     load_config,
@@ -32,6 +31,7 @@ from umae_jax.config import (
 )
 from umae_jax.config.__main__ import describe_keys
 from umae_jax.config.base import integer
+from umae_jax.config.explain import explain_key
 from umae_jax.errors import UserError
 from umae_jax.models import layers
 from umae_jax.models.build import build_model

@@ -11,15 +11,17 @@ import pytest
 from tests import tiny, tiny_classifier, toy
 from umae_jax.errors import Preempted, UserError
 from umae_jax.multihost import StopSignal
-from umae_jax.tasks import make_task
-from umae_jax.training.run import check_same_classes, check_same_run, durations, lower, train
+from umae_jax.planning.assembly import build
+from umae_jax.training.run import check_same_classes, check_same_run, durations, train
 from umae_jax.training.sharding import make_mesh
+from umae_jax.weights.stored_run import best_checkpoint
 
 DIR = Path("DIR")
 
 
 def toy_task(**changes):
     config = tiny.get_config()
+    config.optimizer.base_learning_rate = 0.5
     config.update({"total_steps": 10, "checkpoint_every": 3, "log_every": 1, **changes})
     return toy.Task(config)
 
@@ -45,14 +47,14 @@ def test_a_task_from_outside_trains_and_evaluates(finished):
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == 10
     assert losses[-1] < losses[0] / 2
-    assert all(0 < row["red_error"] for row in rows if "loss" in row)
+    assert all(row["red_error"] > 0 for row in rows if "loss" in row)
     evaluated = {row["step"]: row for row in rows if "negative_error" in row}
     assert list(evaluated) == [0, 4, 8, 10]
     assert all(row["evaluated"] == 20 for row in evaluated.values())
     assert evaluated[10]["negative_error"] > evaluated[0]["negative_error"]
-    assert sorted(int(path.name) for path in (finished / "checkpoints").iterdir()) == [6, 9, 10]
     best = max((row["negative_error"], -step) for step, row in evaluated.items() if step)
-    assert [int(path.name) for path in (finished / "checkpoints_best").iterdir()] == [-best[1]]
+    assert best_checkpoint(finished) == (best[0], finished / "checkpoints" / str(-best[1]))
+    assert {-best[1], 9, 10} <= {int(path.name) for path in (finished / "checkpoints").iterdir()}
 
 
 class Stops(toy.Task):
@@ -106,7 +108,7 @@ def test_consecutive_bad_steps_end_the_run_before_anything_is_saved(tmp_path):
     task = Diverges(toy_task(stop_after_bad_steps=3).config)
     with pytest.raises(UserError, match="3 consecutive steps, up to step 6 "):
         run(tmp_path, task)
-    assert [int(path.name) for path in (tmp_path / "checkpoints").iterdir()] == [3]
+    assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) < 6
 
 
 def test_metrics_are_logged_as_rarely_as_asked_and_at_the_end(tmp_path):
@@ -155,4 +157,4 @@ def test_a_kernel_that_the_devices_cannot_run_is_rejected():
     config = tiny.get_config()
     config.fused_attention = True
     with pytest.raises(UserError, match="fused_attention.*TPU.*cpu"):
-        lower(make_task(config), make_mesh())
+        build(config, make_mesh())

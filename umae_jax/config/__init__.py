@@ -3,7 +3,6 @@
 `default_config` starts one; the files of configs/ change what differs. `docs/configuration.md` lists all keys.
 """
 
-import difflib
 import importlib
 import json
 import pkgutil
@@ -26,7 +25,8 @@ from umae_jax.config.base import (
     methods_of,
 )
 from umae_jax.config.common import COMMON, IMAGENET_MEAN, IMAGENET_STD, MAX_SEED, REMATERIALIZE, check_common
-from umae_jax.config.load import bundled_configs, explain_failure, load_config
+from umae_jax.config.explain import REMOVED, RENAMED, all_keys, explain_failure
+from umae_jax.config.load import bundled_configs, load_config
 from umae_jax.errors import UserError, listing, require
 from umae_jax.files import AnyPath
 
@@ -53,7 +53,6 @@ __all__ = [
     "differences",
     "encoder_of",
     "explain_failure",
-    "explain_key",
     "flat",
     "from_json",
     "load_config",
@@ -67,13 +66,6 @@ __all__ = [
 ]
 
 CONFIG_FILE = "config.json"  # in a run's directory
-RENAMED = {
-    "accumulate": "grad_accum_steps",
-    "model.normalize_target": "model.norm_pix_loss",
-    "model.reductions": "model.sr_ratios",
-    "optimizer.average": "optimizer.ema_decay",
-}
-REMOVED = {"data.class_names": "class names are read from the training data"}
 _ABSENT = object()  # in `differences`, for a key that only one of the two has
 
 
@@ -234,7 +226,7 @@ def from_json(text: bytes | str) -> ConfigDict:
         key for key in keys if key not in values and (key.startswith("model.") or key in ("image_size", "dtype"))
     ]
     require(not missing, f"{listing(missing)} missing")
-    unknown = [key for key in values if key not in _all_keys() and key not in REMOVED]
+    unknown = [key for key in values if key not in all_keys() and key not in REMOVED]
     require(not unknown, f"{listing(unknown)} unknown")
     config = build(sections).lock()
     try:
@@ -252,45 +244,3 @@ def old_class_names(text: bytes | str) -> tuple[str, ...]:
         text: JSON that `from_json` reads.
     """
     return tuple(json.loads(text).get("data", {}).get("class_names", ()))
-
-
-def _owners() -> dict[str, list[str]]:
-    """Return the encoders and methods that have each dotted key which not all configurations have."""
-    owners: dict[str, list[str]] = {}
-    for name, encoder in ENCODERS.items():
-        for key in encoder.keys:
-            owners.setdefault(f"model.{key}", []).append(name)
-    for name, method in METHODS.items():
-        for key in by_dotted_key(method.keys):
-            owners.setdefault(key, []).append(name)
-    return owners
-
-
-def _all_keys() -> set[str]:
-    return {*by_dotted_key(COMMON), *_owners()}
-
-
-def explain_key(name: str) -> str:
-    """Return a sentence about a key that a configuration does not have.
-
-    Args:
-        name: the dotted key, or its last part.
-    """
-
-    def matches(key: str) -> bool:
-        return key == name or key.rpartition(".")[2] == name
-
-    for old, new in RENAMED.items():
-        if matches(old):
-            return f"{old} is now called {new}"
-    for old, reason in REMOVED.items():
-        if matches(old):
-            return f"{old} no longer exists: {reason}"
-    for key, owners in _owners().items():
-        if matches(key):
-            return f"{key} is a key of {', '.join(owners)} only"
-    near = difflib.get_close_matches(
-        name, {key for full in _all_keys() for key in (full, full.rpartition(".")[2])}, n=1
-    )
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"unknown key {name}; {hint}`python -m umae_jax.config` lists all keys"

@@ -2,16 +2,16 @@
 
 import importlib.util
 import os
-import re
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from umae_jax.config.explain import explain_failure
 from umae_jax.errors import UserError, require
 
 _PACKAGE = Path(__file__).parents[1]
 # A wheel holds configs/ inside the package; a checkout holds it beside the package.
-BUNDLED = next(path / "configs" for path in (_PACKAGE, _PACKAGE.parent) if (path / "configs").is_dir())
+BUNDLED = (_PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent) / "configs"
 
 
 def bundled_configs() -> tuple[str, ...]:
@@ -56,16 +56,3 @@ def load_config(source: ConfigDict | str | os.PathLike[str]) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path}: get_config() must return a changed default_config(), not {config!r}")
     return config.lock()
-
-
-def explain_failure(error: Exception) -> str:
-    """Return one sentence about an error raised while the values of a configuration were set."""
-    from umae_jax.config import explain_key  # here, as the package imports this module
-
-    text = str(error)
-    if isinstance(error, UserError):
-        return text
-    # A ConfigDict raises 'Key "x" does not exist ...' where a key is set, and 'x' where it is read.
-    if isinstance(error, AttributeError | KeyError) and (key := re.match(r"""\W*Key "(\w+)"|\W*(\w+)\W*$""", text)):
-        return explain_key(key[1] or key[2])
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"

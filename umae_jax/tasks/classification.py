@@ -25,10 +25,9 @@ from umae_jax.files import AnyPath
 from umae_jax.models.classifier import Classifier
 from umae_jax.models.position_table import PositionTable, resize_positions
 from umae_jax.tasks import labelled
-from umae_jax.training.checkpoint import best_checkpoint
 from umae_jax.training.sharding import batch_sharding, replicated
 from umae_jax.training.task import BaseTask, Batch, Hook, Params, Prediction, RunContext
-from umae_jax.weights.stored_run import StoredRun
+from umae_jax.weights.stored_run import StoredRun, best_checkpoint
 
 TOP1 = "validation_top1"
 NUM_PREDICTED = 5  # classes named per image
@@ -158,7 +157,7 @@ class Task(BaseTask):
 
     def result(self, workdir: AnyPath) -> str | None:
         """Return the best accuracy and where its checkpoint is."""
-        best = best_checkpoint(workdir, TOP1)
+        best = best_checkpoint(workdir)
         return None if best is None else f"best top-1 {best.value:.2%}, in {best.folder}"
 
     def evaluate(self, run: StoredRun, mesh: Mesh, batch_size: int) -> Prediction:

@@ -1,31 +1,40 @@
 """Checkpoints of a training run, DIR/checkpoints/STEP, written in the background, whole or not at all."""
 
+import contextlib
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    EveryNSteps,
+    LatestN,
+    PolicyCheckpointInfo,
+    PreservationContext,
+    PreservationPolicy,
+)
 
 from umae_jax.errors import UserError
 from umae_jax.files import AnyPath, absolute, move_folder, write_whole
 from umae_jax.multihost import all_gather_json
-from umae_jax.training.step import TrainState
+from umae_jax.training.state import TrainState
 from umae_jax.weights.stored_run import (
+    BEST,
     FOLDER,
     OLD_BEST,
+    best_checkpoint,
     checkpoints_in,
+    data_file,
     first_whole,
-    metrics_file,
     newest_first,
     quiet,
     read_arrays,
     read_data,
-    scored,
     summarize,
 )
 
@@ -39,6 +48,21 @@ _STORED_NAMES = {"ema": "average"}  # on disk; the other fields of TrainState ke
 def _fields(state: TrainState) -> dict[str, Any]:
     """Return the fields that the state has, by their names on disk."""
     return {_STORED_NAMES.get(name, name): value for name, value in state._asdict().items() if value is not None}
+
+
+class _Step(PreservationPolicy):
+    """Preserve one step.
+
+    Orbax's BestN does not fit: its metrics cannot be added to a checkpoint that exists, and a damaged metrics file
+    stops the manager from opening the folder.
+    """
+
+    step: int | None = None
+
+    def should_preserve(
+        self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: PreservationContext
+    ) -> Sequence[bool]:
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
 class Checkpoints:
@@ -67,12 +91,11 @@ class Checkpoints:
         self._metric = best_metric
         self._restored: int | None = None  # the step that the run continues from
         self._highest = float("-inf")  # value of the best metric so far
-        best = BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
-        policies = [LatestN(keep), best, *([EveryNSteps(keep_every)] if keep_every else [])]
+        self._writing = contextlib.ExitStack()
+        self._best_step = _Step()
+        policies = [LatestN(keep), self._best_step, *([EveryNSteps(keep_every)] if keep_every else [])]
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy(policies),
-            best_fn=_score,  # without it Orbax writes no metrics
-            cleanup_tmp_directories=True,
+            preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True
         )
         arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_WHOLE // jax.device_count())
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
@@ -90,13 +113,7 @@ class Checkpoints:
         """Return True if the metrics hold a better value than every checkpoint so far."""
         return self._metric is not None and metrics.get(self._metric, float("-inf")) > self._highest
 
-    def best(self) -> tuple[float, epath.Path] | None:
-        """Return the best validation metric of the checkpoints that are kept, and the checkpoint's folder."""
-        return next(iter(scored(self._workdir)), None)
-
-    def save(
-        self, step: int, state: TrainState, data: dict[str, Any], metrics: dict[str, float] | None = None
-    ) -> None:
+    def save(self, step: int, state: TrainState, data: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Copy the state to the host and write it in the background, after the previous checkpoint is complete.
 
         The step that the run continues from is on disk already: only its metrics are added.
@@ -110,26 +127,19 @@ class Checkpoints:
         Raises:
             UserError: if this or the previous checkpoint cannot be written.
         """
-        stored = {}
+        content = {"skipped_images": 0, **data}
         if metrics and self._metric and self.improves(metrics):
-            self._highest = metrics[self._metric]
-            stored = {self._metric: self._highest}
-        if step == self._restored:
-            if stored:
-                self._add_metrics(step, stored)
-            return
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(_fields(state)), data=ocp.args.JsonSave({"skipped_images": 0, **data})
-        )
-        self._guard(lambda: self._manager.save(step, args=items, metrics=stored, force=True))
-
-    def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        if jax.process_index() == 0:
-            file = metrics_file(self._folder / str(step))
-            file.parent.mkdir(exist_ok=True)
-            self._guard(lambda: write_whole(file, json.dumps(metrics).encode()))
-        all_gather_json(None)  # wait for process 0
-        self._manager.reload()
+            self._highest, self._best_step.step = metrics[self._metric], step
+            content[BEST] = {self._metric: self._highest}
+        if step != self._restored:
+            self._writing.close()
+            self._writing.enter_context(quiet())  # until the background thread has finished
+            state_item, data_item = ocp.args.PyTreeSave(_fields(state)), ocp.args.JsonSave(content)
+            items = ocp.args.Composite(state=state_item, data=data_item)
+            self._guard(lambda: self._manager.save(step, args=items, force=True))
+        elif BEST in content and jax.process_index() == 0:
+            file = data_file(self._folder / str(step))
+            self._guard(lambda: write_whole(file, json.dumps(content).encode()))
 
     def wait(self) -> None:
         """Wait until everything is written.
@@ -137,12 +147,12 @@ class Checkpoints:
         Raises:
             UserError: if it cannot be written.
         """
-        self._guard(self._manager.wait_until_finished)
+        with self._writing:
+            self._guard(self._manager.wait_until_finished)
 
     def _guard(self, write: Callable[[], Any]) -> None:
         try:
-            with quiet():
-                write()
+            write()
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"could not write a checkpoint in {self._folder} ({summarize(error)}); "
@@ -185,8 +195,8 @@ class Checkpoints:
             self._set_aside(broken)
         all_gather_json(None)  # wait for process 0
         self._manager.reload()
-        best = self.best()
-        self._highest = best[0] if best else float("-inf")
+        if best := best_checkpoint(self._workdir):
+            self._highest, self._best_step.step = best.value, int(best.folder.name)
         return state_and_data
 
     def _set_aside(self, broken: dict[epath.Path, str]) -> None:
@@ -201,8 +211,5 @@ class Checkpoints:
 
     def close(self) -> None:
         """Release the folder, after everything is written."""
-        self._manager.close()
-
-
-def _score(metrics: dict[str, float]) -> float:
-    return max(metrics.values(), default=float("-inf"))
+        with self._writing:
+            self._manager.close()

@@ -94,7 +94,6 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
         # Loop. Step N is dispatched before the metrics of step N - 1 are read: the devices never wait for the log.
         number, saved = first_step, first_step or None
         skipped_before = int(data.get("skipped_images", 0))  # in all processes, up to the checkpoint
-        best = checkpoints.best_value(task.best_metric) if task.best_metric else None
         clock = Clock()
         pending: tuple[int, dict[str, jax.Array], int] | None = None  # step, metrics, unreadable images up to it
 
@@ -111,21 +110,18 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
                 cli.say(startup.summary())
             if values["bad_steps"] >= config.stop_after_bad_steps:
                 raise UserError(
-                    f"the loss or gradient was not finite in {values['bad_steps']} consecutive steps, up to step {step} "
-                    f"(loss {values['loss']}); lower optimizer.base_learning_rate or set optimizer.clip_norm, and start "
-                    f"again to continue from the newest checkpoint in {workdir}"
+                    f"loss or gradient were not finite in {values['bad_steps']} consecutive steps, up to step {step} "
+                    f"(loss {values['loss']}); lower optimizer.base_learning_rate or set optimizer.clip_norm, and "
+                    f"start again to continue from the newest checkpoint in {workdir}"
                 )
             if step % config.log_every == 0 or step == total_steps:
                 report.training(step, values | {"skipped_images": skipped_images(own_skipped)} | clock.rates())
 
-        def save(step: int, value: float | None = None) -> None:
-            """Save a checkpoint; with the value of the best metric, save it as the best one."""
+        def save(step: int, metrics: dict[str, float] | None = None) -> None:
+            """Save a checkpoint, with the metrics that make it the best one."""
+            report.flush()  # a run that continues from here finds the metrics up to here
             content = {"samples": samples, "skipped_images": skipped_images(loader.skipped_images)}
-            if value is None:
-                report.flush()  # a run that continues from here finds the metrics up to here
-                checkpoints.save(step, state, content)
-            else:
-                checkpoints.save_best(step, state, content | {str(task.best_metric): value})
+            checkpoints.save(step, state, content, metrics)
 
         while True:
             signal = stop.poll(number)
@@ -141,11 +137,10 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
                 for hook in due:
                     watchdog.cancel()
                     metrics = hook.run(number, state.eval_params)
-                    value = metrics.get(task.best_metric or "")
-                    if value is not None and number > 0 and (best is None or value > best):
-                        best = value
-                        save(number, value)
-                    if metrics:  # after the best checkpoint that they announce
+                    if number > 0 and checkpoints.improves(metrics):
+                        save(number, metrics)
+                        saved, saving = number, False
+                    if metrics:  # after the checkpoint: a run killed in between evaluates again
                         report.measured(number, metrics)
             except PreemptionRequested:  # the hook starts again when the run continues here
                 signal, saving = stop.received, number not in (0, saved)
@@ -249,7 +244,12 @@ def open_workdir(task: BaseTask, workdir: AnyPath) -> Checkpoints:
     """
     config = task.config
     workdir.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep, keep_every=config.checkpoint_keep_every)
+    checkpoints = Checkpoints(
+        workdir,
+        keep=config.checkpoint_keep,
+        keep_every=config.checkpoint_keep_every,
+        best_metric=task.best_metric,
+    )
     config_file, classes_file = workdir / CONFIG_FILE, workdir / CLASSES_FILE
     if checkpoints.any():
         require(
@@ -338,14 +338,3 @@ def build_step(task: BaseTask, run: AbstractRun, warmup_steps: int, total_steps:
         ema_decay=config.optimizer.ema_decay,
         shardings=shardings_of(run.state.params),
     )
-
-
-def lower(task: BaseTask, mesh: Mesh) -> tuple[AbstractRun, jax.stages.Lowered]:
-    """Lower the training step of a task without data, for plans and benchmarks.
-
-    Raises:
-        UserError: if the numbers of the configuration do not fit together.
-    """
-    run = abstract_run(task, mesh)
-    step = build_step(task, run, warmup_steps=1, total_steps=2)  # the schedule's numbers do not change the program
-    return run, lower_step(step, run.state, global_batch(task, mesh), mesh)

@@ -2,17 +2,16 @@
 
 DIR/config.json, DIR/classes.json (classifiers)
 DIR/checkpoints/STEP/state      arrays: step, params, optimizer, bad_steps, skipped_updates, average (if kept)
-DIR/checkpoints/STEP/data       JSON: the position in the data
-DIR/checkpoints/STEP/metrics    JSON: the validation metric, if it was the best up to that step
-DIR/checkpoints_best/STEP       older runs: the best checkpoint; its data holds the metric
+DIR/checkpoints/STEP/data       JSON: the position in the data; "best": the validation metric, if it was the best
+DIR/checkpoints_best/STEP       of runs of the first version: the best checkpoint; its data holds the metric
 """
 
+import asyncio
 import contextlib
 import json
 import logging as std_logging
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -34,6 +33,7 @@ T = TypeVar("T")
 
 FOLDER = "checkpoints"
 OLD_BEST = "checkpoints_best"
+BEST = "best"  # key of a checkpoint's data
 CLASSES_FILE = "classes.json"
 
 
@@ -76,7 +76,7 @@ def read_run(workdir: AnyPath, *, best: bool = False, sharding: jax.sharding.Sha
         sharding = NamedSharding(mesh, PartitionSpec())
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), params)
     field = "params" if config.optimizer.ema_decay is None else "average"
-    paths = [path for _, path in scored(workdir)] if best else newest_first(workdir / FOLDER)
+    paths = [path for _, path in _best_first(workdir)] if best else newest_first(workdir / FOLDER)
     require(
         bool(paths) or not best,
         f"{workdir} holds no best checkpoint, which fine-tuning with validation keeps; leave out --best",
@@ -107,29 +107,35 @@ def checkpoints_in(folder: epath.Path) -> list[epath.Path]:
     return [folder / str(step) for step in steps]
 
 
-def metrics_file(path: epath.Path) -> epath.Path:
-    """Return the file in which Orbax keeps a checkpoint's metrics."""
-    return path / "metrics" / "metrics"
+class Scored(NamedTuple):
+    """A checkpoint that had the best validation metric of its run when it was saved."""
+
+    value: float
+    folder: epath.Path
 
 
-def scored(workdir: epath.Path) -> list[tuple[float, epath.Path]]:
-    """Return the checkpoints that had the best validation metric when they were saved, and that metric; best first."""
-    files = {path: metrics_file(path) for path in checkpoints_in(workdir / FOLDER)}
-    files |= {path: _data_file(path) for path in checkpoints_in(workdir / OLD_BEST)}
+def best_checkpoint(workdir: AnyPath) -> Scored | None:
+    """Return the checkpoint with the highest validation metric, None if there is no metric."""
+    return next(iter(_best_first(absolute(workdir))), None)
+
+
+def _best_first(workdir: epath.Path) -> list[Scored]:
     scores = []
-    for path, file in files.items():
-        with contextlib.suppress(FileNotFoundError, ValueError):  # an earlier version's checkpoint, or a damaged one
-            values = [value for name, value in json.loads(file.read_bytes()).items() if name != "samples"]
-            scores += [(value, str(path)) for value in values]
-    return [(value, epath.Path(path)) for value, path in broadcast_json(sorted(scores, reverse=True))]
+    for path in checkpoints_in(workdir / FOLDER) + checkpoints_in(workdir / OLD_BEST):
+        with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged checkpoint
+            data = read_data(path)
+            metric = data.get(BEST, {}) if path.parent.name == FOLDER else {**data, "samples": None}
+            scores += [(value, str(path)) for value in metric.values() if value is not None]
+    return [Scored(value, epath.Path(path)) for value, path in broadcast_json(sorted(scores, reverse=True))]
 
 
 def read_data(path: epath.Path) -> dict[str, Any]:
     """Return the position in the data that belongs to a checkpoint."""
-    return json.loads(_data_file(path).read_bytes())
+    return json.loads(data_file(path).read_bytes())
 
 
-def _data_file(path: epath.Path) -> epath.Path:
+def data_file(path: epath.Path) -> epath.Path:
+    """Return the file that Orbax writes a checkpoint's JSON to."""
     return path / "data" / "metadata"
 
 
@@ -189,18 +195,32 @@ def summarize(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hide messages of Orbax and asyncio about errors that they raise as well."""
+    """Hide what Orbax, asyncio and TensorStore print about errors that Orbax raises as well, hundreds of lines."""
     loggers = (logging.get_absl_logger(), std_logging.getLogger("asyncio"))
+    policy = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(_TolerantPolicy())
     for logger in loggers:
         logger.addFilter(_not_from_orbax)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
-            yield
+        yield
     finally:
         for logger in loggers:
             logger.removeFilter(_not_from_orbax)
+        asyncio.set_event_loop_policy(policy)
 
 
 def _not_from_orbax(record: std_logging.LogRecord) -> bool:
     return record.name != "asyncio" and not record.pathname.startswith(os.path.dirname(ocp.__file__))
+
+
+class _TolerantLoop(asyncio.SelectorEventLoop):
+    """An event loop that ignores callbacks after it was closed: TensorStore's, of the other arrays, when one failed."""
+
+    def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as in asyncio
+        with contextlib.suppress(RuntimeError):
+            return super().call_soon_threadsafe(*args, **kwargs)
+
+
+class _TolerantPolicy(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return _TolerantLoop()
