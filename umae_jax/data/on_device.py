@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 ERASE_AREA = (0.02, 1 / 3)  # fraction of the image
 ERASE_ASPECT = (0.3, 1 / 0.3)  # height over width
