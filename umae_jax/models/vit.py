@@ -8,19 +8,19 @@ from jax.typing import DTypeLike
 from umae_jax.errors import require
 from umae_jax.masking import Mask
 from umae_jax.models import layers
-from umae_jax.models.encoder import Encoder, Features, Sizes
+from umae_jax.models.encoder import Encoder, Features
+from umae_jax.models.positions_table import PositionTable
+from umae_jax.models.sizes import Sizes
 
 
 class Vit(Encoder):
-    """ViT with sin-cos positions; being free of neighbourhoods, it takes random masks as well as uniform ones.
+    """ViT with sin-cos positions. Its tokens need no neighbours, so it takes random masks as well as uniform ones.
 
     Args:
-        grid: rows and columns of patches of the images it is made for, which its position table has.
-        learned_positions: whether the table is a parameter (fine-tuning) or fixed.
-        And those of `Encoder`, whose sequences name the one stage.
-
-    Raises:
-        UserError: if the numbers do not fit together.
+        grid: rows and columns of patches of the images that its position table is made for.
+        learned_positions: make the position table a parameter (fine-tuning).
+        sizes: of its one stage; several raise a UserError.
+        final_norm, dtype: see `Encoder`.
     """
 
     def __init__(
@@ -28,19 +28,19 @@ class Vit(Encoder):
         sizes: Sizes,
         *,
         grid: tuple[int, int],
-        learned_positions: bool = False,
-        final_norm: bool = True,
-        dtype: DTypeLike = jnp.float32,
+        learned_positions: bool,
+        final_norm: bool,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
         super().__init__(sizes, patch_norm=False, final_norm=final_norm, dtype=dtype, rngs=rngs)
-        depths = tuple(sizes.depths)
-        require(len(depths) == 1, f"model.depths: a ViT has one stage, such as (12,), not {depths}")
-        ((_, width, heads, mlp_ratio, drops),) = sizes.stages()
-        self.class_token = layers.token(width, rngs=rngs)
-        self.positions = layers.PositionTable(width, grid, class_token=True, learned=learned_positions)
+        require(len(self.depths) == 1, f"model.depths: a ViT has one stage, such as (12,), not {self.depths}")
+        (stage,) = sizes.stages()
+        self.class_token = layers.token(stage.width, rngs=rngs)
+        self.positions = PositionTable(stage.width, grid, class_token=True, learned=learned_positions)
         self.blocks = nnx.List(
-            layers.TransformerBlock(width, heads, mlp_ratio, drop=drop, dtype=dtype, rngs=rngs) for drop in drops
+            layers.TransformerBlock(stage.width, stage.heads, stage.mlp_ratio, drop=drop, dtype=dtype, rngs=rngs)
+            for drop in stage.drops
         )
 
     def __call__(self, tokens: jax.Array, mask: Mask | None = None, drop_keys: jax.Array | None = None) -> Features:

@@ -18,7 +18,7 @@ from umae_jax.data.augment import RandAugment
 from umae_jax.data.on_device import mix, random_erase, random_flip, sample_keys, smooth_targets
 from umae_jax.data.pipeline import EvalLoader, Sample, abstract_batch, readers
 from umae_jax.data.sources import Source, open_images
-from umae_jax.data.transforms import LoadCrop, LoadWhole, load_whole, reason
+from umae_jax.data.transforms import LoadCrop, LoadWhole, Unreadable
 from umae_jax.errors import UserError, listing, require
 from umae_jax.features import read_encoder
 from umae_jax.files import AnyPath
@@ -195,15 +195,14 @@ class Task(BaseTask):
             return jax.nn.softmax(nnx.merge(run.graph, params)(images))
 
         failures = 0
-        for place in range(len(source)):
-            name = f"image {place}"
-            try:
-                name, data, _ = source[place]
-                pixels = load_whole(data, config.image_size, config.model.channels, config.validation.crop)
-            except Exception as error:  # decoders raise anything
+        load = LoadWhole(source, config.image_size, config.model.channels, config.validation.crop)
+        for index in range(len(source)):
+            loaded = load.try_load(index)
+            if isinstance(loaded, Unreadable):
                 failures += 1
-                cli.say(f"{name} cannot be read ({reason(error)})")
+                cli.say(f"{loaded.name} cannot be read ({loaded.reason})")
                 continue
+            (name, _, _), pixels = loaded
             likelihoods = np.asarray(probabilities(run.params, jnp.asarray(pixels[None])))[0]
             classes = {names[k]: float(likelihoods[k]) for k in np.argsort(-likelihoods)[:NUM_PREDICTED]}
             line = ", ".join(f"{label} {probability:.1%}" for label, probability in classes.items())

@@ -1,8 +1,9 @@
 """Labelled data for training, validation and probes."""
 
+from ml_collections import ConfigDict
+
 from umae_jax.data.sources import Source, open_source
 from umae_jax.errors import UserError, listing, require
-from ml_collections import ConfigDict
 
 
 def open_training(config: ConfigDict) -> Source:

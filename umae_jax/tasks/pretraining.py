@@ -15,8 +15,8 @@ from umae_jax.files import AnyPath, write_whole
 from umae_jax.models.masked import MaskedImageModel
 from umae_jax.multihost import is_primary
 from umae_jax.tasks import labelled, probing
-from umae_jax.training.task import BaseTask, Batch, Hook, Params, RunContext
 from umae_jax.training.sharding import replicated
+from umae_jax.training.task import BaseTask, Batch, Hook, Params, RunContext
 
 PICTURES = "reconstructions"  # folder in a run's directory
 KNN = "knn_top1"

@@ -110,9 +110,9 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
                 cli.say(startup.summary())
             if values["bad_steps"] >= config.stop_after_bad_steps:
                 raise UserError(
-                    f"the loss or gradient was not finite in {values['bad_steps']} consecutive steps, up to step {step} "
-                    f"(loss {values['loss']}); lower optimizer.base_learning_rate or set optimizer.clip_norm, and start "
-                    f"again to continue from the newest checkpoint in {workdir}"
+                    f"loss or gradient were not finite in {values['bad_steps']} consecutive steps, up to step {step} "
+                    f"(loss {values['loss']}); lower optimizer.base_learning_rate or set optimizer.clip_norm, and "
+                    f"start again to continue from the newest checkpoint in {workdir}"
                 )
             if step % config.log_every == 0 or step == total_steps:
                 report.training(step, values | {"skipped_images": skipped_images(own_skipped)} | clock.rates())
@@ -257,7 +257,8 @@ def open_workdir(task: BaseTask, workdir: AnyPath) -> Checkpoints:
             f"{workdir} holds checkpoints but no {CONFIG_FILE} that names their model; choose another --workdir",
         )
         check_same_run(read_config(config_file), config, workdir)
-        names = json.loads(classes_file.read_bytes()) if classes_file.is_file() else old_class_names(config_file)
+        written = classes_file.is_file()
+        names = json.loads(classes_file.read_bytes()) if written else old_class_names(config_file.read_bytes())
         check_same_classes(names, task.class_names, workdir)
     if is_primary():
         if task.class_names:
@@ -337,14 +338,3 @@ def build_step(task: BaseTask, run: AbstractRun, warmup_steps: int, total_steps:
         ema_decay=config.optimizer.ema_decay,
         shardings=shardings_of(run.state.params),
     )
-
-
-def lower(task: BaseTask, mesh: Mesh) -> tuple[AbstractRun, jax.stages.Lowered]:
-    """Lower the training step of a task without data, for plans and benchmarks.
-
-    Raises:
-        UserError: if the numbers of the configuration do not fit together.
-    """
-    run = abstract_run(task, mesh)
-    step = build_step(task, run, warmup_steps=1, total_steps=2)  # the schedule's numbers do not change the program
-    return run, lower_step(step, run.state, global_batch(task, mesh), mesh)

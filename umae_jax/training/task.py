@@ -15,7 +15,7 @@ from umae_jax.files import AnyPath
 from umae_jax.models.build import build_model
 from umae_jax.weights.stored_run import StoredRun
 
-Batch = dict[str, jax.Array]  # arrays [B, ...], sharded over their first axis
+Batch = dict[str, Any]  # arrays [B, ...], sharded over their first axis
 Params = Any  # a pytree of float32 arrays
 Prediction = tuple[str, dict[str, Any]]  # a line for people, and the same as JSON
 
@@ -156,4 +156,3 @@ class BaseTask(abc.ABC):
     def predict(self, run: StoredRun, path: Path) -> Iterator[Prediction]:
         """Predict for an image file or each image of a folder."""
         raise NotImplementedError(f"{self.config.model.method} predicts nothing of single images")
-

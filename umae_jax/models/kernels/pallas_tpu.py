@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 
 from umae_jax.models.kernels.platforms import LANES
 from umae_jax.models.windows import ACROSS_BORDERS, Windows
-from umae_jax.positions import choose
+from umae_jax.positions import select_by_sign
 
 FAST_MEMORY = 48 * 2**20  # bytes that a kernel may take, of the 64 MiB that a v5p has; others have 128
 SUBLANES = 8  # of a vector register of float32, by LANES
@@ -216,7 +216,8 @@ def _weights(
             logits += tables[0]
         else:
             row, column = _steps(terms.offsets, image, window, logits.shape)
-            logits += choose(row, [choose(column, tables[3 * case : 3 * case + 3]) for case in range(3)])
+            rows = [select_by_sign(column, tables[3 * case : 3 * case + 3]) for case in range(3)]
+            logits += select_by_sign(row, rows)
         if terms.regions is not None:
             apart = _differences(terms.regions[window], keys)[:, :lanes]
             logits += jnp.where(apart == 0, 0.0, ACROSS_BORDERS)

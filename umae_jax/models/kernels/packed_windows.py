@@ -1,0 +1,104 @@
+"""Attention within windows, on TPUs several small windows at a time: together they fill the lanes (see `softmax`)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from umae_jax.models.attention import bias_of, merge_heads, split_heads
+from umae_jax.models.kernels.platforms import LANES, is_for
+from umae_jax.models.kernels.softmax import Bias, attend
+from umae_jax.models.windows import Windows
+from umae_jax.positions import select_offset_case
+
+
+def windows_per_tile(windows: int, tokens: int) -> int:
+    """Return the number of neighbouring windows to attend to at a time, a divisor of `windows`; 1 except on TPUs."""
+    return math.gcd(windows, max(1, LANES // tokens)) if is_for("tpu") else 1
+
+
+def window_attention(
+    qkv: nnx.Linear,
+    proj: nnx.Linear,
+    x: jax.Array,
+    windows: Windows,
+    tables: jax.Array,
+    heads: int,
+    packed: int | None = None,
+) -> jax.Array:
+    """Compute `attention.window_attention`; `packed` overrides `windows_per_tile`."""
+    cut = windows.cut(x)
+    if packed is None:
+        packed = windows_per_tile(*cut.shape[1:3])
+    q, k, v = split_heads(qkv, cut, 3, heads) if packed == 1 else _split_packed(qkv, cut, heads, packed)
+    attended = attend(q, k, v, Bias(tables, lambda tables: _bias_of_pairs(tables, windows, packed)), packed)
+    return windows.join(merge_heads(proj, attended), x.shape[1:3])
+
+
+def _split_packed(linear: nnx.Linear, x: jax.Array, heads: int, packed: int) -> tuple[jax.Array, ...]:
+    """`split_heads` for queries, keys and values of packed windows, [..., windows, N, C] with tiles = windows / packed.
+
+    Returns:
+        Queries [..., tiles, heads, d, packed * N]; keys and values [..., tiles, heads, packed * d, N].
+    """
+    kernel = linear.kernel[...].reshape(x.shape[-1], 3, heads, -1).astype(linear.dtype)
+    bias = bias_of(linear).reshape(3, *(1,) * (x.ndim - 2), heads, -1, 1)
+    x = x.astype(linear.dtype)
+    x = x.reshape(*x.shape[:-3], -1, packed, *x.shape[-2:])  # [..., tiles, packed, N, C]
+    queries = jnp.einsum("...nc,chd->...hdn", x.reshape(*x.shape[:-3], -1, x.shape[-1]), kernel[:, 0]) + bias[0]
+    split = [queries]
+    for part in (1, 2):
+        stacked = jnp.einsum("...snc,chd->...hsdn", x, kernel[:, part]) + bias[part][..., None, :, :]
+        split.append(stacked.reshape(*stacked.shape[:-3], -1, stacked.shape[-1]))
+    return tuple(split)
+
+
+def _pack(pairs: jax.Array, axis: int, packed: int) -> jax.Array:
+    """Put queries of neighbouring windows side by side: [..., windows, ..., K, N] -> [..., tiles, ..., K, packed * N].
+
+    Args:
+        axis: of the windows; an axis of size 1, shared by all windows, stays.
+    """
+    if packed == 1:
+        return pairs
+    if pairs.shape[axis] == 1:
+        return jnp.concatenate([pairs] * packed, axis=-1)
+    pairs = pairs.reshape(*pairs.shape[:axis], -1, packed, *pairs.shape[axis + 1 :])
+    pairs = jnp.moveaxis(pairs, axis + 1, -2)  # [..., K, packed, N]
+    return pairs.reshape(*pairs.shape[:-2], -1)
+
+
+def _bias_of_pairs(tables: jax.Array, windows: Windows, packed: int) -> jax.Array:
+    """Compute `Windows.bias_of_pairs` for packed windows."""
+    bias = _pack(tables, 1, packed)
+    if windows.steps is not None:
+        row_step, column_step = (_pack(step, 1, packed) for step in windows.steps)
+        select = _select_offset_case_on_cpu if is_for("cpu") else select_offset_case
+        bias = select(bias, row_step, column_step)
+    if windows.mask is not None:
+        bias = bias + _pack(jnp.asarray(windows.mask), 0, packed)[None, :, None]
+    return bias
+
+
+# XLA:CPU passes over the gradient once for each case, at many times the cost of one sum for all cases. Devices that
+# share a batch exchange their sums.
+_select_offset_case_on_cpu = jax.custom_vjp(select_offset_case)
+
+
+def _forward(tables: jax.Array, row_step: jax.Array, column_step: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return select_offset_case(tables, row_step, column_step), (tables, row_step, column_step)
+
+
+def _backward(residuals: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, None, None]:
+    tables, row_step, column_step = residuals
+    case = (3 * row_step + column_step + 4)[:, :, None]  # [B, windows, 1, N, N]
+    zero = np.zeros((), gradient.dtype)
+    grad_cases = [jnp.where(case == number, gradient, zero) for number in range(9)]
+    shared = (0, 1) if tables.shape[1] == 1 else (0,)
+    sums = jax.lax.reduce(grad_cases, [zero] * 9, lambda one, other: jax.tree.map(jnp.add, one, other), shared)
+    return jnp.stack(sums).reshape(tables.shape), None, None
+
+
+_select_offset_case_on_cpu.defvjp(_forward, _backward)

@@ -1,0 +1,68 @@
+"""The absolute position embedding of PVT and ViT (SPEC 4, 5)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from umae_jax.masking import Mask
+from umae_jax.positions import sincos_table
+
+
+def resize_positions(table: jax.Array, old: tuple[int, int], new: tuple[int, int], *, leading: int = 0) -> jax.Array:
+    """Resize the position embeddings of a grid to another grid, bicubic and antialiased.
+
+    Args:
+        table: [1, leading + old rows * columns, C].
+        old, new: rows and columns.
+        leading: rows of the table that belong to no place of the grid and stay as they are.
+
+    Returns:
+        [1, leading + new rows * columns, C].
+    """
+    if old == new:
+        return table
+    width = table.shape[-1]
+    resized = jax.image.resize(table[:, leading:].reshape(1, *old, width), (1, *new, width), "cubic")
+    return jnp.concatenate([table[:, :leading], resized.reshape(1, -1, width)], axis=1)
+
+
+class PositionTable(nnx.Module):
+    """The position embedding of a grid of patches: the sin-cos table, fixed, or learned starting from it.
+
+    On another grid the table is resized, bicubic and antialiased.
+
+    Args:
+        width: of a token.
+        grid: rows and columns of the full grid.
+        class_token: reserve position 0 for a class token.
+        learned: make the table a parameter, [1, class token and patches, width].
+    """
+
+    def __init__(self, width: int, grid: tuple[int, int], *, class_token: bool = False, learned: bool = False) -> None:
+        self.width = width
+        self.grid = grid
+        self.leading = int(class_token)
+        self.table = nnx.Param(jnp.asarray(self.fixed())) if learned else None
+
+    def fixed(self) -> np.ndarray:
+        """Return the sin-cos table, float32 [1, class token and patches, width]; zeros for the class token."""
+        table = sincos_table(self.width, self.grid).reshape(-1, self.width)
+        return np.pad(table, ((self.leading, 0), (0, 0)))[None]
+
+    def _values(self) -> jax.Array:
+        return jnp.asarray(self.fixed()) if self.table is None else self.table[...]
+
+    def of_class_token(self) -> jax.Array:
+        """Return the position embedding of the class token, [1, 1, width]."""
+        return self._values()[:, : self.leading]
+
+    def __call__(self, tokens: jax.Array, mask: Mask | None) -> jax.Array:
+        """Return the positions of a map of tokens [B, rows, columns, width], compact if a mask is given: [B or 1, ...].
+
+        On the compact grid each token has the embedding of its original place.
+        """
+        rows, columns = (size * (1 if mask is None else 2) for size in tokens.shape[1:3])
+        table = resize_positions(self._values()[:, self.leading :], self.grid, (rows, columns))
+        table = table.reshape(1, rows, columns, self.width)
+        return (table if mask is None else mask.compact(table)).astype(tokens.dtype)

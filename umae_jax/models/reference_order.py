@@ -1,0 +1,29 @@
+"""The decoder positions of the reference's pyramids: its fault (SPEC 6), for its checkpoints and golden numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from umae_jax.masking import Mask
+from umae_jax.models.encoder import uniform
+
+
+def in_reference_order(mask: Mask, positions: jax.Array) -> jax.Array:
+    """Return positions for the sampled units, in the reference's order instead of `mask.compact(positions)`.
+
+    The reference hands out the positions of the sampled units in row-major order of the full grid, while the units are in
+    row-major order of the cells.
+
+    Args:
+        mask: a uniform mask.
+        positions: [1, unit rows, unit columns, D].
+
+    Returns:
+        [B, cell rows, cell columns, D].
+    """
+    offset = uniform(mask).offset
+    rows, columns = offset.shape[1:]
+    row = 2 * np.arange(rows)[None, :, None] + offset // 2
+    column = 2 * np.arange(columns)[None, None, :] + offset % 2
+    units = jnp.sort((row * 2 * columns + column).reshape(offset.shape[0], -1), axis=-1)
+    return positions.reshape(-1, positions.shape[-1])[units].reshape(*offset.shape, -1)

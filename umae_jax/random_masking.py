@@ -1,0 +1,73 @@
+"""Random masking (SPEC 2), for the ViT and SimMIM: any quarter of an image's units, in any order.
+
+The units fill the same four compact maps as under uniform masking (see `masking.Mask`), so models need not know which
+kind of mask they have.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from umae_jax.masking import image_keys, sample_hidden, unit_side
+
+
+class RandomMask(NamedTuple):
+    """A mask of units in any order, for encoders whose tokens need no neighbours.
+
+    Attributes:
+        order: int32 [B, 4, rows, columns], the unit (row-major number in the full grid) at each place of the four
+            compact maps. The first map holds the sampled units.
+        hidden: bool [B, rows, columns], see `masking.Mask`.
+    """
+
+    order: jax.Array
+    hidden: jax.Array
+
+    def compact(self, x: jax.Array) -> jax.Array:
+        """See `masking.Mask.compact`."""
+        return _gather_units(x, self.order[:, :1])[:, 0]
+
+    def masked_units(self, x: jax.Array) -> jax.Array:
+        """See `masking.Mask.masked_units`."""
+        return _gather_units(x, self.order[:, 1:])
+
+    def assemble(self, sampled: jax.Array, masked: jax.Array) -> jax.Array:
+        """See `masking.Mask.assemble`."""
+        batch, height, width, channels = sampled.shape
+        rows, columns = self.order.shape[2:]
+        masked = jnp.broadcast_to(masked, (batch, 3, height, width, channels))
+        # The four maps, one below the other, are 4 * rows x columns units; the full grid has 2 * rows x 2 * columns.
+        maps = jnp.concatenate([sampled[:, None], masked], axis=1).reshape(batch, 4 * height, width, channels)
+        places = jnp.argsort(self.order.reshape(batch, -1), axis=-1).reshape(batch, 1, 2 * rows, 2 * columns)
+        return _gather_units(maps, places, height // rows)[:, 0]
+
+
+def sample_random_mask(key: jax.Array, batch: int, cells: tuple[int, int], secondary_ratio: float) -> RandomMask:
+    """Draw a quarter of each image's units at random; arguments and errors as for `masking.sample_uniform_mask`."""
+
+    def sample_one(image_key: jax.Array) -> RandomMask:
+        order_key, hidden_key = jax.random.split(image_key)
+        order = jax.random.permutation(order_key, jnp.arange(4 * cells[0] * cells[1], dtype=jnp.int32))
+        return RandomMask(order.reshape(4, *cells), sample_hidden(hidden_key, cells, secondary_ratio))
+
+    return jax.vmap(sample_one)(image_keys(key, batch))
+
+
+def _gather_units(x: jax.Array, order: jax.Array, side: int | None = None) -> jax.Array:
+    """Gather the units of a map in another order: [B or 1, H, W, C] -> [B, m, rows * k, columns * k, C].
+
+    Args:
+        x: a map of units of `side` x `side` elements; None: a map of the full grid.
+        order: [B, m, rows, columns], row-major numbers of units in `x`.
+        side: elements along a unit's side.
+    """
+    batch, m, rows, columns = order.shape
+    k = unit_side(x.shape, (rows, columns)) if side is None else side
+    channels = x.shape[-1]
+    units = x.reshape(x.shape[0], x.shape[1] // k, k, x.shape[2] // k, k, channels)
+    units = units.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape[0], -1, k * k * channels)
+    units = jnp.broadcast_to(units, (batch, *units.shape[1:]))
+    chosen = jnp.take_along_axis(units, order.reshape(batch, -1, 1), axis=1)
+    chosen = chosen.reshape(batch, m, rows, columns, k, k, channels).transpose(0, 1, 2, 4, 3, 5, 6)
+    return chosen.reshape(batch, m, rows * k, columns * k, channels)
