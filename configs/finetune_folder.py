@@ -1,9 +1,9 @@
-"""Swin-T as a classifier of your own images, on one GPU or in Colab, after configs/pretrain_folder.py.
+"""Swin-T classifier for a folder of your own images, on one GPU or in Colab, after pretrain_folder.
 
-    python -m umae_jax.finetune --config configs/finetune_folder.py --workdir DIR --config.init=DIR_OR_FILE \
+    python -m umae_jax.finetune --config finetune_folder --workdir DIR --config.init=DIR_OR_FILE \
         --config.data.source=folder:TRAIN --config.validation.source=folder:VALIDATION
 
-Both folders hold one subfolder a class. Nothing is published for it.
+Each folder has one subfolder per class. There is no published result to compare with.
 """
 
 from ml_collections import ConfigDict

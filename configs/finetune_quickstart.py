@@ -1,9 +1,9 @@
-"""A classifier from configs/quickstart.py: minutes on two CPU cores.
+"""A classifier that starts from the quickstart's weights: minutes on two CPU cores.
 
-    python -m umae_jax.finetune --config configs/finetune_quickstart.py --workdir DIR --config.init=runs/quickstart \
+    python -m umae_jax.finetune --config finetune_quickstart --workdir DIR --config.init=runs/quickstart \
         --config.data.source=folder:TRAIN --config.validation.source=folder:VALIDATION
 
-Both folders hold one subfolder a class; launch/colab.ipynb makes such of the photographs.
+Each folder has one subfolder per class; launch/colab.ipynb makes two from the photographs.
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.validation.source = "folder:images/validation"
     config.validation.every_epochs = 2.0
 
-    # Mixed images and many operations are for long runs.
+    # Strong augmentation helps only in long runs.
     config.augment.update(operations=0, erase=0.0, mixup=0.0, cutmix=0.0)
     config.optimizer.base_learning_rate = 8e-3
     config.optimizer.layer_decay = 0.9

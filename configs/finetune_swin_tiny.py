@@ -1,6 +1,6 @@
-"""Swin-T, fine-tuned for 100 epochs on ImageNet-1K after 200 of pre-training (the paper's row; SPEC 10 to 12).
+"""Swin-T, fine-tuned for 100 epochs on ImageNet-1K after 200 of pre-training (the paper's setting; SPEC 10 to 12).
 
-    python -m umae_jax.finetune --config configs/finetune_swin_tiny.py --workdir DIR --config.init=DIR_OR_FILE \
+    python -m umae_jax.finetune --config finetune_swin_tiny --workdir DIR --config.init=DIR_OR_FILE \
         --config.data.data_dir=TFDS_FOLDER
 
 Published top-1: 82.04% after UM-MAE, 82.20% after SimMIM.

@@ -1,10 +1,10 @@
 """Swin-T on a folder of your own images, on one GPU or in Colab.
 
-    python -m umae_jax.pretrain --config configs/pretrain_folder.py --workdir DIR --config.data.source=folder:PATH
+    python -m umae_jax.pretrain --config pretrain_folder --workdir DIR --config.data.source=folder:PATH
 
-The paper's model and masking at 128 x 128 pixels, with what suits some thousand to some hundred thousand images: a
-batch that one GPU holds, many epochs, a higher rate for the smaller batch, clipped gradients. Nothing is published for
-it; watch the pictures in DIR/reconstructions.
+The paper's model and masking at 128 x 128 pixels, for a few thousand to a few hundred thousand images: a batch that
+fits on one GPU, many epochs, a higher learning rate for the smaller batch, and gradient clipping. There is no published
+result to compare with; look at the pictures in DIR/reconstructions.
 """
 
 from ml_collections import ConfigDict

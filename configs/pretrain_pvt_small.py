@@ -1,6 +1,6 @@
-"""PVT-S, UM-MAE 25% with secondary masking, 200 epochs on ImageNet-1K (the paper's row; SPEC 4, 10 to 12).
+"""PVT-S, UM-MAE 25% with secondary masking, 200 epochs on ImageNet-1K (the paper's setting; SPEC 4, 10 to 12).
 
-    python -m umae_jax.pretrain --config configs/pretrain_pvt_small.py --workdir DIR \
+    python -m umae_jax.pretrain --config pretrain_pvt_small --workdir DIR \
         --config.data.source=tfds:imagenet2012 --config.data.data_dir=TFDS_FOLDER
 
 Published: 21.3 hours on 8 GPUs (SimMIM: 38.0); 79.31% top-1 after 100 epochs of fine-tuning.

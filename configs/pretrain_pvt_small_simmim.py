@@ -1,6 +1,6 @@
 """PVT-S, SimMIM, 200 epochs on ImageNet-1K (the paper's baseline; SPEC 4, 7, 10 to 12).
 
-    python -m umae_jax.pretrain --config configs/pretrain_pvt_small_simmim.py --workdir DIR \
+    python -m umae_jax.pretrain --config pretrain_pvt_small_simmim --workdir DIR \
         --config.data.source=tfds:imagenet2012 --config.data.data_dir=TFDS_FOLDER
 
 Published: 38.0 hours on 8 GPUs (UM-MAE: 21.3); 79.28% top-1 after 100 epochs of fine-tuning.

@@ -1,9 +1,9 @@
-"""ViT-B, uniform sampling and secondary masking, 200 epochs on ImageNet-1K (the paper's row; SPEC 5, 10 to 12).
+"""ViT-B, uniform sampling and secondary masking, 200 epochs on ImageNet-1K (the paper's setting; SPEC 5, 10 to 12).
 
-    python -m umae_jax.pretrain --config configs/pretrain_vit_base.py --workdir DIR \
+    python -m umae_jax.pretrain --config pretrain_vit_base --workdir DIR \
         --config.data.source=tfds:imagenet2012 --config.data.data_dir=TFDS_FOLDER
 
-Published: 82.88% top-1 after 100 epochs of fine-tuning, as with random sampling. The paper gives no hours for it.
+Published: 82.88% top-1 after 100 epochs of fine-tuning, as with random sampling. The paper reports no training time.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
-"""A small Swin on the photographs that come along: minutes on two CPU cores.
+"""A small Swin on the bundled photographs: minutes on two CPU cores.
 
-python -m umae_jax.pretrain --config configs/quickstart.py --workdir runs/quickstart
+python -m umae_jax.pretrain --config quickstart --workdir runs/quickstart
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     config.image_size = (128, 128)
     config.batch_size = 16
     config.dtype = "float32"
-    config.total_epochs = 850.0  # of fifteen photographs: 797 steps
+    config.total_epochs = 850.0  # 797 steps over 15 photographs
 
     config.model.widths = (48, 96, 192)
     config.model.depths = (1, 1, 2)
@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.model.mlp_ratios = (4, 4, 4)
     config.model.decoder_width = 128
     config.model.decoder_heads = 4
-    config.model.norm_pix_loss = False  # plain pixels: blurred, but pictures need no borrowed statistics
+    config.model.norm_pix_loss = False  # plain pixels: blurrier, but pictures need no statistics of the true units
 
     config.data.source = "photos"
     config.data.area = 0.5

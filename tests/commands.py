@@ -30,13 +30,19 @@ def start(module, *arguments, devices=8, environment=None):
 
 
 def start_together(module, *arguments, processes=2, devices=4, differing=None, environments=None):
-    """Start a command as several processes of so many devices each, some arguments and variables of each alone."""
+    """Start a command as several processes.
+
+    Args:
+        devices: per process.
+        differing: arguments of each process alone.
+        environments: variables of each process alone.
+    """
     address = f"localhost:{free_port()}"
     return [
         start(
             module,
             *arguments,
-            *(f"--coordinator={address}", f"--processes={processes}", f"--process={index}"),
+            *(f"--coordinator_address={address}", f"--num_processes={processes}", f"--process_id={index}"),
             *(differing[index] if differing else ()),
             devices=devices,
             environment=environments[index] if environments else None,
@@ -46,16 +52,10 @@ def start_together(module, *arguments, processes=2, devices=4, differing=None, e
 
 
 def free_port():
-    """A port of this machine that is free, as is the one above it."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("localhost", 0))
-            port = first.getsockname()[1]
-            try:
-                second.bind(("localhost", port + 1))
-            except OSError:
-                continue
-            return port
+    """Return a free port of this machine."""
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
 
 
 def end(started, statuses=None):

@@ -1,16 +1,13 @@
-"""Settings of every test: 8 simulated devices, strict promotion, a cache of compilations, which are not optimised.
-
-And what tests of several modules share.
-"""
+"""Settings and fixtures of all tests: 8 simulated devices, strict promotion, cached and unoptimised compilation."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-# Read when JAX is first imported, and by the commands that tests start.
+# JAX reads these on import, in the commands that tests start too.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests spend their time compiling; the machine code of models so small need not be fast.
+# Compilation dominates the time of tests; their models are too small to need optimised code.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -20,12 +17,14 @@ os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
 @pytest.fixture
 def tpus():
-    """Four TPUs that need not be there, to compile for."""
+    """Describe four absent TPUs to compile for."""
     pytest.importorskip("libtpu", reason="the plan extra is not installed")  # part of the test extra
-    import jax  # here, as what is set above must come first
+    import jax  # after the settings above
+    from jax.experimental.compilation_cache import compilation_cache
 
     from umae_jax.planning.targets import find_target
 
     cached = jax.config.jax_enable_compilation_cache
     yield find_target("v5e:2x2").devices
     jax.config.update("jax_enable_compilation_cache", cached)
+    compilation_cache.reset_cache()  # JAX reads the setting only once

@@ -47,10 +47,13 @@ def config_of(name):
             "vit": {"widths": (32,), "depths": (2,), "heads": (4,), "patch": 8},
         }[encoder]
     )
-    model.decoder_width, model.decoder_heads = (24, 3) if encoder == "vit" else (32, 4)
-    model.classes = 10
-    model.window = 16 if name == "swin_um_window8" else 8
-    model.reference_order = encoder != "vit" and method == "um_mae"
+    if method in ("um_mae", "mae"):
+        model.decoder_width, model.decoder_heads = (24, 3) if encoder == "vit" else (32, 4)
+        model.reference_order = encoder != "vit" and method == "um_mae"
+    if method == "classifier":
+        model.classes = 10
+    if encoder == "swin":
+        model.window = 16 if name == "swin_um_window8" else 8
     if name == "swin_um_window4_no_secondary":
         model.secondary_ratio, model.norm_pix_loss = 0.0, False
     return config

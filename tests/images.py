@@ -1,4 +1,4 @@
-"""Small image files for tests."""
+"""Make small images and image files for tests."""
 
 import io
 from pathlib import Path
@@ -8,21 +8,21 @@ from PIL import Image
 
 
 def picture(seed=0, height=60, width=80):
-    """A smooth colourful picture: uint8 [height, width, 3]."""
+    """Draw a smooth colourful picture: uint8 [height, width, 3]."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
     return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def encode(image, kind="PNG", **options):
-    """The bytes of an image file."""
+    """Return the contents of an image file."""
     data = io.BytesIO()
     image.save(data, kind, **options)
     return data.getvalue()
 
 
 def write_folder(folder: Path, count=12, classes=(), height=60, width=80):
-    """A folder of JPEG files, spread over class subfolders if there are any."""
+    """Write a folder of JPEG files, spread over subfolders if classes are given."""
     for number in range(count):
         place = folder / classes[number % len(classes)] if classes else folder
         place.mkdir(parents=True, exist_ok=True)

@@ -1,21 +1,21 @@
-"""Directories of runs, without training."""
+"""Directories of runs, written without training."""
 
 import jax
-from jax.sharding import AxisType
+import jax.numpy as jnp
+import optax
 
 from umae_jax.config import CONFIG_FILE, to_json
 from umae_jax.training.checkpoint import Checkpoints
-from umae_jax.training.runs import describe, start_from
+from umae_jax.training.state import init_state
 
 
 def store(workdir, config, params, step=7):
-    """Write a run whose newest checkpoint holds these parameters."""
-    # On one device, which is written much faster than on the eight.
-    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
-    run = describe(config, mesh)
+    """Write a run whose newest checkpoint holds these parameters, but no optimizer state to continue from."""
     workdir.mkdir(parents=True)
     (workdir / CONFIG_FILE).write_text(to_json(config))
+    params = jax.tree.map(jnp.asarray, params)  # on one device: written much faster than from eight
     checkpoints = Checkpoints(workdir)
-    checkpoints.save(step, start_from(run, params), samples=0)
+    ema = config.optimizer.ema_decay is not None
+    checkpoints.save(step, init_state(params, optax.identity(), ema=ema), {"samples": 0})
     checkpoints.wait()
     checkpoints.close()

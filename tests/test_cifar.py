@@ -1,6 +1,7 @@
-"""The experiment of configs/cifar, at its smallest."""
+"""The experiment of configs/cifar, with tiny models and data."""
 
 import importlib.util
+import json
 import sys
 import zipfile
 
@@ -17,7 +18,7 @@ TINY = ("widths=(8,16,32)", "depths=(1,1,1)", "position_width=4")
 
 @pytest.fixture(scope="module")
 def experiment():
-    """The script as a module."""
+    """Load the script as a module."""
     spec = importlib.util.spec_from_file_location("experiment", ROOT / "configs" / "cifar" / "experiment.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -26,7 +27,7 @@ def experiment():
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
-    """12 training and 6 test images of each of two classes."""
+    """Write 12 training and 6 test images for each of two classes."""
     path = tmp_path_factory.mktemp("archive") / "images.zip"
     with zipfile.ZipFile(path, "w") as file:
         for split, count in (("train", 12), ("test", 6)):
@@ -37,8 +38,8 @@ def archive(tmp_path_factory):
     return path
 
 
-def test_few_images_are_labelled_and_others_held_out(experiment, archive, tmp_path):
-    for _ in range(2):  # the second time nothing is left to do
+def test_unpack_links_labelled_and_held_out_images(experiment, archive, tmp_path):
+    for _ in range(2):  # the second call does nothing
         experiment.unpack(archive, tmp_path / "data", labelled=5, held_out=3)
     names = {
         part: sorted(path.name for path in (tmp_path / "data" / part / "dog").iterdir())
@@ -50,24 +51,24 @@ def test_few_images_are_labelled_and_others_held_out(experiment, archive, tmp_pa
     assert len(names["test"]) == 6
 
 
-def test_more_labels_than_images_are_refused(experiment, archive, tmp_path):
-    with pytest.raises(SystemExit, match="cat has 12 images; ask for no more than these"):
+def test_more_labels_than_images_are_an_error(experiment, archive, tmp_path):
+    with pytest.raises(SystemExit, match=r"--labelled.*cat has 12 images"):
         experiment.unpack(archive, tmp_path / "data", labelled=10, held_out=3)
     assert not (tmp_path / "data").exists()
 
 
-def test_a_directory_keeps_its_settings(experiment, archive, tmp_path):
+def test_a_directory_rejects_other_settings(experiment, archive, tmp_path):
     for labelled in (5, 5, 6):
         flags.FLAGS.unparse_flags()
         flags.FLAGS([sys.argv[0], f"--zip={archive}", f"--workdir={tmp_path}", f"--labelled={labelled}"])
         if labelled == 6:
-            with pytest.raises(SystemExit, match="was begun with another --labelled"):
+            with pytest.raises(SystemExit, match="--labelled"):
                 experiment.keep_settings(tmp_path)
         else:
             assert experiment.keep_settings(tmp_path)["labelled"] == 5
 
 
-def test_a_table_has_means_spreads_and_a_plot(experiment, tmp_path):
+def test_the_table_has_mean_and_standard_deviation(experiment, tmp_path):
     rows = {
         "from scratch": [{"top1": 0.5}, {"top1": 0.7}],
         "UM-MAE": [{"top1": 0.8, "pretrain_seconds": 60.0}, {"top1": 0.8, "pretrain_seconds": 120.0}],
@@ -76,12 +77,24 @@ def test_a_table_has_means_spreads_and_a_plot(experiment, tmp_path):
     assert table["from scratch"]["top1"] == {"mean": 0.6, "std": pytest.approx(0.02**0.5), "values": [0.5, 0.7]}
     assert table["UM-MAE"]["pretrain_seconds"]["mean"] == 90
     assert experiment.summarize({"one": [{"top1": 0.5}]})["one"]["top1"]["std"] is None
-    experiment.draw(table, tmp_path / "table.png")
+
+
+def test_the_plot_is_written(experiment, tmp_path):
+    rows = {"from scratch": [{"top1": 0.5}], "UM-MAE": [{"top1": 0.8, "pretrain_processor_seconds": 60.0}]}
+    experiment.draw(experiment.summarize(rows), tmp_path / "table.png")
     with Image.open(tmp_path / "table.png") as image:
-        assert image.size == (1050, 675)
+        assert image.width > 100
 
 
-def test_a_row_pretrains_judges_and_finetunes_by_the_commands(experiment, archive, tmp_path, monkeypatch):
+def test_the_pages_show_the_stored_results(experiment):
+    rows = json.loads((ROOT / "configs" / "cifar" / "results" / "table.json").read_text())["rows"]
+    lines = experiment.markdown(rows).splitlines()
+    assert set(lines) <= set((ROOT / "docs" / "reproducing.md").read_text().splitlines())
+    shown = set((ROOT / "README.md").read_text().splitlines())
+    assert {line for line in lines[2:] if line.split(" | ")[0] in ("| from scratch", "| SimMIM", "| UM-MAE")} <= shown
+
+
+def test_a_row_pretrains_probes_and_finetunes_once(experiment, archive, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
@@ -100,4 +113,4 @@ def test_a_row_pretrains_judges_and_finetunes_by_the_commands(experiment, archiv
     assert 0 <= row["top1"] <= 1
     assert row["pretrain_seconds"] > 0
     assert row["pretrain_memory"] > 50
-    assert trial.row("UM-MAE", method, rates, seed=1) == row  # what is done is not done again
+    assert trial.row("UM-MAE", method, rates, seed=1) == row  # finished commands do not run again

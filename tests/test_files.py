@@ -14,10 +14,10 @@ from etils import epath
 
 from tests import commands
 from tests.images import write_folder
-from umae_jax import files, load_encoder
+from umae_jax import load_encoder
 from umae_jax.data.sources import open_folder
 from umae_jax.errors import UserError
-from umae_jax.files import GrowingObject, explain, locate, locate_here, read_file, write_whole
+from umae_jax.files import absolute, explain, locate, locate_here, move_folder, reason, write_together, write_whole
 from umae_jax.training import metrics
 
 COMMON = ("--config.total_steps=6", "--config.checkpoint_every=2", "--config.checkpoint_keep=2")
@@ -65,14 +65,14 @@ def images(bucket, tmp_path_factory):
     return folder, str(there)
 
 
-def test_a_path_is_here_or_in_a_bucket(bucket):
+def test_a_path_is_local_or_in_a_bucket(bucket):
     assert locate("~/x", "path") == Path.home() / "x"
     assert str(locate(f"{bucket}/x", "--workdir") / "y") == f"{bucket}/x/y"
-    with pytest.raises(UserError, match="--output: gs://bucket/x is in a bucket; name a path of this machine"):
+    with pytest.raises(UserError, match="--output: gs://bucket/x is in a bucket"):
         locate_here(f"{bucket}/x", "--output")
 
 
-def test_what_keeps_from_a_bucket_is_one_sentence(bucket, monkeypatch):
+def test_an_unreachable_bucket_is_one_sentence(bucket, monkeypatch):
     def refuse(path):
         raise ValueError("no credentials\nmore")
 
@@ -84,7 +84,7 @@ def test_what_keeps_from_a_bucket_is_one_sentence(bucket, monkeypatch):
         locate(f"{bucket}/x", "init")
 
 
-def test_what_the_service_refuses_is_one_sentence(bucket, monkeypatch):
+def test_a_refusal_of_the_service_is_one_sentence(bucket, monkeypatch):
     import gcsfs
 
     place = locate(f"{bucket}/x", "--workdir")
@@ -96,18 +96,19 @@ def test_what_the_service_refuses_is_one_sentence(bucket, monkeypatch):
     monkeypatch.setattr(gcsfs.GCSFileSystem, "_request", refuse)
     with pytest.raises(OSError, match="Forbidden") as failed:
         place.read_bytes()
-    assert explain(failed.value).startswith("what lies in a bucket cannot be reached (OSError: Forbidden: x); check")
+    assert "(OSError: Forbidden: x)" in explain(failed.value)
     assert explain(OSError("another")) is None
+    assert reason(OSError("another")) == "another"
+    with pytest.raises(TypeError):
+        reason(TypeError())
 
 
-def test_what_lies_elsewhere_is_refused():
-    with pytest.raises(
-        UserError, match="--workdir: s3://x/y is neither of this machine nor in a bucket; write gs://BUCKET/PATH"
-    ):
+def test_other_schemes_are_rejected():
+    with pytest.raises(UserError, match="--workdir: s3://x/y is neither"):
         locate("s3://x/y", "--workdir")
 
 
-def test_tensorflow_is_not_asked(bucket, tmp_path):
+def test_buckets_do_without_tensorflow(bucket, tmp_path):
     (tmp_path / "tensorflow").mkdir()
     (tmp_path / "tensorflow" / "__init__.py").write_text("raise RuntimeError('imported')")
     program = "from umae_jax.files import locate; print(locate('gs://bucket/x', 'x').exists())"
@@ -118,7 +119,7 @@ def test_tensorflow_is_not_asked(bucket, tmp_path):
     assert done.stdout == "False\n", done.stderr
 
 
-def test_metrics_outlive_a_bucket_that_fails_for_a_while(bucket, monkeypatch):
+def test_metrics_survive_a_bucket_that_fails_for_a_while(bucket, monkeypatch):
     workdir = locate(f"{bucket}/failing", "--workdir")
     monkeypatch.setattr(metrics, "FLUSH_SECONDS", 0)
     writer = metrics.MetricsWriter(workdir, 0)
@@ -126,10 +127,10 @@ def test_metrics_outlive_a_bucket_that_fails_for_a_while(bucket, monkeypatch):
     def fail(path, data):
         raise UserError("no network")
 
-    monkeypatch.setattr(files, "write_whole", fail)
-    writer.write(1, {"loss": 1.0})  # is told, and tried again
+    monkeypatch.setattr(metrics, "write_whole", fail)
+    writer.write(1, {"loss": 1.0})  # warns, and tries again later
     with pytest.raises(UserError, match="no network"):
-        writer.flush()  # before a checkpoint there is no way around it
+        writer.flush()  # before a checkpoint it must succeed
     writer.close()
     monkeypatch.undo()
     writer = metrics.MetricsWriter(workdir, 0)
@@ -139,21 +140,34 @@ def test_metrics_outlive_a_bucket_that_fails_for_a_while(bucket, monkeypatch):
     writer.close()
 
 
-def test_what_cannot_be_written_in_a_bucket_is_one_sentence(bucket):
+def test_a_failed_write_to_a_bucket_is_one_sentence(bucket):
     with pytest.raises(UserError, match="gs://none/x could not be written"):
         write_whole(locate("gs://none/x", "path"), b"data")
 
 
-def test_a_file_in_a_bucket_grows(bucket):
-    path = locate(f"{bucket}/log", "path")
-    log = GrowingObject(path, b"one ")
-    log.write(b"two ")
-    assert not path.exists()
-    log.flush()
-    assert read_file(str(path)) == b"one two "
-    log.write(b"three")
-    log.close()
-    assert path.read_bytes() == b"one two three"
+def test_a_folder_moves_in_a_bucket_and_on_disk(bucket, tmp_path):
+    for root in (locate(f"{bucket}/moved", "path"), epath.Path(tmp_path)):
+        (root / "to" / "1").mkdir(parents=True, exist_ok=True)
+        (root / "to" / "1" / "replaced").write_text("x")
+        (root / "from" / "1" / "deep").mkdir(parents=True, exist_ok=True)
+        (root / "from" / "1" / "deep" / "file").write_text("content")
+        move_folder(root / "from" / "1", root / "to" / "1")
+        assert [path.name for path in (root / "to" / "1").iterdir()] == ["deep"]
+        assert (root / "to" / "1" / "deep" / "file").read_text() == "content"
+        assert not (root / "from" / "1" / "deep" / "file").exists()
+
+
+def test_absolute_paths(bucket, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert absolute(Path("x")) == tmp_path / "x"
+    assert str(absolute(epath.Path(f"{bucket}/x"))) == f"{bucket}/x"
+
+
+def test_files_take_their_names_together(tmp_path):
+    with pytest.raises(OSError, match="No such file") as failed:
+        write_together({tmp_path / "a": b"1", tmp_path / "no" / "b": b"2"})
+    assert failed.value.filename == str(tmp_path / "no" / "b")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_in_a_bucket_is_read_as_one_on_disk(images):

@@ -1,11 +1,8 @@
-"""Several processes as one: they train alike, stop together, and say what is wrong instead of hanging."""
+"""Several processes train as one, stop together, and end when one of them fails."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -13,28 +10,27 @@ import pytest
 
 from tests import commands
 from tests.images import write_folder
-from umae_jax.errors import UserError
-from umae_jax.processes import Place, difference, find_place
 
 TINY = ("--config", "tests/tiny.py")
 ALONE = ("--config.picture_every=6", "--config.total_steps=7")
-GLOO = "[Gloo]"  # XLA's greeting on standard output, not ours
+ENDLESS = ("--config.total_steps=100000", "--config.checkpoint_every=100000")
+GLOO = "[Gloo]"  # printed by XLA when processes connect
 
 
 def start(workdir, *overrides, **options):
     return commands.start_together("pretrain", *TINY, "--workdir", workdir, *overrides, **options)
 
 
-def said(errors):
-    """What was said that is ours or a failure."""
+def lines(errors):
+    """Lines of the terminal that XLA does not print on every start."""
     return [line for line in errors.splitlines() if GLOO not in line]
 
 
-def wait_for(process, beginning):
+def wait_for(process, prefix):
     for line in process.stderr:
-        if line.startswith(beginning):
+        if line.startswith(prefix):
             return
-    raise AssertionError(f"it ended before it said {beginning!r}")
+    raise AssertionError(f"it ended without a line that starts with {prefix!r}")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +43,7 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """The same run by two processes of four, and what they printed."""
+    """The same run by two processes of four devices, and what they printed."""
     workdir = tmp_path_factory.mktemp("together")
     return workdir, commands.end(start(workdir, *ALONE, "--config.mesh.fsdp=8"))
 
@@ -57,14 +53,14 @@ def test_two_processes_train_as_one(alone, together):
     np.testing.assert_allclose(commands.losses(workdir), commands.losses(alone), rtol=1e-5)
     assert output.splitlines()[-1] == str(workdir / "reconstructions" / "0000007.png")
     assert "8 cpu device(s)" in errors
-    assert said(others) == []
+    assert lines(others) == []
     assert sorted(path.name for path in workdir.iterdir()) == sorted(path.name for path in alone.iterdir())
     ours, theirs = (sorted(path.name for path in (where / "reconstructions").iterdir()) for where in (workdir, alone))
     assert ours == theirs
 
 
 @pytest.mark.parametrize("devices", [2, 8])
-def test_a_run_goes_on_with_other_processes_and_devices(alone, together, tmp_path, devices):
+def test_a_run_continues_with_other_processes_and_devices(alone, together, tmp_path, devices):
     workdir = tmp_path / "run"
     shutil.copytree(together[0], workdir)
     shutil.rmtree(workdir / "checkpoints" / "7")
@@ -73,185 +69,70 @@ def test_a_run_goes_on_with_other_processes_and_devices(alone, together, tmp_pat
     np.testing.assert_allclose(commands.losses(workdir), commands.losses(alone), rtol=1e-5)
 
 
-def test_a_signal_to_one_process_has_all_save_and_leave(alone, tmp_path):
-    endless = ("--config.total_steps=100000", "--config.checkpoint_every=100000")
-    started = start(tmp_path, *endless)
-    wait_for(started[0], "step 3/")
-    started[1].send_signal(signal.SIGTERM)
-    (_, errors), (_, others) = commands.end(started, [143, 143])
-    assert "stopped by SIGTERM at step" in errors
-    assert "Traceback" not in errors + others
-    (step,) = (int(path.name) for path in (tmp_path / "checkpoints").iterdir())
-    assert f"at step {step};" in errors
-    commands.end(start(tmp_path, f"--config.total_steps={step + 2}"))
-    assert [number for number, _ in commands.losses(tmp_path)] == list(range(1, step + 3))
+def test_a_signal_to_one_process_makes_all_save_and_leave(tmp_path):
+    """Also in a run that continues, and before its first step: JAX agrees on a count, not on a step."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        started = start(tmp_path, *ENDLESS)
+        wait_for(started[0], "step " if number == signal.SIGTERM else "continuing at")
+        started[1].send_signal(number)
+        (_, errors), (_, others) = commands.end(started, [143, 143])
+        assert "Traceback" not in errors + others
+        step = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+        assert f"stopped by SIGTERM at step {step};" in errors
+    assert [number for number, _ in commands.losses(tmp_path)] == list(range(1, step + 1))
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_where_one_is_killed_the_others_leave_and_say_so(tmp_path, victim):
-    started = start(tmp_path, "--config.total_steps=100000")
+@pytest.mark.parametrize(("number", "victim"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0)])
+def test_when_one_process_is_gone_the_other_leaves_after_the_timeout(tmp_path, number, victim):
+    started = start(tmp_path, *ENDLESS, "--heartbeat_timeout=10")
     wait_for(started[0], "step 3/")
+    started[victim].send_signal(number)
+    begin = time.monotonic()
+    _, errors = started[1 - victim].communicate(timeout=90)
+    assert time.monotonic() - begin < 60  # of a busy machine
     started[victim].kill()
-    killed = time.monotonic()
-    other = started[1 - victim]
-    _, errors = other.communicate(timeout=60)
-    assert time.monotonic() - killed < 30
-    assert other.returncode != 0
     started[victim].communicate()
-    if "gloo::EnforceNotMet" in errors:  # XLA's connections between CPUs may end the process before it can speak
-        return
-    assert f"error: process {victim} of 2 is gone" in errors
-    if victim:  # JAX adds its own words where process 0 is gone, which keeps its accounts
-        assert other.returncode == 1
-        assert "Traceback" not in errors
+    assert started[1 - victim].returncode not in (0, 2, 143)
+    assert errors
 
 
-def test_a_process_that_hangs_is_held_to_be_gone_after_the_time_given(tmp_path):
-    started = start(tmp_path, "--config.total_steps=100000", "--lost_after=2")
-    wait_for(started[0], "step 3/")
-    started[1].send_signal(signal.SIGSTOP)
-    _, errors = started[0].communicate(timeout=60)
-    assert started[0].returncode == 1
-    assert "error: process 1 of 2 is gone, silent for 2 s" in errors
-    started[1].kill()
-    started[1].communicate()
+def test_processes_with_different_settings_do_not_train(tmp_path):
+    printed = commands.end(start(tmp_path, differing=[(), ("--config.model.decoder_depth=2",)]), [2, 2])
+    for _, errors in printed:
+        (line,) = lines(errors)
+        assert line.startswith("error: process 1 on ")
+        assert "model.decoder_depth 2 where process 0 has 1" in line
 
 
-MEET = """
-import sys, time
-import jax
-from umae_jax import processes
-jax.distributed.initialize = lambda *_, **__: None
-place = processes.Place("localhost", int(sys.argv[1]), 3, int(sys.argv[2]))
-processes.join(place, {}, wait=60, silence=float(sys.argv[3]), say=print)
-print("met", flush=True)
-sent = 0
-for line in processes.joined()._lines.values():
-    def count(send=line.send, **message):
-        global sent
-        sent += 1
-        send(**message)
-    line.send = count
-time.sleep(float(sys.argv[4]))
-print(sent, flush=True)
-if sys.argv[5] == "leave":
-    jax.distributed.shutdown = lambda: None
-    processes.joined().leave()
-    sys.exit()
-if sys.argv[2] == "1":
-    processes.joined().fail("the disk is full", 3)
-time.sleep(60)
-"""
+def test_an_error_of_all_processes_is_one_sentence_from_each(tmp_path):
+    printed = commands.end(start(tmp_path, "--config.data.source=folder:/no/such"), [2, 2])
+    for _, errors in printed:
+        (line,) = lines(errors)
+        assert line.startswith("error: there is no folder /no/such")
 
 
-def meet(silence=60, then=60, end="fail"):
-    port = commands.free_port()
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", MEET, *map(str, (port, index, silence, then, end))],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(commands.ROOT)},
-        )
-        for index in range(3)
-    ]
-    for process in started:
-        assert process.stdout.readline() == "met\n"
-    return started
-
-
-def test_of_three_the_others_leave_where_one_is_killed_and_process_0_says_so():
-    started = meet()
-    started[2].kill()
-    killed = time.monotonic()
-    (_, errors), (_, others) = [process.communicate(timeout=30) for process in started[:2]]
-    assert time.monotonic() - killed < 3
-    assert errors.startswith("error: process 2 of 3 is gone; ")
-    assert others == ""
-    assert [process.returncode for process in started[:2]] == [1, 1]
-    started[2].communicate()
-
-
-def test_what_one_of_three_came_upon_is_said_by_process_0_and_few_words_are_made():
-    started = meet(silence=8, then=3)
-    printed = [process.communicate(timeout=30) for process in started]
-    assert [process.returncode for process in started] == [3, 3, 3]
-    assert printed[0][1].endswith(": the disk is full\n")
-    assert printed[0][1].startswith("error: process 1 on ")
-    assert [errors for _, errors in printed[1:]] == ["", ""]
-    assert all(int(output.split()[0]) <= 5 * 2 for output, _ in printed if output)  # a beat a second, to two at most
-
-
-def test_processes_that_are_done_leave_without_a_word():
-    for _ in range(3):
-        started = meet(then=0.1, end="leave")
-        printed = [process.communicate(timeout=30) for process in started]
-        assert [process.returncode for process in started] == [0, 0, 0]
-        assert [errors for _, errors in printed] == ["", "", ""]
-
-
-def test_processes_that_were_suspended_together_do_not_take_each_other_for_gone():
-    started = meet(silence=2)
-    for number in (signal.SIGSTOP, signal.SIGCONT):
-        for process in started:
-            process.send_signal(number)
-        time.sleep(4)
-    assert [process.poll() for process in started] == [None] * 3
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-DIFFERENT = {
-    "configuration": (
-        ((), ("--config.model.decoder_depth=2",)),
-        "has model.decoder_depth 2 where process 0 has 1; start all processes with the same software and the",
-    ),
-    "directory": ((("--workdir={tmp}/first",), ("--workdir={tmp}/second",)), "does not see what process 0 writes into"),
-    "number": (((), ("--processes=3",)), "came as one of 3, and process 0 waits for 1 to 1 of 2, one each"),
-}
-
-
-@pytest.mark.parametrize("kind", DIFFERENT)
-def test_processes_that_are_not_about_to_do_the_same_are_told_by_process_0(tmp_path, kind):
-    differing, message = DIFFERENT[kind]
-    differing = [[argument.format(tmp=tmp_path) for argument in arguments] for arguments in differing]
-    (_, errors), (_, others) = commands.end(start(tmp_path / "run", differing=differing), [2, 2])
-    assert errors.startswith("error: process 1 on ")
-    assert message in errors
-    assert errors.count("\n") == 1
-    assert others == ""
-
-
-def test_an_error_of_all_is_said_once(tmp_path):
-    (_, errors), (_, others) = commands.end(start(tmp_path, "--config.data.source=folder:/no/such"), [2, 2])
-    assert [line.split(";")[0] for line in said(errors)] == ["error: there is no folder /no/such"]
-    assert said(others) == []
-
-
-def test_an_error_of_one_ends_all(tmp_path):
-    """The images are in the home directory of process 0 alone."""
+def test_an_error_of_one_process_ends_all(tmp_path):
+    """The images are in the home directory of process 0 only."""
     write_folder(tmp_path / "images", 8)
     homes = [{"HOME": str(tmp_path)}, {"HOME": str(tmp_path / "other")}]
-    started = start(tmp_path / "run", "--config.data.source=folder:~/images", environments=homes)
-    (_, errors), (_, others) = commands.end(started, [2, 2])
-    assert said(errors)[-1].startswith("error: process 1 on ")
-    assert "there is no folder ~/images" in said(errors)[-1]
-    assert said(others) == []
+    first, second = start(tmp_path / "run", "--config.data.source=folder:~/images", environments=homes)
+    _, errors = second.communicate(timeout=60)
+    first.communicate(timeout=60)
+    assert 0 not in (first.returncode, second.returncode)
+    assert lines(errors)[0].startswith("error: there is no folder ~/images")
 
 
-def test_who_is_waited_for_is_said(tmp_path):
+def test_missing_processes_are_listed(tmp_path):
     port = commands.free_port()
-    several = (f"--coordinator=localhost:{port}", "--processes=3", "--wait=2")
-    with commands.start("pretrain", *TINY, "--workdir", tmp_path, *several, "--process=0") as process:
+    several = (f"--coordinator_address=localhost:{port}", "--num_processes=3", "--initialization_timeout=11")
+    started = [
+        commands.start("pretrain", *TINY, "--workdir", tmp_path, *several, f"--process_id={index}") for index in (0, 1)
+    ]
+    for process in started:
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert f"error: process(es) 1, 2 of 3 did not come to localhost:{port} within 2 s" in errors
-    with commands.start("pretrain", *TINY, "--workdir", tmp_path, *several, "--process=2") as process:
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert f"error: process 0 cannot be reached at localhost:{port} (Connection refused); start it first" in errors
+        assert process.returncode not in (0, 143)
+        assert errors.startswith("still waiting for other processes, up to 11 s")
+        assert "timed out task names:\n2\n" in errors
 
 
 def test_fine_tuning_measures_and_keeps_what_one_process_does(tmp_path):
@@ -270,37 +151,3 @@ def test_fine_tuning_measures_and_keeps_what_one_process_does(tmp_path):
     (output, _), _ = commands.end(commands.start_together(*measured))
     alone, _ = commands.run(*measured)
     assert json.loads(output.splitlines()[-1]) == json.loads(alone)
-
-
-def test_slurm_tells_where_a_process_stands(monkeypatch):
-    told = {"JOB_ID": "4096", "STEP_NODELIST": "node[003-004]", "NTASKS": "4", "PROCID": "2", "LOCALID": "0"}
-    for name, value in told.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    assert find_place(None, None, None, 1) == Place("node003", 61440, 4, 2, [0])
-    assert find_place(None, 1, None, 1) is None
-    for name in told:
-        monkeypatch.delenv(f"SLURM_{name}")
-    assert find_place(None, None, None, 1) is None
-
-
-@pytest.mark.parametrize(
-    ("told", "message"),
-    [
-        (("localhost:1", None, 0), "belong together"),
-        ((None, 2, None), "belong together"),
-        (("localhost", 2, 0), "'localhost' is not HOST:PORT, such as"),
-        (("localhost:many", 2, 0), "is not HOST:PORT"),
-        (("localhost:65536", 2, 0), "is not HOST:PORT"),
-        (("localhost:1", 2, 2), "--process: 2 does not lie in 0..1"),
-    ],
-)
-def test_a_place_told_wrongly_is_one_clear_sentence(told, message):
-    with pytest.raises(UserError, match=message):
-        find_place(*told, 1)
-
-
-def test_other_versions_are_named():
-    ours, theirs = {"jax": "0.10.2", "grain": "0.2.16"}, {"jax": "0.10.1", "grain": "0.2.16"}
-    assert difference(ours, ours, "process 1 on b") is None
-    sentence = difference(ours, theirs, "process 1 on b")
-    assert sentence.startswith("process 1 on b has jax 0.10.1 where process 0 has 0.10.2; start all processes with")

@@ -1,4 +1,4 @@
-"""A configuration that fine-tunes what `tests/tiny.py` trains in seconds: `--config tests/tiny_classifier.py`."""
+"""A configuration that fine-tunes the model of `tests/tiny.py` in seconds: `--config tests/tiny_classifier.py`."""
 
 from ml_collections import ConfigDict
 

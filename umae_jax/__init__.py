@@ -1,20 +1,28 @@
-"""UM-MAE: masked pre-training of pyramid vision transformers, in JAX."""
+"""UM-MAE: masked pre-training of pyramid vision transformers, in JAX.
 
+"SPEC n" in docstrings is section n of docs/method.md, which a wheel holds as umae_jax/docs/method.md.
+"""
+
+import importlib
 import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from umae_jax.api import default_config, evaluate, finetune, list_models, pretrain
     from umae_jax.features import load_encoder
 
-__version__ = "0.1.0"
-STARTED = time.monotonic()  # before anything else is imported; see umae_jax/beginning.py
-__all__ = ["load_encoder"]
+__version__ = "0.2.0"
+__all__ = ["default_config", "evaluate", "finetune", "list_models", "load_encoder", "pretrain"]
+START_TIME = time.monotonic()  # read by startup.py, which is imported later
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever is asked for
-    """Import on first use: the commands, and the workers that read images, start without it."""
-    if name == "load_encoder":
-        from umae_jax.features import load_encoder
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - one of the functions of the API
+    """Import the API on first use: commands and the workers that read images start without it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module("umae_jax.features" if name == "load_encoder" else "umae_jax.api")
+    return getattr(module, name)
 
-        return load_encoder
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

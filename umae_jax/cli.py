@@ -5,188 +5,157 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from umae_jax import beginning, compilation_cache, processes
-from umae_jax.config import flat
+from umae_jax import multihost, startup
+from umae_jax.config import explain_failure, flat, load_config
 from umae_jax.errors import Preempted, UserError, require
 from umae_jax.files import AnyPath, explain
+from umae_jax.multihost import ClusterFlags
 
 T = TypeVar("T")
 
 
+class _ConfigParser(flags.ArgumentParser):
+    """Parses --config: a file, or the name of a bundled configuration."""
+
+    def parse(self, argument: str) -> ConfigDict:
+        return load_config(argument)
+
+    def flag_type(self) -> str:
+        return "configuration"
+
+
 def define_config() -> flags.FlagHolder[ConfigDict]:
-    """Define `--config FILE` and its overrides `--config.KEY=VALUE`."""
-    return config_flags.DEFINE_config_file("config", None, "A file of configs/.", lock_config=True)
+    """Define `--config FILE_OR_NAME` and its overrides `--config.KEY=VALUE`."""
+    holder = config_flags.DEFINE_config_file("config", None, "A Python file, or a bundled configuration: quickstart.")
+    flags.FLAGS[holder.name].parser = _ConfigParser()
+    return holder
 
 
-class ProcessFlags(NamedTuple):
-    """The flags by which processes find each other."""
+def join(cluster: ClusterFlags, config: ConfigDict | None, workdir: AnyPath | None) -> None:
+    """Connect to the other processes, if any, and check that all are about to do the same.
 
-    coordinator: flags.FlagHolder[str | None]
-    processes: flags.FlagHolder[int | None]
-    process: flags.FlagHolder[int | None]
-    wait: flags.FlagHolder[int]
-    lost_after: flags.FlagHolder[float]
-
-
-def define_processes() -> ProcessFlags:
-    """Define the flags of a command that several processes may run together."""
-    return ProcessFlags(
-        flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; Cloud TPU and SLURM tell it by themselves."),
-        flags.DEFINE_integer("processes", None, "How many there are; 1: alone, whatever Cloud TPU or SLURM tell."),
-        flags.DEFINE_integer("process", None, "Which one this is, from 0."),
-        flags.DEFINE_integer("wait", 300, "Seconds to wait for the other processes to start.", lower_bound=1),
-        flags.DEFINE_float("lost_after", 60.0, "Seconds of silence after which a process is gone.", lower_bound=1.0),
-    )
-
-
-def join(given: ProcessFlags, config: ConfigDict | None, workdir: AnyPath | None) -> None:
-    """Meet the other processes, if there are any; to be called before JAX is asked for its devices.
+    Call it before JAX creates its devices.
 
     Args:
-        given: the flags.
-        config: must be the same in all.
-        workdir: must be seen by all.
+        cluster: flags of `multihost.define_flags`.
+        config: must be equal on all processes.
+        workdir: must be shared by all processes.
 
     Raises:
-        UserError: if they do not come, or are not about to do the same.
+        UserError: if the processes cannot be connected, or differ.
     """
-    place = processes.find_place(given.coordinator.value, given.processes.value, given.process.value, given.wait.value)
-    own = {"config", "workdir", *(flag.name for flag in given)}
-    doing: dict[str, Any] = {"command": Path(sys.argv[0]).stem}
-    for module, found in flags.FLAGS.flags_by_module_dict().items():
+    multihost.initialize(cluster)
+    if not multihost.is_connected():
+        return
+    ignored = {"config", "workdir", *(flag.name for flag in cluster)}
+    settings: dict[str, Any] = {"command": Path(sys.argv[0]).stem}
+    for module, module_flags in flags.FLAGS.flags_by_module_dict().items():
         if module.startswith("umae_jax") or module == sys.argv[0]:
-            doing |= {f"--{flag.name}": str(flag.value) for flag in found if flag.name.partition(".")[0] not in own}
-    doing |= {} if config is None else {key: str(value) for key, value in flat(config).items()}
-    processes.join(
-        place, doing, workdir=workdir, wait=given.wait.value, silence=given.lost_after.value, say=_print_error
-    )
-    if processes.joined():
-        # All read what process 0 writes, or some would wait for it to compile with them what it has read. On processors
-        # the programs of several processes have another key each time.
-        shared = None if workdir is None or jax.default_backend() == "cpu" else workdir / compilation_cache.FOLDER
-        compilation_cache.keep(shared)
-        beginning.spent("meeting the others")
+            chosen = [flag for flag in module_flags if flag.name.partition(".")[0] not in ignored]
+            settings |= {f"--{flag.name}": str(flag.value) for flag in chosen}
+    settings |= {} if config is None else {key: str(value) for key, value in flat(config).items()}
+    multihost.check_agreement(settings, workdir)
+    # All processes must find the same programs in their cache, or some wait for others to compile with them. On CPUs,
+    # programs of several processes never have the same key twice.
+    shared = None if workdir is None or jax.default_backend() == "cpu" else workdir / startup.CACHE_FOLDER
+    startup.use_cache(shared)
+    startup.mark("connecting the processes")
 
 
-def required(flag: flags.FlagHolder[T | None], what: str) -> T:
-    """The value of a flag that must be given.
+def required(flag: flags.FlagHolder[T | None], value: str) -> T:
+    """Return the value of a flag that must be given.
+
+    Args:
+        flag: the flag.
+        value: its meaning, for the error message, such as "the directory of a run".
 
     Raises:
-        UserError: saying what to write.
+        UserError: if it was not given.
     """
     if flag.value is None or flag.value == "":
-        raise UserError(f"--{flag.name} is missing; write --{flag.name} with {what}")
+        raise UserError(f"--{flag.name} is missing; write --{flag.name} with {value}")
     return flag.value
 
 
 def say(line: str) -> None:
-    """Tell the user something on the terminal, once for all processes."""
-    if processes.is_first():
+    """Print a line for the user on the terminal, from process 0 only."""
+    if multihost.is_primary():
         _print_error(line)
 
 
 def _print_error(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the terminal
+    print(line, file=sys.stderr, flush=True)  # noqa: T201 - the terminal
 
 
 def result(line: object) -> None:
-    """Give the user what the command is for, on standard output, once for all processes."""
-    if processes.is_first():
-        print(line, flush=True)  # noqa: T201 - this is the terminal
+    """Print the result of the command on standard output, from process 0 only."""
+    if multihost.is_primary():
+        print(line, flush=True)  # noqa: T201 - the terminal
 
 
 def _leave(message: str, status: int) -> NoReturn:
-    if others := processes.joined():
-        others.fail(message, status)
     _print_error(f"error: {message}")
+    multihost.limit_exit()
     sys.exit(status)
 
 
-def _parse(argv: Sequence[str], most: int) -> list[str]:
-    """Parse flags and at most so many arguments; what is wrong, with the configuration file too, is one sentence."""
+def _parse(argv: Sequence[str], max_arguments: int) -> list[str]:
+    """Parse flags and up to `max_arguments` arguments; leave with one sentence if something is wrong."""
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
         _leave(str(error), 2)
-    except FileNotFoundError as error:
-        _leave(f"--config: there is no file {error.filename}; write the path of one such as configs/quickstart.py", 2)
-    except AttributeError as error:
-        if "get_config" in str(error):
-            _leave("--config: the file must define get_config(); see configs/quickstart.py", 2)
-        _leave(f"--config: unknown key {error}; umae_jax/config.py lists the keys and says what they mean", 2)
-    except Exception as error:  # the file is a program of the user's and may raise anything
-        _leave(f"--config: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", 2)
-    if len(rest) > 1 + most:
-        _leave(f"unexpected argument {rest[1 + most]!r}; every option is written --name value", 2)
+    except (AttributeError, KeyError) as error:  # an override of a key that the configuration does not have
+        _leave(f"--config: {explain_failure(error)}", 2)
+    if len(rest) > 1 + max_arguments:
+        _leave(f"unexpected argument {rest[1 + max_arguments]!r}; write options as --name value", 2)
     return rest
 
 
 def read_config(flag: flags.FlagHolder[ConfigDict]) -> ConfigDict:
-    """The configuration that the flags give.
+    """Return the configuration that --config and its overrides give.
 
     Raises:
-        UserError: if there is none.
+        UserError: if --config was not given.
     """
-    holder = flags.FLAGS[flag.name]
-    require(bool(holder.present), "--config is missing; write --config with a file such as configs/quickstart.py")
-    path = config_flags.get_config_filename(holder)
-    if not Path(path).is_file():
-        path = path.rpartition(":")[0] or path  # behind the colon stands what its get_config() is called with
-    require(Path(path).is_file(), f"--config: there is no file {path}; write one such as configs/quickstart.py")
-    config = flag.value
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"--config: get_config() of {path} must return a changed default_config(), not {config!r}")
-    return config
-
-
-def _mendable(error: Exception) -> tuple[str, int] | None:
-    """The sentence and the exit status of an error that the user can mend."""
-    sentence = explain(error)
-    return None if sentence is None else (sentence, 2 if isinstance(error, UserError) else 1)
+    require(bool(flag.present), "--config is missing; write --config with a file or a name such as quickstart")
+    return flag.value
 
 
 def run(main: Callable[..., None], *, arguments: int = 0) -> None:
-    """Run a command: parse its flags, call it, and turn errors that its user can mend into one sentence.
+    """Parse the flags of a command and call it; turn errors that its user can fix into one sentence.
+
+    The exit status is 2 after a UserError, 1 after any other error, 128 + signal after Preempted.
 
     Args:
-        main: called with what was written beside the flags.
-        arguments: how many of these there may be.
+        main: called with the arguments that are not flags.
+        arguments: maximum number of these.
     """
 
     def guarded(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)
-        beginning.spent("imports")
-        compilation_cache.keep_for_user()
-        status = 0
+        startup.mark("imports")
+        startup.use_user_cache()
         try:
             main(*argv[1:])
         except Preempted as stopped:
             say(f"{stopped}; everything is saved, the same command continues")
-            status = 128 + stopped.number
-        except processes.RemoteError:
-            sys.exit(2)
+            sys.exit(128 + stopped.number)
         except KeyboardInterrupt:
-            if others := processes.joined():
-                others.fail("stopped by Ctrl-C", 130)
+            multihost.limit_exit()
             sys.exit(130)
         except Exception as error:
-            mendable, others = _mendable(error), processes.joined()
-            if others and (mendable is None or isinstance(error.__cause__, RuntimeError)):
-                others.await_news()  # where another is gone, this is but the echo
-            if mendable:
-                _leave(*mendable)
-            if others:
-                traceback.print_exc()
-                others.fail(f"{type(error).__name__}: {error}", 1)
-            raise
-        if others := processes.joined():
-            others.leave()
-        sys.exit(status)
+            if sentence := explain(error):
+                _leave(sentence, 2 if isinstance(error, UserError) else 1)
+            if not multihost.is_connected():
+                raise
+            traceback.print_exc()
+            _leave("this process failed; if it lost a connection, another one failed first: see the other logs", 1)
 
-    app.run(guarded, flags_parser=functools.partial(_parse, most=arguments))
+    app.run(guarded, flags_parser=functools.partial(_parse, max_arguments=arguments))

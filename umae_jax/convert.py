@@ -1,12 +1,14 @@
-"""Bring weights in from other programs, and take them out to others.
+"""Import weights into a run, or export a run's weights.
 
     python -m umae_jax.convert FILE --workdir DIR [--config FILE]
     python -m umae_jax.convert DIR --output FILE [--layout reference|vit_mae|vit] [--best]
 
-In: a `.pth` of the reference, `.safetensors` or `.npz` becomes a run's directory, from which every command goes on. The
-model is told from the file's metadata or shapes, unless --config names it. Out: the newest checkpoint becomes a
-`.safetensors` or `.pth` in the reference's names, decoder included, with a model card beside it and, for Swin and PVT,
-the PyTorch file that loads it; a ViT also in Hugging Face's names, `--output FOLDER/model.safetensors`.
+Import: a `.pth` file of the reference, a `.safetensors` or an `.npz` file becomes a run's directory, which every
+command accepts. Without --config, the file's metadata or shapes determine the model.
+
+Export: the newest checkpoint becomes a `.safetensors` or `.pth` file with the reference's names, decoder included. A
+model card and, for Swin and PVT, the PyTorch file that loads the weights are written beside it. A ViT can also be
+exported with the names of transformers: `--output FOLDER/model.safetensors --layout vit_mae`.
 """
 
 from absl import flags
@@ -15,40 +17,41 @@ from umae_jax import cli
 from umae_jax.config import check
 from umae_jax.errors import require
 from umae_jax.files import locate, locate_here
-from umae_jax.weights.exchange import REFERENCE, export_weights, import_weights
-from umae_jax.weights.huggingface import LAYOUTS, weights_in
+from umae_jax.tasks.importing import import_weights
+from umae_jax.weights.exchange import REFERENCE, export_weights
+from umae_jax.weights.huggingface import LAYOUTS, resolve_weights
 
 _CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "In: the directory to make of the file.")
-_OUTPUT = flags.DEFINE_string("output", None, "Out: the file to write, .safetensors or .pth.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Import: the run's directory to make.")
+_OUTPUT = flags.DEFINE_string("output", None, "Export: the file to write, .safetensors or .pth.")
 _LAYOUT = flags.DEFINE_enum(
     "layout",
     REFERENCE,
     [REFERENCE, *LAYOUTS],
-    "Out: whose names; vit_mae and vit are ViTMAEForPreTraining and ViTModel of transformers.",
+    "Export: parameter names; vit_mae and vit are ViTMAEForPreTraining and ViTModel of transformers.",
 )
-_BEST = flags.DEFINE_boolean("best", False, "Out: the checkpoint that validation found best, not the newest.")
+_BEST = flags.DEFINE_boolean("best", False, "Export: the checkpoint with the best validation metric, not the newest.")
 
 
 def main(source: str = "") -> None:
-    """Convert in the direction that the argument says: a file comes in, a directory goes out."""
-    require(bool(source), "name what to convert: a FILE of weights with --workdir, or a run's DIR with --output")
-    path = weights_in(locate(source, "FILE or DIR"))
+    """Import a weight file, or export the run in a directory."""
+    require(bool(source), "name a weight FILE with --workdir, or a run's DIR with --output")
+    path = resolve_weights(locate(source, "FILE or DIR"))
     require(path.exists(), f"there is no file or directory {path}")
     if path.is_dir():
         output = locate_here(cli.required(_OUTPUT, "the file to write, .safetensors or .pth"), "--output")
         written = export_weights(path, output, _LAYOUT.value, best=_BEST.value)
-        cli.say(f"beside it: {', '.join(beside.name for beside in written[1:])}")
-        print(output)  # noqa: T201 - the result
+        cli.say(f"also written: {', '.join(file.name for file in written[1:])}")
+        cli.result(output)
     else:
-        workdir = locate_here(cli.required(_WORKDIR, "the directory to make of the file"), "--workdir")
+        workdir = locate_here(cli.required(_WORKDIR, "the run's directory to make"), "--workdir")
         config = None
         if flags.FLAGS["config"].present:
             config = cli.read_config(_CONFIG)
             check(config)
         model = import_weights(path, workdir, config).model
-        cli.say(f"it holds a {model.encoder} of widths {model.widths} and depths {model.depths}, {model.method}")
-        print(workdir)  # noqa: T201 - the result
+        cli.say(f"imported a {model.encoder} with widths {model.widths} and depths {model.depths} ({model.method})")
+        cli.result(workdir)
 
 
 if __name__ == "__main__":

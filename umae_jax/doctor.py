@@ -1,9 +1,9 @@
 """Check processes, devices, data and directory before a run is started on them.
 
-    python -m umae_jax.doctor [--config FILE] [--workdir DIR] [--coordinator HOST:PORT --processes N --process I]
+    python -m umae_jax.doctor [--config FILE] [--workdir DIR]
+        [--coordinator_address HOST:PORT --num_processes N --process_id I]
 
-Start it as the run would be started, in every process. Process 0 prints one page of findings; the status is not 0
-where something is wrong.
+Start it like the run, in every process. Process 0 prints one page of findings. The exit status is 2 if one is WRONG.
 """
 
 import os
@@ -18,141 +18,119 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
-from umae_jax import cli
+from umae_jax import cli, multihost
 from umae_jax.config import check
 from umae_jax.data.pipeline import host_cores
 from umae_jax.data.sources import open_source
 from umae_jax.errors import require
 from umae_jax.files import AnyPath, locate, reason, write_whole
-from umae_jax.planning.hardware import GIB
-from umae_jax.processes import versions
-from umae_jax.training.agreement import all_gather_json
-from umae_jax.training.sharding import batch_sharding, make_mesh, replicated
 
-FLOATS = 1 << 22  # that each device brings to the collective: 16 MiB
+FLOATS = 1 << 22  # summed per device: 16 MiB
 ROUNDS = 5
-MAX_APART = 2.0  # seconds between the clocks of two hosts
+MAX_CLOCK_DIFFERENCE = 2.0  # seconds
+GIB = 2**30
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The directory that the run would write to.")
-_PROCESSES = cli.define_processes()
+_CLUSTER = multihost.define_flags()
 
 
-def fault_of(work: Callable[[], object]) -> str:
-    """Why something cannot be done; "" if it can."""
-    try:
-        work()
-    except Exception as error:
-        return reason(error)
-    return ""
-
-
-def write_and_remove(workdir: AnyPath) -> None:
-    """Check that a directory can be written to, by this process."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / f".doctor-{jax.process_index()}"
-    write_whole(path, b"written by umae_jax.doctor")
-    path.unlink()
-
-
-def examine(config: Any, workdir: AnyPath | None) -> dict[str, Any]:  # noqa: ANN401 - a ConfigDict or None
-    """What this process finds where it runs."""
+def inspect_process(config: ConfigDict | None, workdir: AnyPath | None) -> dict[str, Any]:
+    """Return the host, devices, data and faults of this process."""
     device = jax.local_devices()[0]
-    memory = (device.memory_stats() or {}).get("bytes_limit", 0)
-    found: dict[str, Any] = {
+    findings: dict[str, Any] = {
         "host": socket.gethostname(),
-        "platform": device.platform,
-        "kind": device.device_kind,
+        "device kind": device.device_kind,
         "devices": jax.local_device_count(),
-        "device_memory": memory,
-        "processors": host_cores(),
+        "device memory": (device.memory_stats() or {}).get("bytes_limit", 0),
+        "cores": host_cores(),
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "faults": [],
     }
+    faults: list[str] = []
+
+    def attempt(name: str, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except Exception as error:
+            fault = reason(error)
+            faults.append(fault if fault.startswith(("data.", name)) or not name else f"{name}: {fault}")
+
+    def read_first(config: ConfigDict) -> None:
+        source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
+        findings["images"], findings["first image"] = len(source), source[0].name
+
+    def write_and_remove(workdir: AnyPath) -> None:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / f".doctor-{jax.process_index()}"
+        write_whole(path, b"written by umae_jax.doctor")
+        path.unlink()
+
     if device.platform == "cpu" and Path("/dev/nvidia0").exists():
-        found["faults"].append('this host has a GPU that JAX does not find; install with pip install -e ".[cuda]"')
+        faults.append('this host has a GPU that JAX does not find; install with pip install -e ".[cuda]"')
     if config is not None:
-
-        def read() -> None:
-            source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
-            found["images"] = len(source)
-            found["first"] = source[0].name
-
-        found["faults"] += (
-            [fault if fault.startswith("data.") else f"data.source: {fault}"] if (fault := fault_of(read)) else []
-        )
-        found["faults"] += [fault] if (fault := fault_of(lambda: check(config))) else []
+        attempt("data.source", lambda: read_first(config))
+        attempt("", lambda: check(config))
     if workdir is not None:
-        fault = fault_of(lambda: write_and_remove(workdir))
-        found["faults"] += [f"--workdir: {fault}"] if fault else []
-    return found
+        attempt("--workdir", lambda: write_and_remove(workdir))
+    return {**findings, "faults": faults}
 
 
-def time_collective() -> tuple[bool, float]:
-    """Sum an array over all devices: whether the sum is right, and the seconds it takes."""
-    mesh = make_mesh()
+def time_sum() -> tuple[bool, float]:
+    """Sum an array over all devices; return whether the sum is right, and the seconds it takes."""
     devices = jax.device_count()
-    numbers = np.arange(devices, dtype=np.float32)  # device i brings i
-
-    def rows(index: tuple[slice, ...] | None) -> np.ndarray:  # of one device: no host holds all of them
-        return np.repeat(numbers[index[0] if index else slice(None)][:, None], FLOATS, axis=1)
-
-    array = jax.make_array_from_callback((devices, FLOATS), batch_sharding(mesh), rows)
-    add = jax.jit(lambda array: array.sum(0), out_shardings=replicated(mesh))
+    mesh = jax.make_mesh((devices,), ("devices",), axis_types=(AxisType.Auto,))
+    values = np.arange(devices, dtype=np.float32)  # one per device
+    array = jax.make_array_from_callback(
+        (devices, FLOATS),
+        NamedSharding(mesh, PartitionSpec("devices")),
+        lambda index: np.repeat(values[index[0] if index else slice(None)][:, None], FLOATS, axis=1),
+    )
+    add = jax.jit(lambda array: array.sum(0), out_shardings=NamedSharding(mesh, PartitionSpec()))
     seconds = []
     for _ in range(ROUNDS + 1):
         start = time.perf_counter()
         total = jax.block_until_ready(add(array))
         seconds.append(time.perf_counter() - start)
-    right = bool(jnp.all(total.addressable_data(0) == numbers.sum()))
-    return right, statistics.median(seconds[1:])  # the first compiles
+    return bool(jnp.all(total.addressable_data(0) == values.sum())), statistics.median(seconds[1:])  # first: compiles
 
 
-def page(found: list[dict[str, Any]], clocks: list[float], collective: tuple[bool, float]) -> tuple[list[str], bool]:
-    """The findings of all processes as lines, and whether all is well."""
-    well = True
-    lines = []
-
-    def tell(good: bool, line: str) -> None:
-        nonlocal well
-        well &= good
-        lines.append(f"{'ok   ' if good else 'WRONG'}  {line}")
-
-    tell(True, "software: " + ", ".join(f"{name} {version}" for name, version in versions().items()))
-    for index, here in enumerate(found):
-        device = f"{here['devices']} x {here['kind']}"
-        device += f" of {here['device_memory'] / GIB:.1f} GiB" if here["device_memory"] else ""
-        images = f", {here['images']:,} images, the first {here['first']}" if "images" in here else ""
-        host = f"{here['processors']} processors, {here['memory'] / GIB:.0f} GiB{images}"
-        tell(True, f"process {index} on {here['host']}: {device}; {host}")
-        for fault in here["faults"]:
-            tell(False, f"process {index} on {here['host']}: {fault}")
-    for name, what in (("kind", "devices"), ("devices", "numbers of devices"), ("images", "data")):
-        seen = sorted({str(here.get(name)) for here in found})
-        if len(seen) > 1:
-            tell(False, f"the processes see different {what}: {', '.join(seen)}")
-    apart = max(clocks) - min(clocks)
-    if len(found) > 1:
-        tell(apart < MAX_APART, f"clocks are {apart:.2f} s apart")
-        tell(True, f"{len(found)} processes met, with the same software, configuration and directory")
-    right, seconds = collective
-    speed = FLOATS * 4 / seconds / 1e9
-    devices = sum(here["devices"] for here in found)
-    tell(right, f"a sum over {devices} devices, {FLOATS * 4 >> 20} MiB each: {seconds * 1e3:.1f} ms, {speed:.2f} GB/s")
-    return lines, well
+def report(
+    processes: list[dict[str, Any]], clocks: list[float], correct: bool, seconds: float
+) -> list[tuple[bool, str]]:
+    """Return the findings of all processes as (whether it is fine, line)."""
+    lines = [(True, "software: " + ", ".join(f"{name} {version}" for name, version in multihost.versions().items()))]
+    for index, process in enumerate(processes):
+        memory = f" of {process['device memory'] / GIB:.1f} GiB" if process["device memory"] else ""
+        images = f", {process['images']:,} images, the first {process['first image']}" if "images" in process else ""
+        name = f"process {index} on {process['host']}"
+        devices = f"{process['devices']} x {process['device kind']}{memory}"
+        host = f"{process['cores']} cores, {process['memory'] / GIB:.0f} GiB{images}"
+        lines += [(True, f"{name}: {devices}; {host}"), *((False, f"{name}: {fault}") for fault in process["faults"])]
+    for key in ("device kind", "devices", "images"):
+        values = sorted({str(process.get(key)) for process in processes})
+        lines += [(False, f"{key} differs between processes: {', '.join(values)}")] if len(values) > 1 else []
+    if len(processes) > 1:
+        difference = max(clocks) - min(clocks)
+        lines.append((difference < MAX_CLOCK_DIFFERENCE, f"clocks differ by {difference:.2f} s"))
+        lines.append((True, f"{len(processes)} processes share software, configuration and workdir"))
+    devices, size = sum(process["devices"] for process in processes), FLOATS * 4
+    speed = f"{seconds * 1e3:.1f} ms, {size / seconds / 1e9:.2f} GB/s"
+    return [*lines, (correct, f"sum over {devices} devices, {size >> 20} MiB each: {speed}")]
 
 
 def main() -> None:
-    """Examine, and print the page."""
+    """Inspect all processes, and print the page."""
     config = cli.read_config(_CONFIG) if flags.FLAGS["config"].present else None
     workdir = locate(_WORKDIR.value, "--workdir") if _WORKDIR.value else None
-    cli.join(_PROCESSES, config, workdir)
-    found = all_gather_json(examine(config, workdir))
-    clocks = all_gather_json(time.time())
-    lines, well = page(found, clocks, time_collective())
-    cli.result("\n".join(lines))
-    require(well, "not all is well; mend what the lines above call wrong")
+    cli.join(_CLUSTER, config, workdir)
+    processes = multihost.all_gather_json(inspect_process(config, workdir))
+    clocks = multihost.all_gather_json(time.time())
+    lines = report(processes, clocks, *time_sum())
+    cli.result("\n".join(f"{'ok   ' if good else 'WRONG'}  {line}" for good, line in lines))
+    require(all(good for good, _ in lines), "the lines above that begin with WRONG need fixing")
 
 
 if __name__ == "__main__":

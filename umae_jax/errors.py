@@ -1,30 +1,37 @@
-"""How a command ends before its end: an error that its user can mend, or a signal."""
+"""Errors that a user can fix, and how a run ends early."""
 
 import signal
 from collections.abc import Sequence
 
 
 class UserError(ValueError):
-    """A wrong configuration, path or file; its message is one sentence: what is wrong, where, what to write instead.
+    """A wrong configuration, path or file.
 
-    The commands print it without a traceback and leave with status 2.
+    The message is one sentence: the fault, its place, and what to write instead. The commands print it without a
+    traceback and exit with status 2.
     """
 
 
 class Preempted(Exception):  # noqa: N818 - not an error
-    """A run was stopped by a signal, after its state was saved.
+    """A signal stopped a run, after its state was saved.
 
     Attributes:
-        number: the signal's.
+        number: of the signal.
+        step: at which the state was saved.
     """
 
     def __init__(self, number: int, step: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} at step {step}")
         self.number = number
+        self.step = step
+
+
+class PreemptionRequested(Exception):  # noqa: N818 - not an error
+    """A signal asked the run to stop during a long evaluation, which was abandoned."""
 
 
 def nearest_multiples(value: int, multiple: int) -> str:
-    """The multiples of `multiple` around `value`, for an error message: "192 or 256", "64" below the first."""
+    """Return the multiples of `multiple` around `value`, for an error message: "192 or 256"."""
     below = value // multiple * multiple
     return f"{below} or {below + multiple}" if below > 0 else str(multiple)
 
@@ -35,7 +42,7 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def listing(names: Sequence[str], most: int = 5) -> str:
-    """Names for an error message, the first few of them."""
-    shown = ", ".join(names[:most])
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+def listing(names: Sequence[str], limit: int = 5) -> str:
+    """Return the first `limit` names, for an error message: "a, b and 3 more"."""
+    shown = ", ".join(names[:limit])
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown

@@ -1,4 +1,4 @@
-"""Where files lie: on this machine or in a bucket, gs://BUCKET/PATH. They are written whole or not at all."""
+"""Local files and files in Google Cloud Storage (gs://BUCKET/PATH), written whole or not at all."""
 
 import errno
 import functools
@@ -6,7 +6,6 @@ import importlib.util
 import logging
 import os
 import re
-import shutil
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,39 +16,39 @@ from etils import epath
 
 from umae_jax.errors import UserError, require
 
-# etils takes TensorFlow for buckets where that is installed; gcsfs asks for more rights than reading needs.
+# etils prefers TensorFlow for buckets where it is installed; gcsfs asks for more permissions than reading needs.
 os.environ.setdefault("EPATH_USE_TF", "false")
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 BUCKETS = "gs://"
-AnyPath: TypeAlias = Path | epath.Path  # the second where it lies in a bucket
+AnyPath: TypeAlias = Path | epath.Path  # the first is local, the second local or in a bucket
 
-# Failures of the file system that are the user's to mend, and say so themselves.
-_MENDABLE = (
+# Errors of the local file system that the user can fix.
+_FIXABLE = (
     *(errno.EACCES, errno.EPERM, errno.EEXIST, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE),
 )
 
 
 def explain(error: BaseException) -> str | None:
-    """What a failure to read or write means to the user, as a sentence; None if it is not the user's to mend."""
+    """Return one sentence for an error that the user can fix, None for any other error."""
     if isinstance(error, UserError):
         return str(error)
-    if of_bucket(error):
+    if from_bucket(error):
         return (
-            f"what lies in a bucket cannot be reached ({_first_line(error)}); check its name, the network, and that "
-            "you may read and write there, and log in with gcloud auth application-default login"
+            f"the bucket cannot be reached ({_first_line(error)}); check its name, the network and your permissions, "
+            "and log in with gcloud auth application-default login"
         )
-    if isinstance(error, OSError) and error.errno in _MENDABLE:
-        return f"{error.filename or 'a file'}: {error.strerror}; mend that or name another place"
+    if isinstance(error, OSError) and error.errno in _FIXABLE:
+        return f"{error.filename or 'a file'}: {error.strerror}; fix that or choose another path"
     return None
 
 
 def reason(error: Exception) -> str:
-    """Why a place that is tried out will not do, whatever the system says of it.
+    """Return one sentence for any failure to read or write.
 
     Raises:
-        Exception: the error itself, if it is no failure to read or write.
+        Exception: the error itself, if it is no such failure.
     """
     sentence = explain(error) or (str(error) if isinstance(error, OSError) else "")
     if not sentence:
@@ -57,14 +56,13 @@ def reason(error: Exception) -> str:
     return sentence
 
 
-def of_bucket(error: BaseException | None) -> bool:
-    """Whether a bucket could not be reached.
+def from_bucket(error: BaseException | None) -> bool:
+    """Return True if gcsfs raised the error or one of its causes.
 
-    There are errors of many kinds, of the network, of credentials, of the service; they are known by where they come
-    from.
+    The traceback decides: the types (OSError, ValueError, errors of aiohttp, google.auth and requests) do not.
     """
     while error is not None:
-        modules = {frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)}
+        modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
         if any(module.partition(".")[0] == "gcsfs" for module in modules):
             return True
         error = error.__cause__ or error.__context__
@@ -72,153 +70,118 @@ def of_bucket(error: BaseException | None) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}"[:200] if lines else type(error).__name__
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
 
 
 def in_bucket(path: str | os.PathLike[str]) -> bool:
-    """Whether a path begins with gs://."""
+    """Return True if the path begins with gs://."""
     return os.fspath(path).startswith(BUCKETS)
 
 
-def locate(text: str | os.PathLike[str], name: str) -> AnyPath:
-    """The path that a user means: of this machine, with ~ for home, or in a bucket.
+def absolute(path: AnyPath) -> epath.Path:
+    """Return the absolute path; epath's own method prepends the working directory to gs:// too."""
+    return epath.Path(path if in_bucket(path) else os.path.abspath(path))
+
+
+def locate(text: str | os.PathLike[str], name: str) -> epath.Path:
+    """Return the path that the user wrote, local (~ is the home directory) or in a bucket.
 
     Args:
         text: the path.
-        name: of the flag or key that it comes from.
+        name: the flag or configuration key that holds it, for error messages.
 
     Raises:
-        UserError: if it lies elsewhere, in a bucket that cannot be reached, or what reaches buckets is not installed.
+        UserError: if its scheme is unknown, the bucket cannot be reached, or gcsfs is not installed.
     """
     if not in_bucket(text):
-        scheme = re.match(r"\w+://|gs:/", os.fspath(text))
-        require(
-            scheme is None, f"{name}: {text} is neither of this machine nor in a bucket; write {BUCKETS}BUCKET/PATH"
-        )
-        return Path(text).expanduser()
-    require(
-        importlib.util.find_spec("gcsfs") is not None,
-        f'{name}: {BUCKETS} needs what reaches buckets; install it with pip install "umae_jax[gcs]"',
-    )
-    _buckets()
+        known = re.match(r"\w+://|gs:/", os.fspath(text)) is None
+        require(known, f"{name}: {text} is neither a local path nor in a bucket; write {BUCKETS}BUCKET/PATH")
+        return epath.Path(text).expanduser()
+    installed = importlib.util.find_spec("gcsfs") is not None
+    require(installed, f'{name}: {BUCKETS} needs gcsfs; install it with pip install "umae_jax[gcs]"')
+    _gcs()
     path = epath.Path(text)
     try:
         path.exists()
-    except Exception as error:  # whatever is wrong with it
+    except Exception as error:  # gcsfs raises many types
         raise UserError(f"{name}: {path}: {explain(error) or _first_line(error)}") from None
     return path
 
 
 def locate_here(text: str | os.PathLike[str], name: str) -> Path:
-    """The path of something that only this machine's disk can hold.
+    """Return a path that must be local.
 
     Raises:
-        UserError: if it lies elsewhere.
+        UserError: if it is in a bucket or its scheme is unknown.
     """
-    require(not in_bucket(text), f"{name}: {text} is in a bucket; name a path of this machine")
-    path = locate(text, name)
-    assert isinstance(path, Path)
-    return path
+    require(not in_bucket(text), f"{name}: {text} is in a bucket; write a local path")
+    return Path(locate(text, name))
 
 
 @functools.cache
-def _buckets() -> fsspec.AbstractFileSystem:
-    """What reaches buckets, set up once in a process; what etils makes for itself takes the same settings."""
+def _gcs() -> fsspec.AbstractFileSystem:
+    """Return the file system of all buckets; its settings also apply to the instance that etils creates."""
     settings = fsspec.config.conf.setdefault("gcs", {})
-    settings["use_listings_cache"] = False  # others write there too
-    settings["requests_timeout"] = 60  # seconds; there is none else
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # prints the traceback of what it raises as well
+    settings["use_listings_cache"] = False  # other processes write too
+    settings["requests_timeout"] = 60  # seconds; the default is none
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs the traceback of each error that it raises
     return fsspec.filesystem("gcs")
 
 
 def read_file(path: str) -> bytes:
-    """All of a file, here or in a bucket, under the name that `files_in_bucket` gave."""
-    if not in_bucket(path):
-        with open(path, "rb", buffering=0) as file:
-            return file.read()
-    return _buckets().cat_file(path.removeprefix(BUCKETS))
+    """Return the content of a file. Buckets answer one request per file; epath would ask for the size first."""
+    if in_bucket(path):
+        return _gcs().cat_file(path.removeprefix(BUCKETS))
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
 
 
-def files_in_bucket(folder: epath.Path) -> list[str]:
-    """The names of all files below a folder, by one question; etils would ask for each folder."""
-    return [f"{BUCKETS}{file}" for file in _buckets().find(str(folder).removeprefix(BUCKETS))]
+def files_in_bucket(folder: AnyPath) -> list[str]:
+    """Return the paths of all files below a folder, in one request; epath would send one per subfolder."""
+    return [f"{BUCKETS}{file}" for file in _gcs().find(str(folder).removeprefix(BUCKETS))]
 
 
 def write_whole(path: AnyPath, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all.
+    """Write a file whole or not at all.
 
     Raises:
-        OSError: naming the file of this machine that cannot be written.
-        UserError: likewise in a bucket.
+        OSError: naming the local file that cannot be written.
+        UserError: naming the object that cannot be written.
     """
-    if isinstance(path, Path):
+    if not in_bucket(path):
         write_together({path: data})
         return
     try:
-        path.write_bytes(data)  # an object appears when all of it has come
+        path.write_bytes(data)  # an object appears once its upload is complete
     except Exception as error:
         raise UserError(f"{path} could not be written: {explain(error) or _first_line(error)}") from error
 
 
-def write_together(files: Mapping[Path, bytes]) -> None:
-    """Write files that belong together: none of them takes its name before all have been written."""
+def write_together(files: Mapping[AnyPath, bytes] | Mapping[Path, bytes]) -> None:
+    """Write local files that belong together: none takes its name before all have been written.
+
+    Raises:
+        OSError: naming the file that cannot be written.
+    """
     temporary = {path: path.with_name(f".{path.name}.part") for path in files}
-    path = next(iter(files))
+    path: AnyPath = next(iter(files))
     try:
         for path, data in files.items():
-            with temporary[path].open("wb") as file:
+            with open(temporary[path], "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
         for path in files:
-            temporary[path].replace(path)
+            os.replace(temporary[path], path)
     except OSError as error:
         for part in temporary.values():
             part.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def move_folder(folder: AnyPath, to: AnyPath) -> None:
-    """Move a folder; what was there in its place is lost."""
-    if isinstance(to, Path):
-        to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(to, ignore_errors=True)
-        shutil.move(folder, to)
-        return
-    if to.exists():
-        to.rmtree()
-    _buckets().mv(str(folder).removeprefix(BUCKETS), str(to).removeprefix(BUCKETS), recursive=True)
-
-
-class GrowingObject:
-    """A file in a bucket that grows. Nothing can be appended to what lies there, so `flush` writes all of it anew.
-
-    Args:
-        path: of the object.
-        data: what it begins with.
-    """
-
-    def __init__(self, path: AnyPath, data: bytes = b"") -> None:
-        self._path = path
-        self._data = bytearray(data)
-        self._written = -1
-
-    def write(self, data: bytes) -> int:
-        """Append; it is there with the next `flush`."""
-        self._data += data
-        return len(data)
-
-    def flush(self) -> None:
-        """Write what has been appended.
-
-        Raises:
-            UserError: if it cannot be written.
-        """
-        if self._written != len(self._data):
-            write_whole(self._path, bytes(self._data))
-            self._written = len(self._data)
-
-    def close(self) -> None:
-        """Write what has been appended."""
-        self.flush()
+def move_folder(folder: epath.Path, target: epath.Path) -> None:
+    """Move a folder, replacing `target`. epath cannot: it renames only into folders that exist, which buckets lack."""
+    target.rmtree(missing_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    system, source = fsspec.core.url_to_fs(str(folder))
+    system.mv(source, fsspec.core.url_to_fs(str(target))[1], recursive=True)

@@ -1,15 +1,15 @@
-"""UM-MAE, SimMIM and no pre-training, side by side on CIFAR-10: the paper's comparison, in hours on two cores.
+"""Compare UM-MAE, SimMIM and no pre-training on CIFAR-10: the paper's comparison, in hours on two CPU cores.
 
     python configs/cifar/experiment.py --zip cifar10.zip --workdir DIR [--seeds 3]
 
-Every method pre-trains on all 50,000 training images without their labels, for as many epochs, and is fine-tuned on the
-same few labelled ones. Accuracy is that of the last checkpoint on the 10,000 test images, which nothing is chosen by.
+Every method pre-trains for the same number of epochs on all 50,000 training images without labels, and is fine-tuned on
+the same few labelled images. Accuracy is top-1 of the last checkpoint on the 10,000 test images; no choice uses them.
 
-Learning rates are chosen first, with equal effort for every method, by top-1 on training images held out: pre-training
-tries RATES for a part of its epochs, each fine-tuned at the rate of the configuration for a part of its epochs; then
-fine-tuning tries RATES on the best of them. UM-MAE's variants take UM-MAE's. Every run is a command of this program
-with its own directory below DIR, so that the same command continues where it was stopped; DIR/table.json and
-DIR/table.png are the result.
+Learning rates are tuned first, with equal effort for each method, by top-1 on held-out training images: pre-training
+tries RATES for a share of its epochs, and each result is fine-tuned at its configuration's rate for a share of its
+epochs; then fine-tuning tries RATES on the best of them. The variants of UM-MAE use the rates of UM-MAE. Every run is a
+command with its own directory below DIR, so the same command continues; the results are DIR/table.json and
+DIR/table.png.
 """
 
 import json
@@ -27,23 +27,23 @@ import matplotlib.figure
 from absl import app, flags
 
 HERE = Path(__file__).parent
-RATES = (0.3, 1.0, 3.0)  # times the rate of the configuration
+RATES = (0.3, 1.0, 3.0)  # factors of the configuration's learning rate
 UM_MAE = "um_mae"
 SCRATCH = "from scratch"
 
 _ZIP = flags.DEFINE_string(
     "zip", None, "CIFAR-10 as JPEG files, train/CLASS/*.jpg and test/CLASS/*.jpg.", required=True
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where everything goes.", required=True)
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each method.", lower_bound=1)
-_LABELLED = flags.DEFINE_integer("labelled", 200, "Labelled images of each class to fine-tune on.", lower_bound=1)
-_HELD_OUT = flags.DEFINE_integer("held_out", 200, "Images of each class to choose learning rates by.", lower_bound=1)
-_PRETRAIN_EPOCHS = flags.DEFINE_float("pretrain_epochs", 5.0, "Epochs of pre-training, of all training images.")
-_FINETUNE_EPOCHS = flags.DEFINE_float("finetune_epochs", 40.0, "Epochs of fine-tuning, of the labelled images.")
-_TUNING = flags.DEFINE_float("tuning", 0.3, "The share of these epochs that a learning rate is tried for.")
-_PRETRAIN = flags.DEFINE_multi_string("pretrain", [], "Overrides of pre-training, such as --config.dtype=bfloat16.")
-_FINETUNE = flags.DEFINE_multi_string("finetune", [], "Overrides of fine-tuning.")
-_BOTH = flags.DEFINE_multi_string("both", [], "Overrides of both, such as --config.model.widths=(64,128,256).")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the experiment.", required=True)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs per method.", lower_bound=1)
+_LABELLED = flags.DEFINE_integer("labelled", 200, "Labelled images per class for fine-tuning.", lower_bound=1)
+_HELD_OUT = flags.DEFINE_integer("held_out", 200, "Images per class for tuning learning rates.", lower_bound=1)
+_PRETRAIN_EPOCHS = flags.DEFINE_float("pretrain_epochs", 5.0, "Epochs of pre-training on all training images.")
+_FINETUNE_EPOCHS = flags.DEFINE_float("finetune_epochs", 40.0, "Epochs of fine-tuning on the labelled images.")
+_TUNING = flags.DEFINE_float("tuning", 0.3, "Share of these epochs for which a learning rate is tried.")
+_PRETRAIN = flags.DEFINE_multi_string("pretrain", [], "Overrides for pre-training, such as --config.dtype=bfloat16.")
+_FINETUNE = flags.DEFINE_multi_string("finetune", [], "Overrides for fine-tuning.")
+_BOTH = flags.DEFINE_multi_string("both", [], "Overrides for both, such as --config.model.widths=(64,128,256).")
 SETTINGS = (_LABELLED, _HELD_OUT, _PRETRAIN_EPOCHS, _FINETUNE_EPOCHS, _TUNING, _PRETRAIN, _FINETUNE, _BOTH)
 
 
@@ -51,8 +51,8 @@ class Method(NamedTuple):
     """A row of the table.
 
     Attributes:
-        name: of the method whose learning rates it takes, and of configs/cifar/pretrain.py; "" for none.
-        overrides: of pre-training.
+        name: method of configs/cifar/pretrain.py, whose tuned learning rates the row uses; "" for no pre-training.
+        overrides: flags for pre-training.
     """
 
     name: str
@@ -71,13 +71,13 @@ METHODS = {
 
 
 class Result(NamedTuple):
-    """What a finished command measured.
+    """Measurements of a finished command.
 
     Attributes:
-        metrics: the last value of everything in metrics.jsonl.
-        seconds: of training alone, by the images a second that were logged.
-        processor_seconds: of the command on all cores, where it was not stopped and continued.
-        memory: the most that the process held in memory, in MiB.
+        metrics: last value of each metric in metrics.jsonl.
+        seconds: wall time of the training steps, from the logged images per second.
+        processor_seconds: processor time of the command on all cores; valid if it ran without interruption.
+        memory: peak memory of the process in MiB.
     """
 
     metrics: dict[str, float]
@@ -87,17 +87,17 @@ class Result(NamedTuple):
 
 
 def unpack(archive: Path, folder: Path, labelled: int, held_out: int) -> None:
-    """Unpack train/ and test/, and link the first training images of each class as labelled/, the last as held_out/."""
+    """Unpack train/ and test/; link the first training images per class as labelled/ and the last as held_out/."""
     if folder.exists():
         return
-    part = folder.with_name(f".{folder.name}.part")  # takes its name when it is whole
+    part = folder.with_name(f".{folder.name}.part")  # renamed when complete
     shutil.rmtree(part, ignore_errors=True)
     with zipfile.ZipFile(archive) as file:
         file.extractall(part)
     for place in sorted((part / "train").iterdir()):
         files = sorted(place.iterdir())
         if labelled + held_out > len(files):
-            sys.exit(f"--labelled and --held_out: {place.name} has {len(files)} images; ask for no more than these")
+            sys.exit(f"--labelled and --held_out: {place.name} has {len(files)} images; use no more")
         for name, chosen in (("labelled", files[:labelled]), ("held_out", files[len(files) - held_out :])):
             (part / name / place.name).mkdir(parents=True)
             for path in chosen:
@@ -106,7 +106,7 @@ def unpack(archive: Path, folder: Path, labelled: int, held_out: int) -> None:
 
 
 def keep_settings(workdir: Path) -> dict[str, Any]:
-    """What the flags ask for, but for the number of seeds; a directory keeps what it was begun with."""
+    """Return the settings given by flags, except the number of seeds; exit if DIR was started with other settings."""
     settings = {flag.name: flag.value for flag in SETTINGS}
     path = workdir / "settings.json"
     if not path.exists():
@@ -114,12 +114,12 @@ def keep_settings(workdir: Path) -> dict[str, Any]:
         path.write_text(json.dumps(settings, indent=2) + "\n")
     before = json.loads(path.read_text())
     if changed := [name for name, value in settings.items() if before.get(name) != value]:
-        sys.exit(f"{workdir} was begun with another --{', --'.join(changed)}; see {path}, or choose another --workdir")
+        sys.exit(f"{workdir} was started with other --{', --'.join(changed)}; see {path}, or choose another --workdir")
     return settings
 
 
 def run(command: str, config: str, workdir: Path, overrides: tuple[str, ...]) -> Result:
-    """Run a training command to its end, unless it has been already, and read what it measured."""
+    """Run a training command unless it has finished already, and return its measurements."""
     done = workdir / "result.json"
     if not done.exists():
         workdir.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ def run(command: str, config: str, workdir: Path, overrides: tuple[str, ...]) ->
             _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            sys.exit(f"{command} in {workdir} failed; see {workdir / 'log.txt'}")
+            sys.exit(f"{command} in {workdir} failed; read {workdir / 'log.txt'}")
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
         batch_size = json.loads((workdir / "config.json").read_text())["batch_size"]
         steps = [line for line in lines if "images_per_second" in line]
@@ -147,7 +147,7 @@ def run(command: str, config: str, workdir: Path, overrides: tuple[str, ...]) ->
 
 
 class Experiment:
-    """The runs below one directory."""
+    """Start the runs of the experiment, each in its own directory below `workdir`."""
 
     def __init__(self, workdir: Path) -> None:
         self.workdir = workdir
@@ -164,8 +164,8 @@ class Experiment:
         )
         return run("pretrain", f"pretrain.py:{method.name}", workdir, overrides)
 
-    def neighbors(self, workdir: Path) -> float:
-        """What the labelled images tell of the test images' classes by the features of a pre-trained run."""
+    def knn(self, workdir: Path) -> float:
+        """Return the kNN accuracy of a pre-trained run on the test images, with the labelled images as neighbours."""
         done = workdir / "knn.json"
         if not done.exists():
             sources = ("--source", f"folder:{self.data / 'labelled'}", "--validation", f"folder:{self.data / 'test'}")
@@ -173,11 +173,11 @@ class Experiment:
             done.write_bytes(subprocess.run([*command, *sources], stdout=subprocess.PIPE, check=True).stdout)
         return json.loads(done.read_text())["top1"]
 
-    def finetune(self, workdir: Path, init: Path | None, rate: float, epochs: float, seed: int, judge: str) -> Result:
-        """Fine-tune on the labelled images; accuracy on those of `judge`, measured at the end alone."""
+    def finetune(self, workdir: Path, init: Path | None, rate: float, epochs: float, seed: int, test: str) -> Result:
+        """Fine-tune on the labelled images, and evaluate once, at the end, on the images of folder `test`."""
         overrides = (
             f"--config.data.source=folder:{self.data / 'labelled'}",
-            f"--config.validation.source=folder:{self.data / judge}",
+            f"--config.validation.source=folder:{self.data / test}",
             f"--config.validation.every_epochs={epochs}",
             *schedule(epochs, rate * base_rate("finetune.py")),
             f"--config.seed={seed}",
@@ -187,7 +187,7 @@ class Experiment:
         return run("finetune", "finetune.py", workdir, overrides)
 
     def tune(self, name: str) -> dict[str, float]:
-        """The learning rates of both parts that do best on images held out, after a part of the epochs."""
+        """Return the factors of the learning rates of both parts that do best on the held-out images."""
         folder = self.workdir / "tuning" / (name or "scratch")
         epochs = {
             "pretrain": _TUNING.value * _PRETRAIN_EPOCHS.value,
@@ -211,7 +211,7 @@ class Experiment:
         return {part: _best(accuracies) for part, accuracies in tried.items()}
 
     def row(self, title: str, method: Method, rates: dict[str, float], seed: int) -> dict[str, float]:
-        """Pre-train and fine-tune once."""
+        """Pre-train, probe and fine-tune with one seed; return the numbers of a row."""
         folder = self.workdir / f"seed{seed}" / "".join(c if c.isalnum() else "_" for c in title)
         measured: dict[str, float] = {}
         init = None
@@ -223,13 +223,13 @@ class Experiment:
                 "pretrain_processor_seconds": result.processor_seconds,
                 "pretrain_memory": result.memory,
             }
-            measured["knn_top1"] = self.neighbors(init)
+            measured["knn_top1"] = self.knn(init)
         result = self.finetune(folder / "finetune", init, rates["finetune"], _FINETUNE_EPOCHS.value, seed, "test")
         return measured | {"top1": result.metrics["validation_top1"], "finetune_seconds": result.seconds}
 
 
 def schedule(epochs: float, rate: float) -> tuple[str, ...]:
-    """Overrides of length and learning rate; the warm-up is a tenth of any length."""
+    """Return overrides of duration and learning rate; the warm-up is a tenth of the duration."""
     return (
         f"--config.total_epochs={epochs}",
         f"--config.optimizer.warmup_epochs={epochs / 10}",
@@ -238,7 +238,7 @@ def schedule(epochs: float, rate: float) -> tuple[str, ...]:
 
 
 def base_rate(config: str) -> float:
-    """The learning rate that a configuration of this folder sets, for a batch of 256."""
+    """Return the base learning rate of a configuration in this folder."""
     names: dict[str, Any] = {}
     exec((HERE / config).read_text(), names)
     return names["get_config"]().optimizer.base_learning_rate
@@ -249,12 +249,12 @@ def _best(accuracies: dict[float, float]) -> float:
 
 
 def say(line: str) -> None:
-    """Tell the user."""
+    """Print a line of progress."""
     print(line, flush=True)  # noqa: T201
 
 
 def summarize(rows: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, Any]]:
-    """Mean and spread (the sample's standard deviation) of every number over the seeds."""
+    """Return mean, sample standard deviation and values of each number over the seeds."""
 
     def spread(values: list[float]) -> dict[str, Any]:
         deviation = statistics.stdev(values) if len(values) > 1 else None
@@ -264,9 +264,9 @@ def summarize(rows: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, An
 
 
 def draw(table: dict[str, dict[str, Any]], path: Path) -> None:
-    """Accuracy after fine-tuning against the time of pre-training, with bars of one standard deviation.
+    """Draw top-1 against processor time of pre-training, with bars of one standard deviation.
 
-    Time is the processor's, of all cores: other programs on the machine do not lengthen it.
+    Processor time of all cores does not grow with other programs on the machine.
     """
     figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -289,13 +289,13 @@ def draw(table: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def main(_: list[str]) -> None:
-    """Tune, run all rows for every seed, and write the table after each."""
+    """Tune, run every row with every seed, and write the table after each run."""
     start = time.monotonic()
     experiment = Experiment(Path(_WORKDIR.value).expanduser().absolute())
     settings = keep_settings(experiment.workdir)
     archive = Path(_ZIP.value).expanduser()
     if not archive.is_file():
-        sys.exit(f"--zip: there is no file {archive}")
+        sys.exit(f"--zip: {archive} does not exist")
     unpack(archive, experiment.data, _LABELLED.value, _HELD_OUT.value)
     rates = {name: experiment.tune(name) for name in dict.fromkeys(method.name for method in METHODS.values())}
     rows: dict[str, list[dict[str, float]]] = {}
@@ -303,34 +303,38 @@ def main(_: list[str]) -> None:
         for title, method in METHODS.items():
             measured = experiment.row(title, method, rates[method.name], seed)
             rows.setdefault(title, []).append(measured)
-            told = ", ".join(f"{key} {value:.4g}" for key, value in measured.items())
-            say(f"seed {seed}, {title}: {told} ({(time.monotonic() - start) / 60:.0f} min)")
+            numbers = ", ".join(f"{key} {value:.4g}" for key, value in measured.items())
+            say(f"seed {seed}, {title}: {numbers} ({(time.monotonic() - start) / 60:.0f} min)")
             table = summarize(rows)
             content = {"rows": table, "learning_rates": rates, "settings": settings}
             (experiment.workdir / "table.json").write_text(json.dumps(content, indent=2) + "\n")
             draw(table, experiment.workdir / "table.png")
-    width = max(map(len, table))
-    say(f"\n{'':{width}}  " + "  ".join(f"{title:>16}" for title in COLUMNS))
-    for title, row in table.items():
-        cells = [_cell(row.get(key), scale, unit) for key, scale, unit in COLUMNS.values()]
-        say(f"{title:{width}}  " + "  ".join(f"{cell:>16}" for cell in cells))
+    say(f"\n{markdown(table)}")
 
 
-# What is printed: key, scale, unit.
+# Columns of the printed table: heading -> key and scale.
 COLUMNS = {
-    "kNN": ("knn_top1", 100.0, "%"),
-    "fine-tuned": ("top1", 100.0, "%"),
-    "pre-training": ("pretrain_seconds", 1 / 60, " min"),
-    "processor time": ("pretrain_processor_seconds", 1 / 60, " min"),
-    "memory": ("pretrain_memory", 1.0, " MiB"),
+    "kNN, %": ("knn_top1", 100.0),
+    "fine-tuned, %": ("top1", 100.0),
+    "pre-training, minutes of processor time": ("pretrain_processor_seconds", 1 / 60),
+    "memory, MiB": ("pretrain_memory", 1.0),
 }
 
 
-def _cell(value: dict[str, Any] | None, scale: float, unit: str) -> str:
+def markdown(table: dict[str, dict[str, Any]]) -> str:
+    """Format the rows as a Markdown table: mean and standard deviation."""
+    lines = [f"| | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
+    for title, row in table.items():
+        cells = [_cell(row.get(key), scale) for key, scale in COLUMNS.values()]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(value: dict[str, Any] | None, scale: float) -> str:
     if value is None:
         return ""
     spread = "" if value["std"] is None else f" ± {scale * value['std']:.1f}"
-    return f"{scale * value['mean']:.1f}{spread}{unit}"
+    return f"{scale * value['mean']:.1f}{spread}"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The classifier on top of `configs/cifar/pretrain.py`, or the same from scratch where init is not set.
+"""A classifier that starts from the weights of `configs/cifar/pretrain.py`, or from scratch if init is not set.
 
-    python -m umae_jax.finetune --config configs/cifar/finetune.py --workdir DIR --config.init=DIR_OR_FILE \
+    python -m umae_jax.finetune --config cifar/finetune --workdir DIR --config.init=DIR_OR_FILE \
         --config.data.source=folder:CIFAR/train --config.validation.source=folder:CIFAR/test
 """
 
@@ -23,14 +23,14 @@ def get_config() -> ConfigDict:
     config.model.mlp_ratios = (4, 4, 4)
     config.model.window = 8
     config.model.classes = 10
-    config.model.drop_path = 0.0  # so small a model does not overfit by its depth
+    config.model.drop_path = 0.0  # this model is too small to need it
 
     config.data.source = "folder:cifar/train"
     config.data.area = 0.35
     config.data.threads = 2
     config.validation.source = "folder:cifar/test"
     config.validation.every_epochs = 5.0
-    # Lighter than the recipe for ImageNet: few epochs of few images.
+    # Weaker than ImageNet's recipe: there are few images and few epochs.
     config.augment.operations = 1
     config.augment.erase = 0.0
     config.augment.mixup = 0.0

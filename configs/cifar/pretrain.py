@@ -1,9 +1,9 @@
-"""A small Swin for CIFAR-10's 32 x 32 images: patches of 2 pixels, mask units of 4, three stages; minutes on two cores.
+"""A small Swin for CIFAR-10's 32 x 32 images: 2-pixel patches, 4-pixel mask units, three stages; minutes on two cores.
 
-    python -m umae_jax.pretrain --config configs/cifar/pretrain.py:um_mae --workdir DIR \
+    python -m umae_jax.pretrain --config cifar/pretrain:um_mae --workdir DIR \
         --config.data.source=folder:CIFAR/train
 
-Behind the colon stands the method, um_mae or simmim. `configs/cifar/experiment.py` compares them.
+The method, um_mae or simmim, follows the colon. `configs/cifar/experiment.py` compares them.
 """
 
 from ml_collections import ConfigDict
@@ -24,9 +24,10 @@ def get_config(method: str = "um_mae") -> ConfigDict:
     config.model.heads = (1, 2, 4)
     config.model.mlp_ratios = (4, 4, 4)
     config.model.window = 8
-    config.model.decoder_width = 64
-    config.model.decoder_depth = 1
-    config.model.decoder_heads = 4
+    if method == "um_mae":
+        config.model.decoder_width = 64
+        config.model.decoder_depth = 1
+        config.model.decoder_heads = 4
 
     config.data.source = "folder:cifar/train"
     config.data.area = 0.35

@@ -1,4 +1,4 @@
-"""The peers in PyTorch: the plain UM-MAE computes what ours computes, and the others have its sizes."""
+"""PyTorch peers: the plain UM-MAE has our loss and gradients, and the others have our sizes."""
 
 import importlib.util
 import subprocess
@@ -32,7 +32,7 @@ MODELS = {
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """So that the threads of tests beside each other do not wait for each other."""
+    """Limit PyTorch to one thread: parallel tests would compete for cores."""
     if not importlib.util.find_spec("torch"):
         yield
         return
@@ -66,38 +66,36 @@ def test_steps_lower_the_loss(name, dtype):
     config = config_of(name)
     config.dtype = dtype
     config.optimizer.base_learning_rate = 1.0  # for 256 images
-    peer = peers.make_peer(name, config, batch=2)
+    peer = peers.make_peer(name, config, batch_size=2)
     losses = []
     for _ in range(12):
         peer.step()
         losses.append(peer.loss)
     assert np.mean(losses[-3:]) < 0.99 * np.mean(losses[:3])
-    assert peer.name == name
-    assert (peer.peak_memory() is None) == (peer.device == "cpu")
 
 
 @needs_both
 @pytest.mark.parametrize("name", ["torch_um_mae", "hf_vit_mae"])
-def test_a_peer_has_as_many_parameters_as_ours(name):
+def test_a_peer_has_our_number_of_parameters(name):
     config = config_of(name)
-    assert peers.make_peer(name, config, batch=1).parameters == parameters_of(config)
+    assert peers.make_peer(name, config, batch_size=1).parameters == parameters_of(config)
 
 
 @needs_both
 @pytest.mark.parametrize("window", [4, 8, 16])
-def test_the_swin_of_hugging_face_differs_by_its_positions_and_merges(window):
+def test_hugging_face_swin_differs_only_in_positions_and_merges(window):
     config = config_of("hf_swin_simmim", window=window)
-    model, theirs = config.model, peers.make_peer("hf_swin_simmim", config, batch=1).parameters
+    model, theirs = config.model, peers.make_peer("hf_swin_simmim", config, batch_size=1).parameters
     for stage, depth in enumerate(model.depths):
         heads, width = model.heads[stage], model.position_width
         table = (2 * min(window, 8 // 2**stage) - 1) ** 2 * heads
         theirs += depth * (2 * width + width + width * heads + heads - table)
-    theirs -= 4 * model.widths[0]  # its merge norms four times as many numbers (+ 8 - 2), without a bias (- 2)
+    theirs -= 4 * model.widths[0]  # its merge normalises four times the channels (+ 8 - 2), and has no bias (- 2)
     assert theirs == parameters_of(config)
 
 
 def torch_and_jax(config):
-    """Our model with random parameters, and the plain one with the same."""
+    """Return our model with random parameters, and the plain one with the same parameters."""
     import torch
 
     from umae_jax.benchmarking.torch_um_mae import TorchUmMae
@@ -152,7 +150,7 @@ def test_plain_um_mae_has_our_loss_and_gradients(kind, changes):
     gradients = names.to_reference(config, gradients)
     for name, parameter in plain.named_parameters():
         expected, found = gradients[name], parameter.grad.numpy()
-        if name.endswith("posmlp.2.bias"):  # shifts whole softmax rows: its true gradient is 0
+        if name.endswith("posmlp.2.bias"):  # shifts whole softmax rows; its exact gradient is 0
             assert max(np.abs(expected).max(), np.abs(found).max()) < 1e-5
         else:
             assert np.linalg.norm(found - expected) < 1e-3 * np.linalg.norm(expected), name
@@ -167,18 +165,18 @@ def test_plain_um_mae_has_the_latents_of_the_golden_files(kind):
 
     numbers = golden.load(kind)
     config = golden.config_of(kind)
-    config.model.reference_order = False  # which the encoder knows nothing of
+    config.model.reference_order = False  # affects the decoder only
     plain = TorchUmMae(config)
     plain.load_state_dict({name: torch.from_numpy(array) for name, array in golden.part(numbers, "param").items()})
     mask = torch_mask(golden.mask_of(numbers, golden.model_of(kind)))
     with torch.no_grad():
         units = plain.cut_units(channels_first(numbers["images"]))
-        latent = plain.encode(units[torch.arange(2)[:, None], plain.unit_numbers(mask)[0]], mask)
+        latent = plain.encode(units[torch.arange(2)[:, None], plain.unit_indices(mask)[0]], mask)
     np.testing.assert_allclose(latent.flatten(1, 2), numbers["latent"], atol=2e-5)
 
 
 @needs_torch
-def test_its_masks_are_drawn_anew_and_hide_a_quarter():
+def test_plain_um_mae_draws_new_masks_that_hide_a_quarter():
     from umae_jax.benchmarking.torch_um_mae import TorchUmMae
 
     model = TorchUmMae(small.config_of("swin_um_window8"))
@@ -188,53 +186,53 @@ def test_its_masks_are_drawn_anew_and_hide_a_quarter():
     np.testing.assert_allclose(counts / counts.sum(), 0.25, atol=0.03)
     assert (one.hidden.sum((1, 2)) == 4).all()
     np.testing.assert_allclose(one.hidden.float().mean(0), 0.25, atol=0.15)
-    numbers = np.concatenate([part.numpy() for part in model.unit_numbers(one)], axis=1)
+    numbers = np.concatenate([part.numpy() for part in model.unit_indices(one)], axis=1)
     np.testing.assert_array_equal(np.sort(numbers), np.broadcast_to(np.arange(64), (200, 64)))
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "told"),
+    ("name", "changes", "message"),
     [
-        ("timm", {}, "there is no peer 'timm'; choose torch_um_mae, hf_vit_mae, hf_swin_simmim"),
-        ("hf_vit_mae", {}, "the peer of a vit for mae, not of a swin for um_mae .*; choose torch_um_mae"),
-        ("torch_um_mae", {"encoder": "pvt"}, "not of a pvt for um_mae .*; there is none for it"),
+        ("timm", {}, "timm.*torch_um_mae, hf_vit_mae, hf_swin_simmim"),
+        ("hf_vit_mae", {}, "model.encoder=vit and model.method=mae.*choose torch_um_mae"),
+        ("torch_um_mae", {"encoder": "pvt"}, "torch_um_mae.*pvt"),
     ],
 )
-def test_a_peer_of_another_model_is_told(name, changes, told):
-    with pytest.raises(UserError, match=told):
-        peers.make_peer(name, config_of("torch_um_mae", **changes), batch=1)
+def test_a_peer_of_another_model_is_an_error(name, changes, message):
+    with pytest.raises(UserError, match=message):
+        peers.make_peer(name, config_of("torch_um_mae", **changes), batch_size=1)
 
 
 @needs_both
 @pytest.mark.parametrize(
-    ("name", "key", "value", "told"),
+    ("name", "key", "value", "message"),
     [
-        ("torch_um_mae", "reference_order", True, "model.reference_order: .* set it to False"),
-        ("torch_um_mae", "decoder_factor", 3, "model.decoder_factor: 3 does not divide"),
-        ("hf_vit_mae", "secondary_ratio", 0.25, "model.secondary_ratio: .* set it to 0"),
-        ("hf_vit_mae", "image_size", (32, 64), "image_size: .* not 32 x 64; make the two equal"),
-        ("hf_swin_simmim", "image_size", (32, 64), "image_size: .* not 32 x 64; make the two equal"),
-        ("hf_swin_simmim", "widths", (8, 24), "model.widths: .* doubles"),
-        ("hf_swin_simmim", "mlp_ratios", (4, 2), "model.mlp_ratios: .* one for all stages"),
-        ("hf_swin_simmim", "norm_pix_loss", True, "model.norm_pix_loss: .* set it to False"),
+        ("torch_um_mae", "reference_order", True, "^model.reference_order: .*False"),
+        ("torch_um_mae", "decoder_factor", 3, "^model.decoder_factor: 3"),
+        ("hf_vit_mae", "secondary_ratio", 0.25, "^model.secondary_ratio: .*0"),
+        ("hf_vit_mae", "image_size", (32, 64), "^image_size: .*32 x 64"),
+        ("hf_swin_simmim", "image_size", (32, 64), "^image_size: .*32 x 64"),
+        ("hf_swin_simmim", "widths", (8, 24), r"^model.widths: .*\(8, 24\)"),
+        ("hf_swin_simmim", "mlp_ratios", (4, 2), r"^model.mlp_ratios: .*\(4, 2\)"),
+        ("hf_swin_simmim", "norm_pix_loss", True, "^model.norm_pix_loss: .*False"),
     ],
 )
-def test_what_a_peer_has_not_is_told(name, key, value, told):
+def test_an_unsupported_value_is_an_error(name, key, value, message):
     config = config_of(name)
     with config.unlocked():
         setattr(config if key in config else config.model, key, value)
-    with pytest.raises(UserError, match=told):
-        peers.make_peer(name, config, batch=1)
+    with pytest.raises(UserError, match=message):
+        peers.make_peer(name, config, batch_size=1)
 
 
 @pytest.mark.parametrize(("name", "missing"), [("torch_um_mae", "torch"), ("hf_vit_mae", "transformers")])
-def test_what_is_not_installed_is_told(monkeypatch, name, missing):
-    monkeypatch.setitem(sys.modules, missing, None)  # as if there were none
+def test_a_missing_package_is_an_error(monkeypatch, name, missing):
+    monkeypatch.setitem(sys.modules, missing, None)  # makes its import fail
     monkeypatch.delitem(sys.modules, "umae_jax.benchmarking.torch_um_mae", raising=False)
-    with pytest.raises(UserError, match=r"install torch and transformers: pip install \"umae_jax\[peers\]\""):
-        peers.make_peer(name, config_of(name), batch=1)
+    with pytest.raises(UserError, match=r"pip install \"umae_jax\[peers\]\""):
+        peers.make_peer(name, config_of(name), batch_size=1)
 
 
-def test_nothing_imports_torch_before_a_peer_is_made():
+def test_torch_is_not_imported_before_a_peer_is_made():
     code = "import sys, umae_jax, umae_jax.benchmarking.peers; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""RandAugment against timm's, and its own promises."""
+"""RandAugment, compared with timm's."""
 
 import importlib.util
 import random
@@ -12,7 +12,7 @@ from tests.images import picture
 from umae_jax.data.augment import OPERATIONS, Operation, RandAugment
 
 FILL = (124, 116, 104)
-# timm's names where they are not ours.
+# timm's names that differ from ours.
 TIMM = {
     **{name: f"{name}Increasing" for name in ("Posterize", "Solarize", "Color", "Contrast", "Brightness", "Sharpness")},
     **{name: f"{name}Rel" for name in ("TranslateX", "TranslateY")},
@@ -22,7 +22,7 @@ WITHOUT_STRENGTH = ("AutoContrast", "Equalize", "Invert")
 
 @pytest.fixture(scope="module")
 def timm():
-    """timm's module of augmentations, from its file: importing the package would need torchvision."""
+    """Import timm's module of augmentations from its file: importing the package needs torchvision."""
     package = importlib.util.find_spec("timm")
     if package is None:
         pytest.skip("timm is not installed")
@@ -33,14 +33,14 @@ def timm():
     return module
 
 
-def test_the_operations_are_those_of_timm(timm):
+def test_operations_have_the_names_of_timm(timm):
     assert [TIMM.get(name, name) for name in OPERATIONS] == timm._RAND_INCREASING_TRANSFORMS
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 2.6, 5.0, 9.0, 9.9])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_an_operation_is_that_of_timm(timm, name, magnitude):
-    """With either sign: which of them comes is timm's own draw."""
+def test_each_operation_equals_that_of_timm(timm, name, magnitude):
+    """Compare the sets of both signs' outputs, since timm draws the sign itself."""
     image = Image.fromarray(picture(1))
     options = {"img_mean": FILL, "interpolation": Image.Resampling.BICUBIC}
     operation = timm.AugmentOp(TIMM.get(name, name), prob=1.0, magnitude=magnitude, hparams=options)
@@ -57,7 +57,7 @@ def test_an_operation_is_that_of_timm(timm, name, magnitude):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_every_operation_takes_every_strength(name, channels):
+def test_each_operation_accepts_every_strength(name, channels):
     image = Image.fromarray(picture(2) if channels == 3 else picture(2)[..., 0])
     for strength in (0.0, 0.5, 1.0):
         for sign in (-1.0, 1.0):
@@ -66,8 +66,7 @@ def test_every_operation_takes_every_strength(name, channels):
             assert (changed.size, changed.mode) == (image.size, image.mode)
 
 
-def test_nothing_is_changed_at_no_strength():
-    """By those that have one: "inc1", stronger with the magnitude. Sharpness, colour and the like stand still at 1."""
+def test_strength_zero_changes_nothing():
     image = Image.fromarray(picture(3))
     for name in set(OPERATIONS) - {*WITHOUT_STRENGTH, "Posterize"}:
         operation = OPERATIONS[name]
@@ -75,20 +74,20 @@ def test_nothing_is_changed_at_no_strength():
         np.testing.assert_array_equal(changed, np.asarray(image), err_msg=name)
 
 
-def test_the_draws_are_the_generators_alone():
+def test_draws_depend_on_the_generator_alone():
     augment = RandAugment(2, 9.0, 0.5, FILL)
     pixels = picture(4)
     once, again = (augment(pixels, random.Random(seed)) for seed in (5, 5))
     np.testing.assert_array_equal(once, again)
     others = [augment(pixels, random.Random(seed)) for seed in range(40)]
     assert all(other.shape == pixels.shape and other.dtype == np.uint8 for other in others)
-    # Each of two operations is applied with probability one half: about a quarter of the images stay as they were.
+    # Each of two operations is applied with probability 0.5, so about a quarter of the images is unchanged.
     same = sum(np.array_equal(other, pixels) for other in others)
     assert 3 <= same <= 20
 
 
-def test_the_magnitude_varies_around_its_own(monkeypatch):
-    """As timm's m9-mstd0.5: normal around nine tenths of the strongest, and never above it."""
+def test_magnitudes_follow_a_clipped_normal_distribution(monkeypatch):
+    """As timm's m9-mstd0.5: mean 9, standard deviation 0.5, at most 10."""
     strengths = []
 
     def spy(strength, sign):
@@ -109,7 +108,7 @@ def test_the_magnitude_varies_around_its_own(monkeypatch):
     assert abs(np.mean(np.sign(strengths))) < 0.1
 
 
-def test_one_channel_stays_one():
+def test_grayscale_images_keep_one_channel():
     augment = RandAugment(4, 9.0, 0.5, (128,))
     pixels = picture(4)[..., :1]
     for seed in range(30):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from umae_jax.data.on_device import mix, random_erase, sample_keys, smooth_targets
+from umae_jax.data.on_device import mix, random_erase, random_flip, sample_keys, smooth_targets
 
 ONE_HOT = jax.nn.one_hot
 
@@ -14,20 +14,20 @@ def keys_of(count, seed=0):
 
 
 def constant_images(count, side=16):
-    """Image i is i everywhere."""
+    """Return images whose every value is their index."""
     return jnp.broadcast_to(jnp.arange(count, dtype=jnp.float32)[:, None, None, None], (count, side, side, 3))
 
 
-def test_targets_are_smoothed_over_all_classes():
+def test_smoothing_spreads_over_all_classes():
     targets = smooth_targets(jnp.array([0, 3]), 4, 0.1)
     np.testing.assert_allclose(targets, [[0.925, 0.025, 0.025, 0.025], [0.025, 0.025, 0.025, 0.925]], atol=1e-6)
 
 
-def test_erasing_puts_noise_into_one_rectangle_of_the_allowed_size():
+def test_erasing_fills_one_rectangle_of_the_allowed_size_with_noise():
     images = jnp.full((400, 32, 32, 3), 7.0)
     erased = np.asarray(jax.jit(random_erase, static_argnums=2)(images, keys_of(400), 0.25))
     changed = (erased != 7).all(-1)
-    assert ((erased == 7).all(-1) | changed).all()  # all channels of a pixel, or none
+    assert ((erased == 7).all(-1) | changed).all()  # all channels of a pixel or none
     touched = changed.any((1, 2))
     assert 70 <= touched.sum() <= 130
     noise = erased[changed]
@@ -41,13 +41,13 @@ def test_erasing_puts_noise_into_one_rectangle_of_the_allowed_size():
         assert 0.2 <= height / width <= 5
 
 
-def test_erasing_never_or_always():
+def test_erasing_with_probability_zero_and_one():
     images = constant_images(8, 32)
     np.testing.assert_array_equal(random_erase(images, keys_of(8), 0.0), images)
     assert (np.asarray(random_erase(images + 100, keys_of(8), 1.0)) != np.asarray(images) + 100).any((1, 2, 3)).all()
 
 
-def test_mixup_adds_an_image_and_its_neighbour_by_the_share_of_their_targets():
+def test_mixup_averages_neighbours_with_the_weights_of_their_targets():
     images, targets = constant_images(64), ONE_HOT(jnp.arange(64), 64)
     mixed, shares = (np.asarray(x) for x in mix(images, targets, keys_of(64), mixup=0.8, cutmix=0.0))
     np.testing.assert_allclose(shares.sum(1), 1, atol=1e-5)
@@ -56,7 +56,7 @@ def test_mixup_adds_an_image_and_its_neighbour_by_the_share_of_their_targets():
         assert set(np.flatnonzero(shares[place] > 1e-6)) <= {place, place ^ 1}
 
 
-def test_mixup_draws_from_the_beta_distribution():
+def test_mixup_weights_follow_the_beta_distribution():
     count = 2000
     images, targets = jnp.zeros((count, 1, 1, 1)), ONE_HOT(jnp.arange(count) % 2, 2)
     _, shares = mix(images, targets, keys_of(count), mixup=0.8, cutmix=0.0)
@@ -64,7 +64,7 @@ def test_mixup_draws_from_the_beta_distribution():
     assert scipy.stats.kstest(own, scipy.stats.beta(0.8, 0.8).cdf).pvalue > 1e-3
 
 
-def test_cutmix_pastes_a_rectangle_and_counts_its_pixels():
+def test_cutmix_pastes_a_rectangle_and_weights_targets_by_its_pixels():
     images, targets = constant_images(64), ONE_HOT(jnp.arange(64), 64)
     mixed, shares = (np.asarray(x) for x in mix(images, targets, keys_of(64), mixup=0.0, cutmix=1.0))
     for place in range(64):
@@ -77,7 +77,7 @@ def test_cutmix_pastes_a_rectangle_and_counts_its_pixels():
             assert pasted.sum() == (rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1)
 
 
-def test_where_both_are_on_each_image_draws_one():
+def test_each_image_draws_mixup_or_cutmix():
     images, targets = constant_images(400), ONE_HOT(jnp.arange(400), 400)
     mixed, _ = mix(images, targets, keys_of(400), mixup=0.8, cutmix=1.0)
     whole = np.asarray(mixed)[..., 0]
@@ -85,8 +85,8 @@ def test_where_both_are_on_each_image_draws_one():
     assert 150 <= added <= 250
 
 
-def test_every_draw_belongs_to_its_image():
-    """Whatever else is in the batch, and wherever in it the pair stands."""
+def test_draws_depend_on_the_image_alone():
+    """Neither the rest of the batch nor the pair's place in it matters."""
     images, targets = constant_images(8), ONE_HOT(jnp.arange(8), 8)
     moved = jnp.array([4, 5, 0, 1])
     whole = mix(images, targets, keys_of(8), mixup=0.8, cutmix=1.0)
@@ -98,6 +98,15 @@ def test_every_draw_belongs_to_its_image():
     )
 
 
-def test_nothing_is_mixed_where_both_are_off():
+def test_without_mixup_and_cutmix_nothing_changes():
     images, targets = constant_images(3), ONE_HOT(jnp.arange(3), 3)
     assert mix(images, targets, keys_of(3), mixup=0.0, cutmix=0.0) == (images, targets)
+
+
+def test_flips_are_drawn_per_sample_with_probability_one_half():
+    keys = sample_keys(3, jnp.arange(1000, dtype=jnp.uint32))
+    images = jnp.broadcast_to(jnp.arange(4, dtype=jnp.uint8)[None, None, :, None], (1000, 2, 4, 1))
+    flipped = np.asarray(random_flip(images, keys))[:, 0, 0, 0] == 3
+    assert 430 < flipped.sum() < 570
+    some = sample_keys(3, jnp.array([700, 5], jnp.uint32))
+    np.testing.assert_array_equal(np.asarray(random_flip(images[:2], some))[:, 0, 0, 0] == 3, flipped[[700, 5]])

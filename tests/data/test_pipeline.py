@@ -7,17 +7,30 @@ import pytest
 
 from tests.images import write_folder
 from umae_jax.config import default_config
-from umae_jax.data import loader
-from umae_jax.data.pipeline import EvalLoader, TrainLoader, readers
+from umae_jax.data import pipeline
+from umae_jax.data.pipeline import EvalLoader, Readers, Sample, TrainLoader, abstract_batch, readers
 from umae_jax.data.sources import NO_LABEL, open_source
-from umae_jax.data.transforms import load_whole
+from umae_jax.data.transforms import LoadCrop, LoadWhole, load_whole
 from umae_jax.errors import UserError
 from umae_jax.training.sharding import batch_sharding, make_mesh
 
+SIZE = (16, 24)
+CLASSES = ("ant", "bee")
+THREADS = Readers(threads=2, workers=0)
 
-def open_loader(folder, **changes):
-    options = {"batch_size": 8, "seed": 1, "size": (16, 24), "area": 0.2, "threads": 2, **changes}
-    return TrainLoader(open_source(f"folder:{folder}"), sharding=batch_sharding(make_mesh()), **options)
+
+def open_train(folder, *, labels=None, **changes):
+    source = open_source(f"folder:{folder}")
+    load = LoadCrop(source, 1, SIZE, 3, 0.2, labels=labels)
+    options = {"batch_size": 8, "seed": 1, "readers": THREADS, "sharding": batch_sharding(make_mesh()), **changes}
+    return TrainLoader(len(source), load, **options)
+
+
+def open_eval(folder, *, batch_size=8, **changes):
+    source = open_source(f"folder:{folder}")
+    load = LoadWhole(source, SIZE, 3, labels=(2, "validation.source"))
+    options = {"readers": THREADS, "sharding": batch_sharding(make_mesh()), **changes}
+    return EvalLoader(len(source), load, batch_size=batch_size, **options)
 
 
 def take(loader, count):
@@ -26,193 +39,182 @@ def take(loader, count):
     return batches
 
 
+def concatenate(batches):
+    batches = [jax.device_get(batch) for batch in batches]
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def assert_equal(batch, other):
+    assert batch.keys() == other.keys()
+    for name in batch:
+        np.testing.assert_array_equal(batch[name], other[name], err_msg=name)
+
+
 @pytest.fixture
 def folder(tmp_path):
     return write_folder(tmp_path / "images", 12)
 
 
-def test_batches_are_uint8_and_spread_over_all_devices(folder):
-    (batch,) = take(open_loader(folder), 1)
-    assert batch.image.shape == (8, 16, 24, 3)
-    assert batch.image.dtype == np.uint8
-    assert len(batch.image.sharding.device_set) == jax.device_count() == 8
+def test_batches_have_the_abstract_shapes_on_all_devices(tmp_path):
+    loader = open_train(write_folder(tmp_path, 12, CLASSES), labels=(2, "data.source"))
+    (batch,) = take(loader, 1)
+    arrays = {
+        "image": jax.ShapeDtypeStruct((*SIZE, 3), np.uint8),
+        "label": jax.ShapeDtypeStruct((), np.int32),
+        "sample_index": jax.ShapeDtypeStruct((), np.uint32),
+    }
+    expected = abstract_batch(arrays, 8, batch_sharding(make_mesh()))
+    assert {name: (array.shape, array.dtype, array.sharding) for name, array in batch.items()} == {
+        name: (array.shape, array.dtype, array.sharding) for name, array in expected.items()
+    }
+    assert len(batch["image"].sharding.device_set) == jax.device_count() == 8
 
 
-def test_a_stream_continues_where_it_was_left_in_mid_epoch(folder):
-    whole = take(open_loader(folder), 6)
-    rest = take(open_loader(folder, first_sample=24), 3)
+def test_a_stream_continues_in_mid_epoch(folder):
+    whole = take(open_train(folder), 6)
+    rest = take(open_train(folder, first_sample=24), 3)
     for ours, theirs in zip(rest, whole[3:], strict=True):
-        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+        assert_equal(ours, theirs)
+
+
+class PartialSharding:
+    """A sharding that gives this process every n-th row, from the last to the first, each on two devices."""
+
+    def __init__(self, process, processes):
+        self.process, self.processes = process, processes
+
+    def addressable_devices_indices_map(self, shape):
+        rows = [*range(self.process, shape[0], self.processes)]
+        return {device: (slice(row, row + 1),) for device, row in enumerate([*rows, *rows[::-1]])}
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_a_process_reads_the_rows_that_its_devices_hold(folder, monkeypatch, processes):
-    """A batch is in order whatever processes read it: neighbours, which may be mixed with each other, stay so."""
-    whole = take(open_loader(folder, first_sample=8), 3)
-    parts = []
-
-    class Held:
-        """A sharding that gives every so many-th row to a process, from the last to the first, each to two devices."""
-
-        def __init__(self, process):
-            self.process = process
-
-        def addressable_devices_indices_map(self, shape):
-            rows = [*range(self.process, shape[0], processes)]
-            return {device: (slice(row, row + 1),) for device, row in enumerate([*rows, *rows[::-1]])}
-
+def test_a_process_reads_the_rows_of_its_devices(folder, monkeypatch, processes):
+    whole = take(open_train(folder, first_sample=8), 3)
     monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda _, array: array)
     for process in range(processes):
-        loader = TrainLoader(
-            open_source(f"folder:{folder}"),
-            batch_size=8,
-            seed=1,
-            size=(16, 24),
-            area=0.2,
-            threads=2,
-            first_sample=8,
-            sharding=Held(process),
-        )
-        parts.append(take(loader, 3))
-    for number, batch in enumerate(whole):
-        for process, part in enumerate(parts):
-            for ours, theirs in zip(part[number], batch, strict=True):
-                np.testing.assert_array_equal(ours, theirs[process::processes])
+        part = take(open_train(folder, first_sample=8, sharding=PartialSharding(process, processes)), 3)
+        for ours, theirs in zip(part, whole, strict=True):
+            assert_equal(ours, {name: array[process::processes] for name, array in theirs.items()})
+
+
+def test_processes_must_share_a_batch_evenly(folder, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    for open_loader in (open_train, open_eval):
+        with pytest.raises(UserError, match=r"batch_size: 8 .* 3 processes"):
+            open_loader(folder, batch_size=8)
 
 
 def test_samples_do_not_depend_on_threads_workers_or_batch_size(folder):
-    few = take(open_loader(folder, threads=1), 4)
-    for changes, count in (({"threads": 5}, 4), ({"workers": 2, "threads": 1}, 4), ({"batch_size": 16}, 2)):
-        other = take(open_loader(folder, **changes), count)
-        for field in ("image", "sample_index"):
-            ours, theirs = (np.concatenate([getattr(batch, field) for batch in stream]) for stream in (few, other))
-            np.testing.assert_array_equal(ours, theirs)
+    expected = concatenate(take(open_train(folder, readers=Readers(1, 0)), 4))
+    for changes, count in (({"readers": Readers(5, 0)}, 4), ({"readers": Readers(1, 2)}, 4), ({"batch_size": 16}, 2)):
+        assert_equal(concatenate(take(open_train(folder, **changes), count)), expected)
 
 
-def test_every_epoch_sees_every_image_once_in_another_order(tmp_path):
-    classes = tuple(f"class{number:02}" for number in range(16))
-    folder = write_folder(tmp_path, 16, classes)  # one image a class: labels name them
-    labels = np.concatenate([batch.label for batch in take(open_loader(folder), 4)])
-    first, second = labels[:16].tolist(), labels[16:].tolist()
-    assert sorted(first) == sorted(second) == list(range(16))
-    assert first != second
+def load_indices(sample_index, record_index):
+    return Sample({"record": np.array(record_index, np.int32), "pair": np.array([sample_index, record_index])})
 
 
-def test_a_broken_file_is_skipped_counted_and_named_once(folder, caplog):
+@pytest.mark.parametrize("size", [16, 5])
+def test_every_epoch_has_every_record_once_in_an_order_of_its_own(size):
+    loader = TrainLoader(
+        size, load_indices, batch_size=8, sharding=batch_sharding(make_mesh()), seed=3, readers=THREADS
+    )
+    batch = concatenate(take(loader, 2 * size))
+    np.testing.assert_array_equal(batch["sample_index"], np.arange(16 * size))
+    np.testing.assert_array_equal(batch["pair"], np.stack([batch["sample_index"], batch["record"]], axis=1))
+    for epoch, records in enumerate(np.split(batch["record"], 16)):
+        order = np.arange(size, dtype=np.int32)
+        np.random.default_rng((3, epoch, size)).shuffle(order)  # a run continues in this order after an update
+        np.testing.assert_array_equal(records, order)
+
+
+def test_broken_files_are_skipped_counted_and_named_once(folder, caplog):
     names = sorted(folder.iterdir())
-    good = take(open_loader(folder), 6)
+    good = concatenate(take(open_train(folder), 6))
     names[3].write_bytes(b"not an image")
     names[7].write_bytes(names[7].read_bytes()[:300])
+    names[8].unlink()
+    names[8].symlink_to(folder / "missing")
+    loader = open_train(folder)
+    skipped = []
     with caplog.at_level(logging.WARNING):
-        batches = take(open_loader(folder), 6)
-    # Both files in each of 4 epochs, and whenever the substitute drawn is broken too.
-    assert sum(int((np.asarray(batch.unreadable) > 0).sum()) for batch in batches) == 8
-    for name in (names[3], names[7]):
+        batches = []
+        for _ in range(6):
+            batches.append(next(loader))
+            skipped.append(loader.skipped_images)
+    loader.close()
+    changed = (concatenate(batches)["image"] != good["image"]).any((1, 2, 3))
+    assert changed.sum() == 12  # three files in four epochs; all other samples are unchanged
+    assert skipped == sorted(skipped)
+    assert 12 <= skipped[-1] <= 20  # some substitutes are broken, too
+    for name in (names[3], names[7], names[8]):
         assert sum(str(name) in record.getMessage() for record in caplog.records) == 1
-    # All the other samples stay what they were.
-    for ours, theirs in zip(batches, good, strict=True):
-        same = np.asarray(ours.unreadable) == 0
-        np.testing.assert_array_equal(np.asarray(ours.image)[same], np.asarray(theirs.image)[same])
 
 
-def test_no_blank_image_stands_in_for_many_broken_neighbours(tmp_path):
+def test_many_broken_neighbours_are_never_replaced_by_blanks(tmp_path):
     folder = write_folder(tmp_path / "images", 60)
     for path in sorted(folder.iterdir())[10:30]:
         path.write_bytes(b"not an image")
-    images = np.concatenate([batch.image for batch in take(open_loader(folder), 15)])
-    assert (images.reshape(len(images), -1).max(-1) > 0).all()
+    images = concatenate(take(open_train(folder), 15))["image"]
+    assert images.any((1, 2, 3)).all()
 
 
 def test_a_finite_stream_ends(folder):
-    batches = list(open_loader(folder, first_sample=8, last_sample=32))
-    assert np.concatenate([batch.sample_index for batch in batches]).tolist() == list(range(8, 32))
+    batches = list(open_train(folder, first_sample=8, last_sample=32))
+    assert concatenate(batches)["sample_index"].tolist() == list(range(8, 32))
 
 
 def test_mostly_unreadable_data_stops_the_run(folder):
     for path in sorted(folder.iterdir())[:8]:
         path.write_bytes(b"not an image")
-    with pytest.raises(UserError, match=r"of \d+ reads failed; repair or remove the files, among them .*\.jpg"):
-        take(open_loader(folder), 6)
-
-
-CLASSES = ("ant", "bee")
-
-
-def one_pass(source, batch_size=8, **changes):
-    options = {"key": "data.source", "classes": 2, "size": (16, 24), "threads": 2, **changes}
-    return EvalLoader(source, batch_size=batch_size, sharding=batch_sharding(make_mesh()), **options)
-
-
-def gather(batches):
-    return [np.concatenate(arrays) for arrays in zip(*map(jax.device_get, batches), strict=True)]
+    with pytest.raises(UserError, match=r"data.source: \d+ of \d+ reads failed.*\.jpg"):
+        take(open_train(folder), 6)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_one_pass_gives_every_image_once_whole_and_in_order(tmp_path, workers):
-    source = open_source(f"folder:{write_folder(tmp_path, 13, CLASSES)}")
-    images, _, labels, unreadable = gather(one_pass(source, workers=workers))
-    assert images.shape == (16, 16, 24, 3)
-    assert labels.tolist() == [source[place].label for place in range(13)] + [NO_LABEL] * 3
-    assert not unreadable.any()
-    assert not images[13:].any()
-    for place in range(13):
-        np.testing.assert_array_equal(images[place], load_whole(source[place].data, (16, 24), 3))
-
-
-def test_one_pass_leaves_out_what_cannot_be_read_and_names_it(tmp_path):
-    source = open_source(f"folder:{write_folder(tmp_path, 8, CLASSES)}")
-    (tmp_path / "bee" / "001.jpg").write_bytes(b"")
-    batches = one_pass(source)
-    _, _, labels, unreadable = gather(batches)
-    assert (labels == NO_LABEL).sum() == unreadable.sum() == 1
-    assert batches.named == {str(tmp_path / "bee" / "001.jpg")}
-
-
-def test_one_pass_takes_some_images_of_all_classes(tmp_path):
-    source = open_source(f"folder:{write_folder(tmp_path, 40, CLASSES)}")
-    _, _, labels, _ = gather(one_pass(source, images=24))
-    assert len(labels) == 24
-    assert 4 <= (labels == 0).sum() <= 20
-    _, _, again, _ = gather(one_pass(source, images=24, batch_size=24))
-    np.testing.assert_array_equal(labels, again)
-    assert len(gather(one_pass(source, images=100))[2]) == 40
-
-
-class Labelled:
-    """A source with labels of one's choice."""
-
-    classes = CLASSES
-
-    def __init__(self, folder, labels):
-        self.source, self.labels = open_source(f"folder:{folder}"), labels
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        return self.source[index]._replace(label=self.labels[index])
-
-
-@pytest.mark.parametrize(
-    ("label", "message"), [(NO_LABEL, "an image has no label, labels must lie in 0..1"), (2, "has the label 2, labels")]
-)
-def test_labels_that_are_missing_or_out_of_range_are_told(folder, label, message):
-    source = Labelled(folder, [0, 1, label, 0, 1, 0, 1, 0])
-    with pytest.raises(UserError, match=f"data.source: .*{message}"):
-        gather(one_pass(source))
-    loader = TrainLoader(
-        source,
-        batch_size=8,
-        seed=1,
-        size=(16, 24),
-        area=0.2,
-        threads=2,
-        classes=2,
-        sharding=batch_sharding(make_mesh()),
+def test_errors_of_load_reach_the_user(tmp_path, workers):
+    loader = open_train(
+        write_folder(tmp_path, 12, ("ant", "bee", "cat")), labels=(2, "data.source"), readers=Readers(1, workers)
     )
-    with pytest.raises(UserError, match=f"data.source: .*{message}"):
-        next(loader)
+    with pytest.raises(UserError, match=r"data.source.*label 2.*0..1"):
+        take(loader, 3)
     loader.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_reads_every_record_once_in_order(tmp_path, workers):
+    source = open_source(f"folder:{write_folder(tmp_path, 13, CLASSES)}")
+    batch = concatenate(open_eval(tmp_path, readers=Readers(2, workers)))
+    assert batch["image"].shape == (16, *SIZE, 3)
+    assert batch["valid"].tolist() == [True] * 13 + [False] * 3
+    assert batch["label"].tolist() == [source[index].label for index in range(13)] + [NO_LABEL] * 3
+    assert not batch["image"][13:].any()
+    for index in range(13):
+        np.testing.assert_array_equal(batch["image"][index], load_whole(source[index].data, SIZE, 3))
+
+
+def test_unreadable_records_are_not_valid_and_named_once(tmp_path, caplog):
+    write_folder(tmp_path, 8, CLASSES)
+    (tmp_path / "bee" / "001.jpg").write_bytes(b"")
+    named = set()
+    loader = open_eval(tmp_path, named=named)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):  # each iteration is a pass
+            batch = concatenate(loader)
+            assert batch["valid"].sum() == 7
+            assert batch["label"][~batch["valid"]] == [NO_LABEL]
+    assert named == {str(tmp_path / "bee" / "001.jpg")}
+    assert caplog.text.count("001.jpg") == 1
+
+
+def test_evaluation_draws_a_number_of_records(tmp_path):
+    write_folder(tmp_path, 40, CLASSES)
+    batch = concatenate(open_eval(tmp_path, images=24))
+    assert batch["valid"].sum() == 24
+    assert 4 <= (batch["label"] == 0).sum() <= 20
+    assert_equal(batch, concatenate(open_eval(tmp_path, images=24, batch_size=24)))
+    assert len(concatenate(open_eval(tmp_path, images=100))["label"]) == 40
 
 
 @pytest.mark.parametrize(
@@ -222,13 +224,13 @@ def test_labels_that_are_missing_or_out_of_range_are_told(folder, label, message
         (8, None, None, (16, 0)),
         (16, None, None, (16, 2)),
         (112, None, None, (16, 14)),
-        (112, 16, 0, (16, 0)),  # what runs before this was chosen have in their files
+        (112, 16, 0, (16, 0)),  # the values in configurations of old runs
         (112, 4, None, (4, 0)),
         (112, None, 0, (224, 0)),
         (8, None, 4, (4, 4)),
     ],
 )
-def test_readers_are_chosen_by_the_cores_unless_the_configuration_says(monkeypatch, cores, threads, workers, expected):
+def test_readers_depend_on_the_cores_unless_configured(monkeypatch, cores, threads, workers, expected):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setattr("os.path.isdir", lambda _: False)
     config = default_config()
@@ -236,10 +238,10 @@ def test_readers_are_chosen_by_the_cores_unless_the_configuration_says(monkeypat
     assert readers(config) == expected
 
 
-def test_workers_are_no_more_than_shared_memory_holds(monkeypatch, tmp_path):
+def test_workers_fit_into_shared_memory(monkeypatch, tmp_path):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(112)), raising=False)
-    monkeypatch.setattr(loader, "SHARED_MEMORY", str(tmp_path))
-    chunk = 16 * 256 * 256 * 3
-    for free, workers in ((64 * 2**20, 5), (4 * chunk - 1, 0), (2**40, 14)):
+    monkeypatch.setattr(pipeline, "SHARED_MEMORY", str(tmp_path))
+    chunk_bytes = 16 * 256 * 256 * 3
+    for free, workers in ((64 * 2**20, 5), (4 * chunk_bytes - 1, 0), (2**40, 14)):
         monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         assert readers(default_config()).workers == workers

@@ -1,152 +1,21 @@
-import io
 import random
 
 import numpy as np
 import pytest
 import scipy.stats
-from PIL import Image, ImageOps
 
-from tests.images import encode, picture
-from umae_jax.data.sources import open_source
-from umae_jax.data.transforms import EncodedImage, central_crop, load_whole, random_crop
-
-
-def whole(data, channels=3):
-    """Decode without any resizing."""
-    image = EncodedImage(data)
-    return image.crop((0, 0, *image.size), image.size[::-1], channels)
-
-
-def test_plain_pixels_come_out_as_they_are():
-    pixels = picture()
-    np.testing.assert_array_equal(whole(encode(Image.fromarray(pixels))), pixels)
-    webp = whole(encode(Image.fromarray(pixels), "WEBP", lossless=True))
-    np.testing.assert_array_equal(webp, pixels)
-
-
-def test_grayscale_palette_and_bilevel_become_colour():
-    pixels = picture()
-    gray = Image.fromarray(pixels).convert("L")
-    np.testing.assert_array_equal(whole(encode(gray)), np.asarray(gray)[..., None].repeat(3, -1))
-    palette = Image.fromarray(pixels).quantize(16)
-    np.testing.assert_array_equal(whole(encode(palette)), np.asarray(palette.convert("RGB")))
-    assert set(np.unique(whole(encode(gray.convert("1"))))) <= {0, 255}
-
-
-def test_cmyk_is_converted():
-    red = Image.new("RGB", (32, 32), (200, 30, 40)).convert("CMYK")
-    pixels = whole(encode(red, "JPEG", quality=100))
-    assert np.abs(pixels.astype(int).mean((0, 1)) - (200, 30, 40)).max() < 4
-
-
-def test_sixteen_bits_are_scaled_not_clipped():
-    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
-    pixels = whole(encode(Image.fromarray(ramp)))
-    np.testing.assert_array_equal(pixels, (ramp >> 8).astype(np.uint8)[..., None].repeat(3, -1))
-
-
-def test_what_is_transparent_shows_white():
-    pixels = np.zeros((16, 16, 4), np.uint8)
-    pixels[:8] = (10, 200, 30, 255)  # opaque; below it, black that nobody is meant to see
-    out = whole(encode(Image.fromarray(pixels)))
-    assert (out[:8] == (10, 200, 30)).all()
-    assert (out[8:] == 255).all()
-    palette = Image.new("P", (8, 8), 0)
-    palette.putpalette([0, 0, 0] * 256)
-    assert (whole(encode(palette, transparency=0)) == 255).all()
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation_is_undone(orientation):
-    upright = Image.fromarray(picture(height=64, width=96))
-    transposes = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }
-    stored = upright.transpose(transposes[orientation]) if orientation > 1 else upright
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encode(stored, "JPEG", quality=95, exif=exif)
-    assert EncodedImage(data).size == (96, 64)
-    box = (10, 20, 60, 50)
-    expected = np.asarray(upright.resize((25, 15), Image.Resampling.BICUBIC, box)).astype(int)
-    assert np.abs(EncodedImage(data).crop(box, (15, 25), 3) - expected).mean() < 3
-
-
-def test_grayscale_models_get_one_channel():
-    assert load_whole(encode(Image.fromarray(picture())), (20, 30), 1).shape == (20, 30, 1)
-
-
-@pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=["plain", "progressive"])
-@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
-def test_crops_of_photographs_are_those_of_plain_pillow(subsampling, options):
-    rng = random.Random(0)
-    for record in open_source("photos"):
-        photograph = Image.open(io.BytesIO(record.data)).convert("RGB").resize((403, 317))
-        data = encode(photograph, "JPEG", quality=rng.randrange(60, 99), subsampling=subsampling, **options)
-        for area in (0.05, 0.2, 1.0):
-            box = random_crop(rng, *photograph.size, (96, 96), area)
-            ours = EncodedImage(data).crop(box, (96, 96), 3).astype(int)
-            theirs = Image.open(io.BytesIO(data)).resize((96, 96), Image.Resampling.BICUBIC, box)
-            difference = np.abs(ours - np.asarray(theirs))
-            assert difference.mean() < 0.3
-            assert difference.max() <= 12
-
-
-@pytest.mark.parametrize(("mode", "channels"), [("RGB", 3), ("L", 3), ("L", 1)])
-def test_pillow_does_not_open_plain_jpegs(monkeypatch, mode, channels):
-    data = encode(Image.fromarray(picture()).convert(mode), "JPEG")
-    expected = whole(data, channels)
-
-    def opened(_):
-        raise AssertionError("opened by Pillow")
-
-    progressive = encode(Image.fromarray(picture()).convert(mode), "JPEG", progressive=True)
-    monkeypatch.setattr(Image, "open", opened)
-    np.testing.assert_array_equal(whole(data, channels), expected)
-    with pytest.raises(AssertionError, match="opened by Pillow"):
-        whole(progressive, channels)
-
-
-def test_more_pixels_than_pillow_opens_are_refused(monkeypatch):
-    data = encode(Image.fromarray(picture(height=60, width=80)), "JPEG")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60 * 80 // 2 - 1)
-    with pytest.raises(Image.DecompressionBombError):
-        whole(data)
-
-
-def test_colour_becomes_gray_as_with_pillow():
-    data = encode(Image.fromarray(picture()), "JPEG")
-    expected = np.asarray(Image.open(io.BytesIO(data)).convert("L"))
-    np.testing.assert_array_equal(whole(data, 1)[..., 0], expected)
-
-
-def test_a_truncated_jpeg_is_refused_wherever_the_crop_lies():
-    data = encode(Image.fromarray(picture(height=300, width=200)), "JPEG", quality=95)
-    assert EncodedImage(data).crop((0, 0, 50, 20), (16, 16), 3).shape == (16, 16, 3)
-    with pytest.raises(OSError, match="truncated"):
-        EncodedImage(data[: len(data) * 3 // 4]).crop((0, 0, 50, 20), (16, 16), 3)
-
-
-@pytest.mark.parametrize("orientation", [1, 6])
-@pytest.mark.parametrize(
-    ("kind", "options"), [("JPEG", {}), ("MPO", {"save_all": True, "append_images": [Image.new("RGB", (80, 60))]})]
+from tests.images import write_folder
+from umae_jax.data.sources import NO_LABEL, open_source
+from umae_jax.data.transforms import (
+    READ_TRIES,
+    LoadCrop,
+    LoadWhole,
+    central_crop,
+    first_readable,
+    load_whole,
+    random_crop,
 )
-def test_a_large_jpeg_decoded_small_looks_the_same(kind, options, orientation):
-    """Decoding at a reduced scale is an approximation: it must stay close to decoding in full."""
-    large = Image.fromarray(picture(height=1200, width=1600))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encode(large, kind, quality=95, exif=exif, **options)
-    box = (100, 200, 1100, 1200)
-    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    reference = np.asarray(upright.resize((64, 64), Image.Resampling.BICUBIC, box))
-    assert np.abs(EncodedImage(data).crop(box, (64, 64), 3).astype(int) - reference).max() <= 4
+from umae_jax.errors import UserError
 
 
 def test_random_crops_follow_the_recipe():
@@ -163,12 +32,12 @@ def test_random_crops_follow_the_recipe():
     assert max(areas) > 0.95
     assert 0.74 < min(ratios) < 0.77
     assert 1.3 < max(ratios) < 1.35
-    # Small crops always fit, so that their area is uniform.
+    # Small crops always fit, so their area is uniform.
     small = [area for area in areas if area < 0.5]
     assert scipy.stats.kstest(small, scipy.stats.uniform(0.2, 0.3).cdf).pvalue > 1e-4
 
 
-def test_crops_of_an_output_that_is_not_square_take_its_aspect():
+def test_crops_have_the_aspect_ratio_of_the_output():
     rng = random.Random(0)
     boxes = [random_crop(rng, 1000, 1000, (64, 128), 0.2) for _ in range(500)]
     ratios = [(right - left) / (lower - upper) for left, upper, right, lower in boxes]
@@ -177,7 +46,7 @@ def test_crops_of_an_output_that_is_not_square_take_its_aspect():
     assert central_crop(100, 100, (64, 128)) == (0, 25, 100, 75)
 
 
-def test_central_crops_lie_inside_whatever_the_rounding():
+def test_central_crops_lie_inside_images_of_any_size():
     assert min(central_crop(1019, 1319, (224, 224))) >= 0
     sizes = [(width, height) for width in range(1, 400, 3) for height in (1, 7, 101, 399)]
     for width, height in sizes:
@@ -186,5 +55,115 @@ def test_central_crops_lie_inside_whatever_the_rounding():
         assert 0 <= upper < lower <= height + 1e-9
 
 
-def test_an_extreme_shape_falls_back_to_the_centre():
+def test_extreme_aspect_ratios_fall_back_to_the_central_crop():
     assert random_crop(random.Random(0), 1000, 2, (64, 64), 0.9) == central_crop(1000, 2, (64, 64))
+
+
+CLASSES = ("ant", "bee")
+SIZE = (16, 24)
+
+
+def labelled(folder, count=4):
+    return open_source(f"folder:{write_folder(folder, count, CLASSES)}")
+
+
+def test_whole_images_are_loaded_with_their_labels(tmp_path):
+    source = labelled(tmp_path)
+    load = LoadWhole(source, SIZE, 3, labels=(2, "validation.source"))
+    for index in range(4):
+        arrays, unreadable = load(index)
+        np.testing.assert_array_equal(arrays["image"], load_whole(source[index].data, SIZE, 3))
+        assert (arrays["label"], arrays["label"].dtype, arrays["label"].shape) == (index // 2, np.int32, ())
+        assert not unreadable
+
+
+def test_blanks_are_black_and_have_no_label(tmp_path):
+    arrays, unreadable = LoadWhole(labelled(tmp_path), SIZE, 3, labels=(2, "validation.source"))(-1)
+    assert arrays["image"].shape == (*SIZE, 3)
+    assert not arrays["image"].any()
+    assert arrays["label"] == NO_LABEL
+    assert not unreadable
+
+
+def test_without_labels_there_is_only_the_image(tmp_path):
+    source = labelled(tmp_path)
+    whole, crop = LoadWhole(source, SIZE, 1), LoadCrop(source, 0, SIZE, 1, 0.2)
+    for arrays, _ in (whole(0), whole(-1), crop(0, 0)):
+        assert {name: array.shape for name, array in arrays.items()} == {"image": (*SIZE, 1)}
+
+
+def test_a_crop_depends_on_the_seed_the_sample_and_the_record_alone(tmp_path):
+    source = labelled(tmp_path)
+    load = LoadCrop(source, 1, SIZE, 3, 0.2)
+    image = load(5, 2).arrays["image"]
+    np.testing.assert_array_equal(image, load(5, 2).arrays["image"])
+    for other in (load(6, 2), load(5, 3), LoadCrop(source, 2, SIZE, 3, 0.2)(5, 2)):
+        assert (other.arrays["image"] != image).any()
+
+
+def test_augmentation_changes_the_crop_with_the_sample_s_generator(tmp_path):
+    source = labelled(tmp_path)
+    plain, augmented = LoadCrop(source, 1, SIZE, 3, 0.2), LoadCrop(source, 1, SIZE, 3, 0.2, shift)
+    offset = int(augmented(5, 2).arrays["image"][0, 0, 0]) - int(plain(5, 2).arrays["image"][0, 0, 0])
+    np.testing.assert_array_equal(augmented(5, 2).arrays["image"], plain(5, 2).arrays["image"] + np.uint8(offset % 256))
+
+
+def shift(pixels, rng):
+    return pixels + np.uint8(rng.randrange(1, 256))
+
+
+def test_another_record_replaces_an_unreadable_one(tmp_path):
+    source = labelled(tmp_path)
+    broken = tmp_path / "ant" / "000.jpg"
+    broken.unlink()
+    broken.symlink_to(tmp_path / "missing.jpg")
+    arrays, unreadable = LoadCrop(source, 0, SIZE, 3, 0.2)(0, 0)
+    assert arrays["image"].any()
+    assert {record.name for record in unreadable} == {str(broken)}
+    assert LoadWhole(source, SIZE, 3)(0).unreadable == unreadable[:1]
+
+
+def test_a_sample_gives_up_after_many_unreadable_records(tmp_path):
+    source = labelled(tmp_path)
+    for path in tmp_path.rglob("*.jpg"):
+        path.write_bytes(b"not an image")
+    arrays, unreadable = LoadCrop(source, 0, SIZE, 3, 0.2)(0, 0)
+    assert len(unreadable) == READ_TRIES
+    assert not arrays["image"].any()
+
+
+@pytest.mark.parametrize("label", [NO_LABEL, 2])
+def test_labels_outside_the_classes_raise(tmp_path, label):
+    source = Relabelled(labelled(tmp_path), label)
+    value = "no label" if label == NO_LABEL else "label 2"
+    with pytest.raises(UserError, match=f"data.source.*{value}.*0..1"):
+        LoadCrop(source, 0, SIZE, 3, 0.2, labels=(2, "data.source"))(0, 0)
+    with pytest.raises(UserError, match=f"validation.source.*{value}.*0..1"):
+        LoadWhole(source, SIZE, 3, labels=(2, "validation.source"))(0)
+
+
+class Relabelled:
+    """A source whose records all have one label."""
+
+    classes = CLASSES
+
+    def __init__(self, source, label):
+        self.source, self.label = source, label
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        return self.source[index]._replace(label=self.label)
+
+
+def test_the_first_readable_images_are_loaded(tmp_path, caplog):
+    source = labelled(tmp_path)
+    (tmp_path / "ant" / "000.jpg").write_bytes(b"not an image")
+    images = first_readable(source, 2, SIZE, 3)
+    np.testing.assert_array_equal(images, [load_whole(source[index].data, SIZE, 3) for index in (1, 2)])
+    assert caplog.text.count("000.jpg") == 1
+    for path in tmp_path.rglob("*.jpg"):
+        path.write_bytes(b"not an image")
+    with pytest.raises(UserError, match="of the first 4 images"):
+        first_readable(source, 2, SIZE, 3)

@@ -1,62 +1,36 @@
 import math
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from tests import tiny
-from umae_jax import targets
-from umae_jax.planning.compiled import CompiledStats
-
-GIB = 2**30
-TARGET = targets.Target("a slice", (None,) * 4, None, 16 * GIB)
+from umae_jax.errors import UserError
+from umae_jax.planning.hardware import GIB
+from umae_jax.planning.targets import OutOfMemory, Target, compile_for, find_target
 
 
-def told(peak):
-    return CompiledStats(GIB, peak - GIB, peak, 0.0, None, None, {}, {}, (), {})
+def test_out_of_memory_says_how_much_is_needed_if_known():
+    assert str(OutOfMemory(math.inf)) == "does not fit"
+    assert str(OutOfMemory(20.5 * GIB)) == "needs 20.50 GiB"
 
 
-@pytest.mark.parametrize("refusals_tell", [True, False])
-@pytest.mark.parametrize("own", [64, 128, 1024, 4096])
-@pytest.mark.parametrize(
-    ("grows", "largest"),
-    [
-        (lambda batch: 0.03 * batch, 500),
-        (lambda batch: 0.03 * min(batch, 300) + 0.02 * max(batch - 300, 0), 600),  # less near the limit
-        (lambda batch: 0.02 * batch + 0.1 * max(batch - 200, 0), 291),  # more
-        (lambda batch: 2.0 * batch, 7),  # not even the smallest fits
-    ],
-)
-def test_the_largest_batch_is_found_with_few_compilations(monkeypatch, grows, largest, own, refusals_tell):
-    tried = []
-
-    def compile_for(batch, target):
-        peak = GIB * (1 + grows(batch))
-        if peak > target.memory:
-            raise targets.DoesNotFit(peak if refusals_tell else math.inf)
-        return told(peak)
-
-    def lower_for(config, target):
-        tried.append(config.batch_size // 4)
-        return tried[-1]
-
-    monkeypatch.setattr(targets, "compile_for", compile_for)
-    monkeypatch.setattr(targets, "lower_for", lower_for)
-    config = tiny.get_config().unlock()
-    config.batch_size = 4 * own
-    try:
-        first = compile_for(own, TARGET)
-    except targets.DoesNotFit as answer:
-        first = answer
-    said = []
-    found = targets.largest_batch(config, TARGET, first, said.append)
-    assert found <= largest
-    assert largest - found <= max(8, found // 8) + 8  # to an eighth, and multiples of 8
-    assert len(tried) == len(set(tried)) == len(said)
-    if refusals_tell and largest > 8:
-        assert len(tried) <= 5
-    if found:
-        assert f"a slice: {found} images a chip fit" in said or found == own
+def test_a_program_larger_than_the_memory_does_not_fit():
+    target = Target("a CPU", jax.devices()[:1], None, memory=1000)
+    lowered = jax.jit(lambda x: x + 1).lower(jnp.zeros(1000))
+    with pytest.raises(OutOfMemory) as error:
+        compile_for(lowered, target)
+    assert error.value.required >= 8000
 
 
-def test_without_a_word_from_the_compiler():
-    assert str(targets.DoesNotFit(math.inf)) == "does not fit"
-    assert str(targets.DoesNotFit(20.5 * GIB)) == "needs 20.50 GiB"
+def test_the_tpu_compiler_reports_the_memory_that_a_program_needs(tpus):
+    """Its message is parsed, so this fails if the wording changes."""
+    sharding = jax.sharding.SingleDeviceSharding(tpus[0])
+    huge = jax.ShapeDtypeStruct((5 * 2**30,), jnp.float32, sharding=sharding)
+    with pytest.raises(OutOfMemory) as error:
+        compile_for(jax.jit(lambda x: x + 1).lower(huge), find_target("v5e:2x2"))
+    assert 40 * GIB <= error.value.required < 50 * GIB
+
+
+def test_an_absent_gpu_is_an_error():
+    with pytest.raises(UserError, match=r"--topology: H100 .*8 x cpu"):
+        find_target("H100")

@@ -4,17 +4,19 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 from tests import tiny
-from umae_jax.data.pipeline import Batch, abstract_batch
-from umae_jax.models.kernels.platforms import compiler_options
+from umae_jax.models.kernels import compiler_options
 from umae_jax.planning.targets import find_target
+from umae_jax.tasks import make_task
 from umae_jax.training.optimizer import learning_rate_schedule
-from umae_jax.training.pretraining import make_loss
-from umae_jax.training.runs import describe, initialize
+from umae_jax.training.run import global_batch
 from umae_jax.training.sharding import batch_sharding
+from umae_jax.training.state import abstract_run, init_state, initialize
 from umae_jax.training.step import lower_step, make_train_step
 
 
@@ -23,26 +25,25 @@ def mesh_of(data, fsdp):
     return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
-def batch_of(config, mesh, number=0):
+def batch_of(config, mesh, number=0, kind=0):
     rng = np.random.default_rng(number)
     size = config.batch_size
-    batch = Batch(
-        image=rng.integers(0, 256, (size, *config.image_size, 3), dtype=np.uint8),
-        sample_index=np.arange(size * number, size * (number + 1), dtype=np.uint32),
-        label=np.zeros(size, np.int32),
-        unreadable=np.zeros(size, np.int32),
-    )
+    batch = {
+        "image": rng.integers(0, 256, (size, *config.image_size, 3), dtype=np.uint8),
+        "sample_index": np.arange(size * number, size * (number + 1), dtype=np.uint32),
+    }
+    batch["image"][0, 0, 0, 0] = kind  # see poisoned_loss
     return jax.device_put(batch, batch_sharding(mesh))
 
 
 def prepare(config, mesh, loss=None, grad_accum_steps=1):
-    what = describe(config, mesh)
-    loss = loss or make_loss(config, what.graph)
+    task = make_task(config)
+    run = abstract_run(task, mesh)
+    loss = loss or (lambda params, batch: task.loss(nnx.merge(run.graph, params), batch))
     schedule = learning_rate_schedule(config.optimizer, batch_size=256, warmup_steps=1, total_steps=10)
-    step = make_train_step(loss, what.optimizer, schedule, grad_accum_steps=grad_accum_steps)
-    batch = abstract_batch(config, config.batch_size, batch_sharding(mesh))
-    compiled = lower_step(step, what.state, batch, mesh).compile()
-    return initialize(config, what), compiled
+    step = make_train_step(loss, run.optimizer, schedule, grad_accum_steps=grad_accum_steps)
+    compiled = lower_step(step, run.state, global_batch(task, mesh), mesh).compile()
+    return initialize(task, run), compiled
 
 
 VIT = {"encoder": "vit", "patch": 8, "widths": (8,), "depths": (2,), "heads": (2,), "mlp_ratios": (4,)}
@@ -64,7 +65,7 @@ def run(mesh, steps=3, model=None, **changes):
     losses = []
     for number in range(steps):
         state, metrics = step(state, batch_of(config, mesh, number))
-        losses.append(float(metrics.loss))
+        losses.append(float(metrics["loss"]))
     return losses, state
 
 
@@ -110,7 +111,7 @@ def test_the_state_is_donated_and_nothing_compiles_after_the_start(caplog):
         for batch in batches:
             state, _ = step(state, batch)
         assert not caplog.records
-        jax.jit(lambda x: x + 1)(batches[0].label)
+        jax.jit(lambda x: x + 1)(batches[0]["sample_index"])
         assert "Compiling" in caplog.text  # so the silence before meant something
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
     assert int(state.step) == 3
@@ -135,36 +136,55 @@ def test_the_compiler_is_told_what_helps_on_the_devices(monkeypatch, tpus):
 
 
 def poisoned_loss(params, batch):
-    """A loss whose value (label 1: nan, 2: inf) or whose gradient alone (label 3) is not finite."""
+    """A loss whose value (kind 1: nan, 2: inf) or whose gradient alone (kind 3) is not finite."""
     size = sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(params))
     kinds = (lambda x: x, lambda x: x * jnp.nan, lambda x: x / 0.0, lambda x: jnp.sqrt(x - x))
-    return jax.lax.switch(batch.label[0], kinds, size)
+    return jax.lax.switch(batch["image"][0, 0, 0, 0].astype(jnp.int32), kinds, size), {}
 
 
 @pytest.mark.parametrize("kind", [1, 2, 3])
 def test_a_loss_or_gradient_that_is_not_finite_changes_nothing_but_the_counts(kind):
     config, mesh = tiny.get_config(), mesh_of(1, 1)
     state, step = prepare(config, mesh, poisoned_loss)
-    good = batch_of(config, mesh)
-    bad = good._replace(label=jnp.full_like(good.label, kind))
+    good, bad = batch_of(config, mesh), batch_of(config, mesh, kind=kind)
+
+    def counts(metrics):
+        return int(metrics["bad_steps"]), int(metrics["skipped_updates"])
+
     state, _ = step(state, good)
     held = jax.device_get((state.params, state.optimizer))
     state, metrics = step(state, bad)
-    assert (int(metrics.bad_steps), int(metrics.skipped_updates), int(state.step)) == (1, 1, 2)
+    assert (*counts(metrics), int(state.step)) == (1, 1, 2)
     jax.tree.map(np.testing.assert_array_equal, held, jax.device_get((state.params, state.optimizer)))
     state, metrics = step(state, bad)
-    assert (int(metrics.bad_steps), int(metrics.skipped_updates)) == (2, 2)
+    assert counts(metrics) == (2, 2)
     state, metrics = step(state, good)
-    assert (int(metrics.bad_steps), int(metrics.skipped_updates)) == (0, 2)
+    assert counts(metrics) == (0, 2)
     changed = jax.tree.map(lambda old, new: not np.array_equal(old, new), held[0], jax.device_get(state.params))
     assert any(jax.tree.leaves(changed))
 
 
-def test_unreadable_images_are_counted():
-    config, mesh = tiny.get_config(), mesh_of(8, 1)
-    state, step = prepare(config, mesh, poisoned_loss)
-    batch = batch_of(config, mesh)
-    batch = batch._replace(unreadable=batch.unreadable.at[3].set(2).at[9].set(1))
-    for number in (1, 2):
-        state, metrics = step(state, batch)
-        assert int(metrics.skipped_images) == 3 * number
+def small_step(loss, ema_decay=0.9):
+    """A step of plain gradient descent that keeps a moving average."""
+    optimizer = optax.identity()
+    step = make_train_step(lambda params, batch: (loss(params), {}), optimizer, lambda step: 0.1, ema_decay=ema_decay)
+    return optimizer, jax.jit(step)
+
+
+def test_the_moving_average_follows_the_parameters():
+    params = {"x": jnp.array([1.0, 2.0])}
+    optimizer, step = small_step(lambda params: params["x"].sum())
+    state = init_state(params, optimizer, ema=True)
+    expected = np.array([1.0, 2.0])
+    for number in range(1, 4):
+        state, _ = step(state, {})
+        expected = 0.9 * expected + 0.1 * (np.array([1.0, 2.0]) - 0.1 * number)
+        np.testing.assert_allclose(state.eval_params["x"], expected, rtol=1e-6)
+    assert init_state(params, optimizer).eval_params is params
+
+
+def test_the_moving_average_stays_finite_where_an_update_is_skipped():
+    optimizer, step = small_step(lambda params: params["x"].sum() * jnp.inf)
+    state, metrics = step(init_state({"x": jnp.ones(2)}, optimizer, ema=True), {})
+    assert int(metrics["skipped_updates"]) == 1
+    np.testing.assert_array_equal(state.eval_params["x"], np.ones(2))

@@ -13,7 +13,7 @@ from umae_jax.weights.files import Weights, check_output, encode_weights, read_w
 
 
 class Trap:
-    """Pickled, it makes a file when it is read."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -22,7 +22,7 @@ class Trap:
         return os.mkdir, (self.path,)
 
 
-def test_the_arguments_of_a_training_run_do_not_stop_the_weights(tmp_path):
+def test_weights_beside_training_arguments_are_read(tmp_path):
     torch = pytest.importorskip("torch")
     arguments = argparse.Namespace(
         lr=1e-3, output_dir=pathlib.Path("/x"), best=np.float64(3), betas=np.zeros(2), device=torch.device("cpu")
@@ -38,27 +38,27 @@ def test_the_arguments_of_a_training_run_do_not_stop_the_weights(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["beside the weights", 2, 4])
-def test_a_pickle_that_would_run_code_is_refused_and_nothing_runs(tmp_path, form):
+def test_a_pickle_that_would_run_code_is_rejected_and_runs_nothing(tmp_path, form):
     torch = pytest.importorskip("torch")
-    trap = Trap(tmp_path / "sprung")
+    trap = Trap(tmp_path / "made")
     path = tmp_path / "evil.pth"
     if form == "beside the weights":
         torch.save({"model": {"a": torch.zeros(1)}, "args": trap}, path)
     else:
         with path.open("wb") as file:
             pickle.dump({"model": trap}, file, protocol=form)
-    # Torch does not get as far as the name where the protocol is one it does not write.
-    expected = r"asks for more than .* nothing in it" if form == 4 else r"evil.pth would run .*mkdir, .*nothing was run"
-    with pytest.raises(UserError, match=expected) as told:
+    # Torch rejects a protocol that it does not write before it reads the function's name.
+    expected = r"evil.pth.*nothing was run" if form == 4 else r"evil.pth.*mkdir.*nothing was run"
+    with pytest.raises(UserError, match=expected) as raised:
         read_weights(path)
-    assert "\n" not in str(told.value)
-    assert "weights_only" not in str(told.value)  # torch's advice to do without the guard
-    assert not (tmp_path / "sprung").exists()
+    assert "\n" not in str(raised.value)
+    assert "weights_only" not in str(raised.value)  # torch's advice to read without protection
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
 @pytest.mark.parametrize("kind", ["PosixPath", "WindowsPath"])
-def test_paths_come_from_any_system_and_python(tmp_path, module, kind):
+def test_paths_pickled_by_any_system_and_python_are_read(tmp_path, module, kind):
     torch = pytest.importorskip("torch")
     path = tmp_path / "reference.pth"
     torch.save({"model": {"a": torch.ones(2)}, "args": pathlib.PurePosixPath("/x")}, path, pickle_protocol=2)
@@ -74,32 +74,32 @@ def test_paths_come_from_any_system_and_python(tmp_path, module, kind):
     np.testing.assert_array_equal(read_weights(path).tensors["a"], np.ones(2, np.float32))
 
 
-def test_an_archive_damaged_in_its_midst_is_told(tmp_path):
+def test_an_archive_damaged_anywhere_raises_a_user_error(tmp_path):
     path = tmp_path / "weights.npz"
     np.savez_compressed(path, a=np.random.default_rng(0).normal(size=(64, 64)))
     whole = path.read_bytes()
-    for place in range(100, len(whole), len(whole) // 60):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
-        with contextlib.suppress(UserError):  # or is read, where the byte says nothing
+    for offset in range(100, len(whole), len(whole) // 60):
+        path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 255]) + whole[offset + 1 :])
+        with contextlib.suppress(UserError):  # some bytes do not matter
             read_weights(path)
 
 
 @pytest.mark.parametrize("values", [np.ones(2, np.complex64), np.array(["a"])])
-def test_what_is_no_real_number_is_told(tmp_path, values):
+def test_arrays_that_are_not_real_numbers_are_rejected(tmp_path, values):
     np.savez(tmp_path / "odd.npz", a=values)
-    with pytest.raises(UserError, match=r"odd.npz: a is no array of real numbers"):
+    with pytest.raises(UserError, match=r"odd.npz: a "):
         read_weights(tmp_path / "odd.npz")
 
 
-def test_an_archive_of_other_files_is_told(tmp_path):
+def test_an_archive_of_other_files_is_rejected(tmp_path):
     with zipfile.ZipFile(tmp_path / "zip.npz", "w") as archive:
         archive.writestr("hello.txt", "hello")
-    with pytest.raises(UserError, match=r"zip.npz: hello.txt is no array of real numbers"):
+    with pytest.raises(UserError, match=r"zip.npz: hello.txt "):
         read_weights(tmp_path / "zip.npz")
 
 
 @pytest.mark.parametrize("kind", ["meta", "sparse", "complex"])
-def test_tensors_without_plain_values_are_told(tmp_path, kind):
+def test_tensors_without_plain_values_are_rejected(tmp_path, kind):
     torch = pytest.importorskip("torch")
     made = {
         "meta": lambda: torch.ones(3, device="meta"),
@@ -111,17 +111,17 @@ def test_tensors_without_plain_values_are_told(tmp_path, kind):
         read_weights(tmp_path / "odd.pth")
 
 
-def test_an_archive_with_objects_is_refused_and_nothing_runs(tmp_path):
+def test_an_archive_of_objects_is_rejected_and_runs_nothing(tmp_path):
     path = tmp_path / "evil.npz"
-    np.savez(path, weights=np.array([Trap(tmp_path / "sprung")], dtype=object))
-    with pytest.raises(UserError, match=r"evil.npz is no whole .npz archive of plain arrays"):
+    np.savez(path, weights=np.array([Trap(tmp_path / "made")], dtype=object))
+    with pytest.raises(UserError, match=r"evil.npz .*\.npz archive"):
         read_weights(path)
-    assert not (tmp_path / "sprung").exists()
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".npz"])
 @pytest.mark.parametrize("damage", ["empty", "cut", "noise", "flipped", "text"])
-def test_a_damaged_file_is_told_in_one_sentence(tmp_path, suffix, damage):
+def test_a_damaged_file_raises_one_sentence(tmp_path, suffix, damage):
     if suffix == ".pth":
         pytest.importorskip("torch")
     path = tmp_path / f"weights{suffix}"
@@ -137,33 +137,35 @@ def test_a_damaged_file_is_told_in_one_sentence(tmp_path, suffix, damage):
             "cut": whole[: len(whole) // 2],
             "noise": np.random.default_rng(0).bytes(5000),
             "flipped": bytes([whole[0] ^ 255]) + whole[1:],
-            "text": b"not a file of weights at all",
+            "text": b"no weight file",
         }[damage]
     )
-    with pytest.raises(UserError, match=f"weights{suffix}") as told:
+    with pytest.raises(UserError, match=f"weights{suffix}") as raised:
         read_weights(path)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
-def test_an_archive_of_more_than_weights_gives_those_called_param(tmp_path):
+def test_an_archive_of_golden_numbers_gives_those_named_param(tmp_path):
     np.savez(tmp_path / "golden.npz", **{"param/a": np.ones(2), "images": np.zeros(5)})
     assert read_weights(tmp_path / "golden.npz").tensors.keys() == {"a"}
 
 
-def test_what_is_no_dictionary_of_tensors_is_told(tmp_path):
+def test_a_file_without_a_dict_of_tensors_is_rejected(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(UserError, match="holds no dictionary of tensors"):
+    with pytest.raises(UserError, match=r"list.pth .*dict of tensors"):
         read_weights(tmp_path / "list.pth")
 
 
-@pytest.mark.parametrize(("name", "message"), [("x.bin", r"ends in .safetensors, .pth, .npz"), ("x.pth", "no file")])
-def test_a_wrong_name_is_told(tmp_path, name, message):
+@pytest.mark.parametrize(
+    ("name", "message"), [("x.bin", r"x.bin.* \.safetensors, \.pth, \.npz"), ("x.pth", "no file .*x.pth")]
+)
+def test_an_unknown_suffix_and_a_missing_file_are_rejected(tmp_path, name, message):
     (tmp_path / "x.bin").write_bytes(b"1")
     with pytest.raises(UserError, match=message):
         read_weights(tmp_path / name)
 
 
-def test_a_wrong_output_is_told(tmp_path):
-    with pytest.raises(UserError, match=r"end .*x.onnx in .safetensors or .pth"):
+def test_an_output_with_an_unknown_suffix_is_rejected(tmp_path):
+    with pytest.raises(UserError, match=r"--output: .*x.onnx in \.safetensors or \.pth"):
         check_output(tmp_path / "x.onnx")

@@ -1,4 +1,4 @@
-"""The same numbers in transformers, and in timm where it can be imported."""
+"""Exported weights give the same numbers in transformers and, if it is installed, in timm."""
 
 import json
 
@@ -27,18 +27,17 @@ def channels_first(images):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["vit_random", "vit_um"])
-def test_there_and_back_is_the_identity(layout, kind):
+def test_conversion_and_its_inverse_are_the_identity(layout, kind):
     tensors = to_reference(golden.config_of(kind), small.random_model(golden.config_of(kind))[1])
-    there = to_huggingface(layout, tensors)
-    back = from_huggingface(there)
-    kept = {
+    restored = from_huggingface(to_huggingface(layout, tensors))
+    expected = {
         name: array
         for name, array in tensors.items()
         if name != "vis_mask_token" and (layout == "vit_mae" or not name.startswith(("decoder_", "mask_token")))
     }
-    assert back.keys() == kept.keys()
-    for name, array in back.items():
-        np.testing.assert_array_equal(array, kept[name], strict=True)
+    assert restored.keys() == expected.keys()
+    for name, array in restored.items():
+        np.testing.assert_array_equal(array, expected[name], strict=True)
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
@@ -54,7 +53,7 @@ def test_vit_mae_of_transformers_predicts_the_same(tmp_path, images, norm_pix_lo
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     order = np.stack([np.random.default_rng(seed).permutation(64) for seed in range(2)])
     mask = RandomMask(jnp.asarray(order.reshape(2, 4, 4, 4), jnp.int32), jnp.zeros((2, 4, 4), bool))
-    noise = np.argsort(order, axis=1) / 64  # smallest where it is sampled first
+    noise = np.argsort(order, axis=1) / 64  # smaller noise is sampled earlier
     with torch.no_grad():
         output = theirs(torch.from_numpy(channels_first(images)), noise=torch.tensor(noise, dtype=torch.float32))
     loss, prediction = nnx.merge(graph, params)(jnp.asarray(images), mask)
@@ -84,7 +83,7 @@ def test_vit_model_of_transformers_gives_the_same_features(tmp_path, images):
     assert processor["image_mean"] == list(config.data.mean)
 
 
-def test_timm_loads_the_reference_names(tmp_path, images):
+def test_timm_loads_the_reference_layout(tmp_path, images):
     torch = pytest.importorskip("torch")
     vision_transformer = pytest.importorskip("timm.models.vision_transformer")
     config = golden.config_of("vit_classifier")

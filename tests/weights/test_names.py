@@ -19,7 +19,7 @@ def assert_same(ours, theirs):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("kind", small.KINDS)
-def test_out_and_in_again_is_the_identity_bit_for_bit(kind, suffix, tmp_path):
+def test_export_and_import_are_the_identity_bit_for_bit(kind, suffix, tmp_path):
     if suffix == ".pth":
         pytest.importorskip("torch")
     config = golden.config_of(kind)
@@ -29,7 +29,6 @@ def test_out_and_in_again_is_the_identity_bit_for_bit(kind, suffix, tmp_path):
     tensors, metadata = read_weights(path)
     assert metadata == {"a": "b"}
     assert_same(from_reference(config, params, tensors, name="weights"), params)
-    # And once more out: the file's numbers are those that came in.
     again = to_reference(config, from_reference(config, params, tensors, name="weights"))
     assert again.keys() == tensors.keys()
     for name, array in again.items():
@@ -37,7 +36,7 @@ def test_out_and_in_again_is_the_identity_bit_for_bit(kind, suffix, tmp_path):
 
 
 @pytest.mark.parametrize("kind", small.KINDS)
-def test_the_names_and_shapes_are_the_references_to_the_last(kind):
+def test_all_names_and_shapes_are_those_of_the_reference(kind):
     theirs = golden.part(golden.load(kind, large=True), "param")
     config = golden.config_of(kind)
     ours = to_reference(config, small.random_model(config)[1])
@@ -48,7 +47,7 @@ def test_the_names_and_shapes_are_the_references_to_the_last(kind):
         np.testing.assert_allclose(ours[table], theirs[table], atol=1e-5)
 
 
-def test_a_convolution_is_laid_out_as_torch_has_it():
+def test_convolutions_have_the_layout_of_torch():
     torch = pytest.importorskip("torch")
     config = golden.config_of("pvt_um")
     graph, params = small.random_model(config)
@@ -60,7 +59,7 @@ def test_a_convolution_is_laid_out_as_torch_has_it():
     np.testing.assert_allclose(ours, theirs.permute(0, 2, 3, 1), atol=1e-5)
 
 
-def test_everything_that_does_not_fit_is_told_at_once():
+def test_one_error_lists_everything_that_does_not_fit():
     config = golden.config_of("swin_um_window8")
     params = small.random_model(config)[1]
     tensors = to_reference(config, params)
@@ -69,31 +68,31 @@ def test_everything_that_does_not_fit_is_told_at_once():
     tensors["decoder_pred.bias"] = np.zeros(10, np.float32)
     tensors["decoder_pos_embed"] = tensors["decoder_pos_embed"] + 1
     tensors["mask_token"] = tensors["mask_token"] * np.nan
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as raised:
         from_reference(config, params, tensors, name="weights.pth")
     for part in (
-        "weights.pth does not fit a swin for um_mae",
+        "weights.pth does not fit the configured swin for um_mae",
         "2 missing: blocks.3.mlp.fc1.bias, norm.weight",
         "1 unexpected: surprise",
         "decoder_pred.bias is [10], not [768]",
         "decoder_pos_embed is not the fixed sin-cos table",
         "mask_token is not finite",
     ):
-        assert part in str(told.value)
+        assert part in str(raised.value)
 
 
-def test_fixed_tables_may_be_missing_and_an_encoder_alone_may_be_taken():
+def test_fixed_tables_are_optional_and_an_encoder_can_be_read_alone():
     config = golden.config_of("vit_um")
     params = small.random_model(config)[1]
     tensors = to_reference(config, params)
     encoder = {name: array for name, array in tensors.items() if not re.match("decoder_|mask_token|pos_embed", name)}
     alone = from_reference(config, params, encoder, name="weights", only="encoder.")
     assert_same(alone["encoder"], params["encoder"])
-    with pytest.raises(UserError, match=r"holds an encoder alone, which umae_jax.load_encoder and"):
+    with pytest.raises(UserError, match=r"weights holds only an encoder.*umae_jax.load_encoder"):
         from_reference(config, params, encoder, name="weights")
 
 
-def test_a_head_of_another_number_of_classes_is_told():
+def test_a_head_with_another_number_of_classes_is_rejected():
     config = golden.config_of("pvt_classifier")
     params = small.random_model(config)[1]
     tensors = to_reference(config, params)

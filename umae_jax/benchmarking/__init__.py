@@ -1,1 +1,1 @@
-"""Measuring steps and reading, what each is measured beside, and the parts of a model that cycles go to."""
+"""Measurements of training steps, of comparable steps in PyTorch, and of the data loader."""

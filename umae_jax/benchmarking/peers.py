@@ -1,12 +1,11 @@
-"""The training steps in PyTorch that ours is timed against: the same sizes, precision and batch.
+"""PyTorch training steps to time ours against, with the same sizes, precision and batch.
 
-A step is forward, backward and AdamW, on images that already lie on the device, normalised, in float32; a new mask is
-drawn each time. They are run as PyTorch runs them: eagerly, with as many threads as it takes by itself, in its own
-memory formats, without `torch.compile`. In bfloat16 the forward pass is under `torch.autocast`, with parameters in
-float32. What a configuration has beside (flips, clipping, accumulation, averages, a schedule) is left out, at a peer's
-advantage.
+A step is the forward pass, the backward pass and AdamW, on normalised float32 images on the device, with new masks. The
+steps run in eager mode with PyTorch's default threads and memory formats, without `torch.compile`. With bfloat16 the
+forward pass runs under `torch.autocast`, and parameters stay in float32. Flips, gradient clipping, accumulation, moving
+averages and schedules are left out, in the peer's favour.
 
-They need `pip install "umae_jax[peers]"`; nothing here imports PyTorch before a peer is made.
+Peers need `pip install "umae_jax[peers]"`; this module imports PyTorch only when a peer is made.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 INSTALL = 'install torch and transformers: pip install "umae_jax[peers]"'
-# The encoder and the method that each is the peer of.
+# The encoder and the method that each is comparable with.
 PEER_OF = {
     "torch_um_mae": ("swin", "um_mae"),
     "hf_vit_mae": ("vit", "mae"),
@@ -35,11 +34,11 @@ PEER_OF = {
 
 
 class Network(NamedTuple):
-    """What a peer trains.
+    """A PyTorch model and its loss.
 
     Attributes:
         module: holds the parameters.
-        loss: of images [B, C, H, W], float32.
+        loss: maps images, float32 [B, C, H, W], to a scalar.
     """
 
     module: torch.nn.Module
@@ -47,23 +46,20 @@ class Network(NamedTuple):
 
 
 class Peer:
-    """A training step in PyTorch, with its state and its one batch, on the first GPU or else the CPU.
+    """A training step in PyTorch with its state and one batch, on the first GPU or else the CPU.
 
     Attributes:
-        name: a key of PEERS.
-        device: the device's name, such as "cpu" or that of a GPU.
-        parameters: how many are trained.
+        parameters: number of trained parameters.
         loss: of the last step; nan before the first.
     """
 
-    def __init__(self, name: str, network: Network, config: ConfigDict, batch: int) -> None:
+    def __init__(self, network: Network, config: ConfigDict, batch_size: int) -> None:
         import torch
 
-        self.name, self._network = name, network
+        self._network = network
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.device = torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu"
         network.module.to(self._device).train()
-        self._images = torch.randn(batch, config.model.channels, *config.image_size, device=self._device)
+        self._images = torch.randn(batch_size, config.model.channels, *config.image_size, device=self._device)
         trained = [parameter for parameter in network.module.parameters() if parameter.requires_grad]
         self.parameters = sum(parameter.numel() for parameter in trained)
         recipe = config.optimizer
@@ -73,18 +69,16 @@ class Peer:
         ]
         self._optimizer = torch.optim.AdamW(
             groups,
-            lr=recipe.base_learning_rate * batch / 256,
+            lr=recipe.base_learning_rate * batch_size / 256,
             betas=(recipe.beta1, recipe.beta2),
             weight_decay=recipe.weight_decay,
             fused=True,
         )
         self._autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
         self.loss = float("nan")
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
 
     def step(self) -> None:
-        """One whole step; returns when it is done."""
+        """Run one step; returns when it is done."""
         import torch
 
         self._optimizer.zero_grad()
@@ -96,53 +90,46 @@ class Peer:
             torch.cuda.synchronize()
         self.loss = loss.item()
 
-    def peak_memory(self) -> int | None:
-        """The most bytes that tensors have taken since the peer was made; None on a CPU, which does not tell."""
-        import torch
 
-        return torch.cuda.max_memory_allocated() if self._device.type == "cuda" else None
-
-
-def make_peer(name: str, config: ConfigDict, batch: int) -> Peer:
-    """The peer of a configuration, with random weights and images.
+def make_peer(name: str, config: ConfigDict, batch_size: int) -> Peer:
+    """Make the peer of a configuration, with random parameters and images.
 
     Args:
         name: a key of PEERS.
-        config: what our own step is made of.
-        batch: images a step.
+        config: of our own step.
+        batch_size: images per step.
 
     Raises:
-        UserError: if there is no such peer, it is of another model, it has not all that the configuration asks for, or
-            what it needs is not installed.
+        UserError: if there is no such peer, it is of another model, it does not support the configuration, or its
+            packages are not installed.
     """
     require(name in PEERS, f"there is no peer {name!r}; choose {', '.join(PEERS)}")
     kind = (config.model.encoder, config.model.method)
     if kind != PEER_OF[name]:
-        right = next((f"choose {peer}" for peer, other in PEER_OF.items() if other == kind), "there is none for it")
+        choice = next((f"choose {peer}" for peer, other in PEER_OF.items() if other == kind), "there is none for it")
         encoder, method = PEER_OF[name]
         raise UserError(
-            f"{name} is the peer of a {encoder} for {method}, not of a {kind[0]} for {kind[1]} as in model.encoder and "
-            f"model.method; {right}"
+            f"{name} is for model.encoder={encoder} and model.method={method}, not {kind[0]} and {kind[1]}; {choice}"
         )
-    nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)))  # checks that the numbers fit together
+    nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)))  # checks that the sizes are consistent
     try:
         network = PEERS[name](config)
     except ImportError as error:
-        raise UserError(f"{name} cannot be made ({error}); {INSTALL}") from None
-    return Peer(name, network, config, batch)
+        raise UserError(f"{name} cannot be imported ({error}); {INSTALL}") from None
+    return Peer(network, config, batch_size)
 
 
 def torch_um_mae(config: ConfigDict) -> Network:
-    """UM-MAE of a Swin, plainly written in PyTorch: see `torch_um_mae.py`."""
+    """Make UM-MAE with a Swin in plain PyTorch; see `torch_um_mae.py`."""
     from umae_jax.benchmarking.torch_um_mae import TorchUmMae
 
-    require(not config.model.reference_order, "model.reference_order: torch_um_mae has our own; set it to False")
+    require(not config.model.reference_order, "model.reference_order: not supported by torch_um_mae; set it to False")
     module = TorchUmMae(config)
     return Network(module, lambda images: module(images, module.sample_mask(len(images))))
 
 
 def hf_vit_mae(config: ConfigDict) -> Network:
-    """`ViTMAEForPreTraining` of Hugging Face: the same model, with as many parameters.
+    """Make Hugging Face's `ViTMAEForPreTraining`: the same model, with the same number of parameters.
 
     Its decoder predicts all units, not only those in the loss.
     """
@@ -173,12 +160,12 @@ def hf_vit_mae(config: ConfigDict) -> Network:
 
 
 def hf_swin_simmim(config: ConfigDict) -> Network:
-    """`SwinForMaskedImageModeling` of Hugging Face: Microsoft's Swin, which is not quite ours.
+    """Make Hugging Face's `SwinForMaskedImageModeling`: Microsoft's Swin, which differs a little from ours.
 
-    Each block has a table of relative position biases, not a small MLP; merges norm four tokens together, in front of a
-    linear layer without a bias. Windows have `model.window` tokens on a side as here; where a stage is smaller than
-    that, Hugging Face makes the window the stage but leaves its table too large for it, and stops at the first step, so
-    that such a stage is given tables of its size. The whole image is predicted, and the loss masked.
+    Each block has a table of relative position biases instead of a small MLP, and a merge normalises four tokens
+    together before a linear layer without bias. Windows have `model.window` tokens per side, as ours. In a stage
+    smaller than that Hugging Face shrinks the window but not the table, and fails at the first step; such a stage gets
+    a table of the right size here. The decoder predicts the whole image, and the loss is masked.
     """
     import torch
     from transformers import SwinConfig, SwinForMaskedImageModeling
@@ -188,11 +175,11 @@ def hf_swin_simmim(config: ConfigDict) -> Network:
     stages = range(len(model.depths))
     require(
         all(model.widths[stage] == model.widths[0] * 2**stage for stage in stages),
-        f"model.widths: hf_swin_simmim doubles its width from stage to stage; choose such, not {model.widths}",
+        f"model.widths: hf_swin_simmim doubles the width at each stage, unlike {model.widths}",
     )
     require(
         len(set(model.mlp_ratios)) == 1,
-        f"model.mlp_ratios: hf_swin_simmim has one for all stages; choose such, not {model.mlp_ratios}",
+        f"model.mlp_ratios: hf_swin_simmim has one ratio for all stages, unlike {model.mlp_ratios}",
     )
     require(not model.norm_pix_loss, "model.norm_pix_loss: hf_swin_simmim predicts plain pixels; set it to False")
     module: Any = SwinForMaskedImageModeling(
@@ -230,7 +217,7 @@ def hf_swin_simmim(config: ConfigDict) -> Network:
 
 def _square(config: ConfigDict, name: str) -> int:
     height, width = config.image_size
-    require(height == width, f"image_size: {name} takes square images, not {height} x {width}; make the two equal")
+    require(height == width, f"image_size: {name} needs square images, not {height} x {width}")
     return height
 
 

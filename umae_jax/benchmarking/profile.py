@@ -1,4 +1,4 @@
-"""Where the time of a step goes, by JAX's profiler."""
+"""Time of a step by scope, measured by JAX's profiler."""
 
 import tempfile
 from collections import Counter
@@ -7,31 +7,31 @@ from pathlib import Path
 
 import jax
 
-from umae_jax.planning.compiled import scopes_of_operations
+from umae_jax.planning.hlo import scopes_by_operation
 
 
-def measure(take: Callable[[int], None], program: str, steps: int) -> Counter[str]:
-    """Nanoseconds of a step by scope, summed over devices and threads; empty if the profiler tells of no operation.
+def profile_scopes(run_steps: Callable[[int], None], program: str, num_steps: int) -> Counter[str]:
+    """Return the nanoseconds per step by scope, summed over devices and threads.
 
-    An operation without a scope of its own is under "".
+    Operations without a scope are counted under "". Empty if the profiler records no operations on this platform.
 
     Args:
-        take: so many steps; returns when they are done.
-        program: the text of the compiled step, which says what scope an operation is of.
-        steps: to take under the profiler, after one that is not.
+        run_steps: runs so many steps and returns when they are done.
+        program: text of the compiled step, which maps operations to scopes.
+        num_steps: to profile, after one that is not.
     """
-    scopes = scopes_of_operations(program)
-    take(1)
+    scopes = scopes_by_operation(program)
+    run_steps(1)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            take(steps)
+            run_steps(num_steps)
         (path,) = Path(folder).rglob("*.xplane.pb")
-        data = jax.profiler.ProfileData.from_file(str(path))
+        trace = jax.profiler.ProfileData.from_file(str(path))
     total: Counter[str] = Counter()
-    for plane in data.planes:
+    for plane in trace.planes:
         for line in plane.lines:
             for event in line.events:
-                name = dict(event.stats).get("hlo_op")
-                if name in scopes:
-                    total[scopes[name]] += event.duration_ns
-    return Counter({scope: round(spent / steps) for scope, spent in total.items()})
+                operation = dict(event.stats).get("hlo_op")
+                if operation in scopes:
+                    total[scopes[operation]] += event.duration_ns
+    return Counter({scope: round(nanoseconds / num_steps) for scope, nanoseconds in total.items()})

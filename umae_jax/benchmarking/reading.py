@@ -1,7 +1,7 @@
-"""How fast images are read, beside plain Pillow and by a training step.
+"""Speed of the data loader: compared with plain Pillow, and while it feeds a training step.
 
-The first two make the same crops of the same images, in turn. Images a second and core count the processor time that
-this process spends, so that neither threads nor other programs blur the comparison.
+The loader and Pillow make the same crops of the same images, in turn. "Per core" means per second of this process's
+CPU time, which neither threads nor other programs distort.
 """
 
 import io
@@ -13,146 +13,170 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from umae_jax.benchmarking import steps
+from umae_jax.benchmarking.steps import compile_step, summarize
 from umae_jax.config import check
 from umae_jax.data.pipeline import TrainLoader, readers
 from umae_jax.data.sources import Source, open_source
 from umae_jax.data.transforms import random_crop, sample_rng
 from umae_jax.errors import require
-from umae_jax.training.loop import Clock
+from umae_jax.tasks import make_task
 from umae_jax.training.sharding import batch_sharding, make_mesh
+from umae_jax.training.task import BaseTask
 
-WARM = 2  # steps that are not timed
+WARMUP_STEPS = 2
 MIN_STEPS = 10
 
 
 class Rate(NamedTuple):
-    """Images a second of processor time, and of wall time."""
+    """Images per second of CPU time, and per second of wall time."""
 
-    per_core: float
-    per_second: float
+    images_per_second_per_core: float
+    images_per_second: float
 
 
-def measure(images: int, work: Callable[[], object]) -> Rate:
-    """The rate at which `work` deals with its `images`."""
-    wall, processor = time.perf_counter(), time.process_time()
+def measure(num_images: int, work: Callable[[], object]) -> Rate:
+    """Return the rate at which `work` processes its `num_images` images."""
+    wall, cpu = time.perf_counter(), time.process_time()
     work()
-    return Rate(images / (time.process_time() - processor), images / (time.perf_counter() - wall))
+    return Rate(num_images / (time.process_time() - cpu), num_images / (time.perf_counter() - wall))
 
 
-def plain_pillow(source: Source, config: ConfigDict, images: range) -> None:
-    """Open, convert, resize from the crop box: what Pillow takes alone, one image after the other."""
-    for number in images:
+def read_with_pillow(source: Source, config: ConfigDict, samples: range) -> None:
+    """Open, convert and resize each sample's crop with Pillow, in one thread."""
+    for index in samples:
         try:
-            image = Image.open(io.BytesIO(source[number % len(source)].data)).convert("RGB")
+            image = Image.open(io.BytesIO(source[index % len(source)].data)).convert("RGB")
         except OSError:  # the loader skips it as well
             continue
-        rng = sample_rng(config.seed, number)
+        rng = sample_rng(config.seed, index)
         box = random_crop(rng, image.width, image.height, config.image_size, config.data.area)
         np.asarray(image.resize(config.image_size[::-1], Image.Resampling.BICUBIC, box))
 
 
-def read_with_loader(source: Source, config: ConfigDict, images: range) -> None:
-    """Read so many images and no more: nothing is read ahead at the other's expense."""
-    loader = TrainLoader.of(
-        config, source, batch_sharding(make_mesh()), first_sample=images.start, last_sample=images.stop
-    )
+def read_with_loader(task: BaseTask, samples: range) -> None:
+    """Read exactly these samples: reading ahead would take time from the other contender."""
+    loader = _make_loader(task, make_mesh(), samples.start, samples.stop)
     for batch in loader:
         jax.block_until_ready(batch)
     loader.close()
 
 
-def compare(config: ConfigDict, images: int, rounds: int) -> dict[str, Any]:
-    """Measure both.
+def _make_loader(task: BaseTask, mesh: Mesh, first_sample: int = 0, last_sample: int | None = None) -> TrainLoader:
+    return TrainLoader(
+        task.num_samples,
+        task.sample_loader(),
+        batch_size=task.config.batch_size,
+        sharding=batch_sharding(mesh),
+        seed=task.config.seed,
+        first_sample=first_sample,
+        last_sample=last_sample,
+        readers=readers(task.config),
+    )
+
+
+def compare(config: ConfigDict, num_images: int, rounds: int) -> dict[str, Any]:
+    """Measure the loader and plain Pillow in turn.
 
     Args:
-        config: whose data source and image size count.
-        images: of a turn, rounded up to whole batches.
-        rounds: how often each takes its turn, after a first one that does not count.
+        config: only its data source and image size matter.
+        num_images: per turn, rounded up to whole batches.
+        rounds: number of turns of each, after one that is not counted.
 
     Returns:
-        The medians of each, and the least, median and most of their ratios.
+        The median rates of both, and the min, median and max of the ratio of their rates per core.
 
     Raises:
-        UserError: if there are no such images, or worker processes are to read them.
+        UserError: if the images cannot be opened, or `data.workers` asks for worker processes.
     """
-    config = config.copy_and_resolve_references()
-    config.unlock()
-    config.batch_size, config.grad_accum_steps = 32 * jax.device_count(), 1  # what counts is the image
+    config = config.copy_and_resolve_references().unlock()
+    config.batch_size, config.grad_accum_steps = 32 * jax.device_count(), 1
     check(config)
-    require(not config.data.workers, "data.workers: the benchmark counts this process's time; set it to 0")
+    require(not config.data.workers, "data.workers: the benchmark measures this process's CPU time; set it to 0")
     config.data.workers = 0
+    task = make_task(config)
+    task.open()
     source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
-    turn = -(-images // config.batch_size) * config.batch_size
-    rates: dict[str, list[Rate]] = {"loader": [], "plain Pillow": []}
+    turn = -(-num_images // config.batch_size) * config.batch_size
+    rates: dict[str, list[Rate]] = {"loader": [], "pillow": []}
     for number in range(rounds + 1):
-        numbers = range(number * turn, (number + 1) * turn)
-        ours = measure(turn, partial(read_with_loader, source, config, numbers))
-        plain = measure(turn, partial(plain_pillow, source, config, numbers))
+        samples = range(number * turn, (number + 1) * turn)
+        loader = measure(turn, partial(read_with_loader, task, samples))
+        pillow = measure(turn, partial(read_with_pillow, source, config, samples))
         if number:
-            rates["loader"].append(ours)
-            rates["plain Pillow"].append(plain)
-    ratios = [a.per_core / b.per_core for a, b in zip(*rates.values(), strict=True)]
+            rates["loader"].append(loader)
+            rates["pillow"].append(pillow)
+    pairs = zip(rates["loader"], rates["pillow"], strict=True)
+    ratios = [loader.images_per_second_per_core / pillow.images_per_second_per_core for loader, pillow in pairs]
     medians = {
-        name: {field: round(statistics.median(getattr(rate, field) for rate in turns), 1) for field in Rate._fields}
+        name: {key: round(statistics.median(getattr(rate, key) for rate in turns), 1) for key in Rate._fields}
         for name, turns in rates.items()
     }
-    ratio = {"least": min(ratios), "median": statistics.median(ratios), "most": max(ratios)}
-    threads = readers(config).threads
-    return {"images": turn, "rounds": rounds, "source": len(source), "threads": threads, **medians, "ratio": ratio}
+    return {
+        "num_images": turn,
+        "rounds": rounds,
+        "source_size": len(source),
+        "threads": readers(config).threads,
+        **medians,
+        "ratio": summarize(ratios),
+    }
 
 
-def feed(config: ConfigDict, images: int) -> dict[str, float]:
-    """Train on what the loader reads, as a run does, and see how long the step waits for it.
+def feed(config: ConfigDict, num_images: int) -> dict[str, float]:
+    """Train on the loader's batches, as a run does, and measure how long the step waits for them.
 
     Args:
-        config: what is trained, and its data.
-        images: that are timed, rounded up to whole batches, after two steps that are not; but at least MIN_STEPS
-            batches, as the first of them have been read beforehand.
+        config: of the run.
+        num_images: to time after WARMUP_STEPS, rounded up to whole batches and to MIN_STEPS: the loader has read the
+            first batches ahead.
 
     Returns:
-        `images_per_second`, and `data_wait`, the fraction of the time that was spent waiting for images.
+        `images_per_second`, and `data_wait`, the fraction of time spent waiting for images.
 
     Raises:
-        UserError: if there are no such images, or the configuration's numbers do not fit together.
+        UserError: if the images cannot be opened, or the configuration is inconsistent.
     """
     check(config)
-    source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
-    assembly, step, _, state = steps.prepare(config)
-    loader = TrainLoader.of(config, source, batch_sharding(assembly.mesh))
-    clock, pending = Clock(), None
-    for number in range(WARM + max(MIN_STEPS, -(-images // config.batch_size))):
-        if number == WARM:
+    task = make_task(config)
+    task.open()  # completes the configuration from the data
+    built, compiled, _, state = compile_step(config)
+    loader = _make_loader(task, built.mesh)
+    num_steps = max(MIN_STEPS, -(-num_images // config.batch_size))
+    pending, start, waited = None, 0.0, 0.0
+    for number in range(WARMUP_STEPS + num_steps):
+        if number == WARMUP_STEPS:
             jax.block_until_ready(pending)
-            clock.restart()
-        state, metrics = step(state, clock.next(loader))
-        clock.count(config.batch_size)
-        jax.block_until_ready(pending)  # the step before, as the loop reads its metrics
+            start, waited = time.perf_counter(), 0.0
+        before = time.perf_counter()
+        batch = next(loader)
+        waited += time.perf_counter() - before
+        state, metrics = compiled(state, batch)
+        jax.block_until_ready(pending)  # of the step before, as the training loop does
         pending = metrics
     jax.block_until_ready(pending)
+    seconds = time.perf_counter() - start
     loader.close()
-    return clock.rates()
+    return {"images_per_second": num_steps * config.batch_size / seconds, "data_wait": waited / seconds}
 
 
 def table(result: dict[str, Any], config: ConfigDict) -> str:
-    """What `compare` and `feed` found."""
+    """Format the results of `compare`, with those of `feed` under "with_step", as a table."""
     size = " x ".join(map(str, config.image_size))
+    images = f"{result['source_size']} images of {config.data.source}"
     lines = [
-        f"{result['source']} images of {config.data.source} to {size}, {result['rounds']} rounds of {result['images']}",
+        f"{images} to {size}, {result['rounds']} rounds of {result['num_images']}",
         f"{'':14}{'images/s/core':>16}{'images/s':>12}{'threads':>10}",
     ]
-    for name, threads in (("loader", result["threads"]), ("plain Pillow", 1)):
-        rate = result[name]
-        lines.append(f"{name:14}{rate['per_core']:16.1f}{rate['per_second']:12.1f}{threads:10}")
-    ratio = result["ratio"]
-    told = f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})"
-    fed = result["with the step"]
+    for key, name, threads in (("loader", "loader", result["threads"]), ("pillow", "plain Pillow", 1)):
+        rate = Rate(**result[key])
+        lines.append(f"{name:14}{rate.images_per_second_per_core:16.1f}{rate.images_per_second:12.1f}{threads:10}")
+    ratio, fed = result["ratio"], result["with_step"]
     lines += [
-        f"loader over plain Pillow, a core: {told}",
-        f"with the step, {config.batch_size} images at a time: {fed['images_per_second']:.1f} images/s, "
+        f"loader over plain Pillow, per core: {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})",
+        f"with the step, batches of {config.batch_size}: {fed['images_per_second']:.1f} images/s, "
         f"{fed['data_wait']:.1%} of the time waiting for images",
     ]
     return "\n".join(lines)

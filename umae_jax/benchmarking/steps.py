@@ -1,10 +1,10 @@
-"""Training steps timed in turn: those of several configurations, and of peers in PyTorch."""
+"""Interleaved timing of training steps: our own configurations, and comparable steps in PyTorch."""
 
-import dataclasses
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -12,188 +12,194 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from umae_jax.benchmarking.peers import make_peer
-from umae_jax.data.pipeline import Batch
-from umae_jax.planning.assembly import Assembly, assemble, count_flops
+from umae_jax.planning.assembly import Built, build
 from umae_jax.planning.compiled import analyze
-from umae_jax.planning.hardware import GIB, KINDS
-from umae_jax.training.runs import initialize
+from umae_jax.planning.flops import count_flops
+from umae_jax.planning.hardware import CHIPS, GIB
 from umae_jax.training.sharding import make_mesh, shardings_of
-from umae_jax.training.step import TrainState
+from umae_jax.training.state import TrainState
 
-MIN_SECONDS = 1.0  # that a turn takes, in whole steps
+MIN_SECONDS = 1.0  # per turn, rounded up to whole steps
 
 
-@dataclasses.dataclass
+@dataclass
 class Contender:
-    """A training step ready to be timed.
+    """A training step to time.
 
     Attributes:
-        name: of a configuration's file, or of a peer.
-        take: so many steps; returns when they are done.
-        parameters: how many are trained.
-        compile_seconds: that the step took to compile, or to be read from where it was kept; None where nothing is.
-        flops: operations of a step, on all devices together, if they are known.
-        temp_bytes, peak: bytes of memory a device, by the compiler, if they are known.
-        program: the text of the compiled step; None of a peer's.
-        seconds: of a step, one number a turn.
+        name: of the configuration file or of the peer.
+        run_steps: runs so many steps and returns when they are done.
+        parameters: number of trained parameters.
+        compile_seconds: to compile the step or read it from the compilation cache; None for a peer.
+        flops: per step, on all devices together; None if unknown.
+        temp_bytes, peak_bytes: memory per device, by the compiler; None if unknown.
+        program: text of the compiled step; None for a peer.
+        seconds: per step, one number per turn.
     """
 
     name: str
-    take: Callable[[int], None]
+    run_steps: Callable[[int], None]
     parameters: int
-    compile_seconds: float | None
-    flops: float | None
-    temp_bytes: int | None
-    peak: int | None
-    program: str | None
-    seconds: list[float] = dataclasses.field(default_factory=list)
+    compile_seconds: float | None = None
+    flops: float | None = None
+    temp_bytes: int | None = None
+    peak_bytes: int | None = None
+    program: str | None = None
+    seconds: list[float] = field(default_factory=list)
 
 
-class Ready(NamedTuple):
-    """A configuration's step, compiled for all devices.
+class CompiledStep(NamedTuple):
+    """A configuration's step, compiled for all devices, and its initial state."""
 
-    Attributes:
-        assembly: what it is made of.
-        compiled: the step.
-        compile_seconds: that this took.
-        state: the first one.
-    """
-
-    assembly: Assembly
+    built: Built
     compiled: jax.stages.Compiled
     compile_seconds: float
     state: TrainState
 
 
-def prepare(config: ConfigDict) -> Ready:
-    """Compile the step of a configuration and make its first state.
+def compile_step(config: ConfigDict) -> CompiledStep:
+    """Compile the step of a configuration and initialize its state.
 
     Raises:
-        UserError: if the configuration's numbers do not fit together.
+        UserError: if the model's sizes are inconsistent.
     """
-    assembly = assemble(config, make_mesh(config.mesh.fsdp))
+    built = build(config, make_mesh(config.mesh.fsdp))
     start = time.perf_counter()
-    compiled = assembly.lower().compile()
-    return Ready(assembly, compiled, time.perf_counter() - start, initialize(config, assembly.run))
+    compiled = built.lower().compile()
+    return CompiledStep(built, compiled, time.perf_counter() - start, built.initialize())
 
 
 def our_step(name: str, config: ConfigDict) -> Contender:
-    """The compiled step of a configuration with its first state and one batch of noise, on all devices.
+    """Return the step of a configuration, on one batch of random pixels that stays on the devices.
 
     Raises:
-        UserError: if the configuration's numbers do not fit together.
+        UserError: if the model's sizes are inconsistent.
     """
-    assembly, compiled, seconds, state = prepare(config)
-    noise = np.random.default_rng(0)
+    built, compiled, compile_seconds, state = compile_step(config)
+    rng = np.random.default_rng(0)
 
-    def fill(shape: jax.ShapeDtypeStruct) -> np.ndarray:
-        return noise.integers(0, 256, shape.shape).astype(shape.dtype)
+    def fill(array: jax.ShapeDtypeStruct) -> np.ndarray:
+        if array.dtype == np.uint8:  # images
+            return rng.integers(0, 256, array.shape, np.uint8)
+        if array.dtype == np.uint32:  # sample indices
+            return np.arange(math.prod(array.shape), dtype=np.uint32).reshape(array.shape)
+        return np.zeros(array.shape, array.dtype)
 
-    size = config.batch_size
-    host = Batch(fill(assembly.batch.image), np.arange(size, dtype=np.uint32), *np.zeros((2, size), np.int32))
-    batch = jax.device_put(host, shardings_of(assembly.batch))
+    batch = jax.device_put(jax.tree.map(fill, built.batch), shardings_of(built.batch))
 
-    def take(steps: int) -> None:
+    def run_steps(steps: int) -> None:
         nonlocal state
         for _ in range(steps):
             state, metrics = compiled(state, batch)
         jax.block_until_ready(metrics)
 
-    told = analyze(compiled, assembly.mesh.size)
-    parameters = sum(math.prod(array.shape) for array in jax.tree.leaves(assembly.run.state.params))
-    flops, program = count_flops(config), compiled.as_text()
-    return Contender(name, take, parameters, seconds, flops, told.temp_bytes, told.peak, program)
+    stats = analyze(compiled, built.mesh.size)
+    return Contender(
+        name,
+        run_steps,
+        parameters=sum(math.prod(array.shape) for array in jax.tree.leaves(built.run.state.params)),
+        compile_seconds=compile_seconds,
+        flops=count_flops(config),
+        temp_bytes=stats.temp_bytes,
+        peak_bytes=stats.peak_bytes,
+        program=compiled.as_text(),
+    )
 
 
 def peer_step(name: str, config: ConfigDict) -> Contender:
-    """The step of a peer, of the sizes, precision and batch of a configuration; see `peers.py`.
+    """Return the step of a PyTorch peer with the sizes, precision and batch of a configuration; see `peers.py`.
 
     Raises:
-        UserError: if there is no such peer for it, or PyTorch is missing.
+        UserError: if the configuration has no such peer, or PyTorch is not installed.
     """
     peer = make_peer(name, config, config.batch_size)
 
-    def take(steps: int) -> None:
+    def run_steps(steps: int) -> None:
         for _ in range(steps):
             peer.step()
 
-    return Contender(name, take, peer.parameters, None, None, None, None, None)
+    return Contender(name, run_steps, peer.parameters)
 
 
-def time_in_turn(contenders: Sequence[Contender], rounds: int, say: Callable[[str], None]) -> None:
-    """Have each take its turn, round after round, in an order that turns round as well.
+def time_in_turn(contenders: Sequence[Contender], rounds: int, report: Callable[[str], None]) -> None:
+    """Time each contender once per round, in an order that is reversed every other round.
 
-    Each warms up with two steps, the second of which tells how many make a turn of MIN_SECONDS.
+    Each warms up with two steps; the second determines how many steps make a turn of MIN_SECONDS.
     """
-    turns = []
+    steps_per_turn = []
     for contender in contenders:
-        contender.take(1)
+        contender.run_steps(1)
         start = time.perf_counter()
-        contender.take(1)
-        turns.append(max(1, math.ceil(MIN_SECONDS / (time.perf_counter() - start))))
-    pairs = list(zip(contenders, turns, strict=True))
+        contender.run_steps(1)
+        steps_per_turn.append(max(1, math.ceil(MIN_SECONDS / (time.perf_counter() - start))))
+    turns = list(zip(contenders, steps_per_turn, strict=True))
     for number in range(rounds):
-        for contender, steps in pairs if number % 2 == 0 else reversed(pairs):
+        for contender, steps in turns if number % 2 == 0 else reversed(turns):
             start = time.perf_counter()
-            contender.take(steps)
+            contender.run_steps(steps)
             contender.seconds.append((time.perf_counter() - start) / steps)
-        say(f"round {number + 1} of {rounds}")
+        report(f"round {number + 1} of {rounds}")
 
 
-def results(contenders: Sequence[Contender], images: int) -> list[dict[str, Any]]:
-    """What was measured of each; speed-ups are over the first, turn by turn."""
-    chip = KINDS.get(jax.devices()[0].device_kind)
-    told = []
+def summarize(values: Sequence[float]) -> dict[str, float]:
+    """Return the min, median and max."""
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def results(contenders: Sequence[Contender], batch_size: int) -> list[dict[str, Any]]:
+    """Return the measurements of each contender; speed-ups are relative to the first, turn by turn."""
+    chip = CHIPS.get(jax.devices()[0].device_kind)
+    peak_flops = None if chip is None else chip.peak_flops * jax.device_count()
+    measured = []
     for contender in contenders:
-        seconds = statistics.median(contender.seconds)
-        achieved = None if contender.flops is None else contender.flops / seconds
-        best = None if chip is None else chip.flops * jax.device_count()
-        ratios = [one / other for one, other in zip(contenders[0].seconds, contender.seconds, strict=True)]
-        told.append(
+        seconds = summarize(contender.seconds)
+        flops_per_second = contender.flops / seconds["median"] if contender.flops else None
+        ratios = [first / own for first, own in zip(contenders[0].seconds, contender.seconds, strict=True)]
+        measured.append(
             {
                 "name": contender.name,
                 "parameters": contender.parameters,
-                "images": images,
+                "batch_size": batch_size,
                 "compile_seconds": contender.compile_seconds,
-                "seconds": {"least": min(contender.seconds), "median": seconds, "most": max(contender.seconds)},
-                "images_per_second": images / seconds,
+                "seconds": seconds,
+                "images_per_second": batch_size / seconds["median"],
                 "flops": contender.flops,
-                "flops_per_second": achieved,
-                "utilization": None if achieved is None or best is None else achieved / best,
+                "flops_per_second": flops_per_second,
+                "mfu": flops_per_second / peak_flops if flops_per_second and peak_flops else None,
                 "temp_bytes": contender.temp_bytes,
-                "peak": contender.peak,
-                "speed": {"least": min(ratios), "median": statistics.median(ratios), "most": max(ratios)},
+                "peak_bytes": contender.peak_bytes,
+                "speedup": summarize(ratios),
             }
         )
-    return told
+    return measured
 
 
-def table(told: Sequence[dict[str, Any]]) -> str:
-    """The results side by side, one line each."""
+def table(measured: Sequence[dict[str, Any]]) -> str:
+    """Format results as a table with one line per contender."""
 
     def number(value: float | None, scale: float = 1.0, digits: int = 2) -> str:
         return "-" if value is None else f"{value / scale:,.{digits}f}"
 
     rows = [
         [
-            *("", "step, ms", "least to most", "images/s", "TFLOP/s", "of the best", "compile, s"),
-            *("temp_bytes, GiB", "peak, GiB", "speed over the first"),
+            *("", "step, ms", "min to max", "images/s", "TFLOP/s", "MFU", "compile, s"),
+            *("temporary, GiB", "peak, GiB", "speed relative to the first"),
         ]
     ]
-    for one in told:
-        seconds, speed = one["seconds"], one["speed"]
+    for one in measured:
+        seconds, speedup = one["seconds"], one["speedup"]
         rows.append(
             [
                 one["name"],
                 number(seconds["median"], 1e-3, 1),
-                f"{number(seconds['least'], 1e-3, 1)} to {number(seconds['most'], 1e-3, 1)}",
+                f"{number(seconds['min'], 1e-3, 1)} to {number(seconds['max'], 1e-3, 1)}",
                 number(one["images_per_second"], digits=1),
                 number(one["flops_per_second"], 1e12),
-                "-" if one["utilization"] is None else f"{one['utilization']:.1%}",
+                "-" if one["mfu"] is None else f"{one['mfu']:.1%}",
                 number(one["compile_seconds"], digits=1),
                 number(one["temp_bytes"], GIB),
-                number(one["peak"], GIB),
-                f"{speed['median']:.2f} ({speed['least']:.2f} to {speed['most']:.2f})",
+                number(one["peak_bytes"], GIB),
+                f"{speedup['median']:.2f} ({speedup['min']:.2f} to {speedup['max']:.2f})",
             ]
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

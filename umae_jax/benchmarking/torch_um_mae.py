@@ -1,16 +1,16 @@
-"""UM-MAE with a Swin, as it is plainly written in PyTorch (SPEC 2, 3, 6, 9): what our step is measured beside.
+"""UM-MAE with a Swin in plain PyTorch (SPEC 2, 3, 6, 9), to time our step against.
 
-Parameters have the reference's names and layouts (SPEC 13), so that both can be given the same numbers. What costs
-nothing to do well is done well: patches are embedded after compaction, hence only those sampled; differences of
-coordinates are taken once a stage, not once a block; what is predicted is what the loss looks at. The relative position
-bias is the method as stated: each block's MLP over every pair of tokens of every window of every image.
+Parameters have the reference's names and layouts (SPEC 13), so that both can use the same weights. The easy savings are
+made: only sampled patches are embedded, coordinate differences are computed once per stage instead of once per block,
+and only the units in the loss are predicted. The relative position bias follows the definition: each block's MLP runs
+over every pair of tokens of every window of every image.
 """
 
 import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - as everybody calls it
+import torch.nn.functional as F  # noqa: N812 - the usual name
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ class TorchMask(NamedTuple):
 
     Attributes:
         offset: int64 [B, cell rows, cell columns], the sampled unit of each cell, 0..3.
-        hidden: bool [B, cell rows, cell columns], the sampled units that secondary masking hides.
+        hidden: bool [B, cell rows, cell columns], whether secondary masking hides it.
     """
 
     offset: Tensor
@@ -34,11 +34,11 @@ class TorchMask(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How the blocks of a stage see its grid, with or without a shift.
+    """The windows of a stage, with or without a shift.
 
     Attributes:
         window: rows and columns of tokens in a window.
-        shift: rows and columns that the grid is rolled by before it is cut.
+        shift: rows and columns to roll the grid by before it is cut.
         differences: float32 [B * windows, 2, N, N], log-scaled differences of coordinates, key minus query.
         mask: float32 [windows, 1, N, N], 0 or ACROSS_BORDERS; None without a shift.
     """
@@ -50,7 +50,7 @@ class Layout(NamedTuple):
 
 
 def cut_windows(x: Tensor, window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
-    """[B, H, W, C] -> [B * windows, N, C]."""
+    """Cut a grid [B, H, W, C] into windows [B * windows, N, C]."""
     batch, height, width, channels = x.shape
     if any(shift):
         x = torch.roll(x, (-shift[0], -shift[1]), (1, 2))
@@ -59,7 +59,7 @@ def cut_windows(x: Tensor, window: tuple[int, int], shift: tuple[int, int]) -> T
 
 
 def join_windows(x: Tensor, grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
-    """The inverse of `cut_windows`: [B * windows, N, C] -> [B, H, W, C]."""
+    """Invert `cut_windows`: [B * windows, N, C] -> [B, H, W, C]."""
     height, width = grid
     x = x.view(-1, height // window[0], width // window[1], *window, x.shape[-1])
     x = x.transpose(2, 3).reshape(-1, height, width, x.shape[-1])
@@ -67,7 +67,13 @@ def join_windows(x: Tensor, grid: tuple[int, int], window: tuple[int, int], shif
 
 
 def lay_windows(coordinates: Tensor, side: int, *, shifted: bool) -> Layout:
-    """Windows of side x side tokens over a grid whose tokens have these coordinates, float32 [B, H, W, 2]."""
+    """Lay out windows of side x side tokens over a grid.
+
+    Args:
+        coordinates: of the tokens, float32 [B, H, W, 2].
+        side: tokens per side of a window; smaller grids are one window.
+        shifted: whether to shift the windows by half a side.
+    """
     grid = (coordinates.shape[1], coordinates.shape[2])
     window = (min(side, grid[0]), min(side, grid[1]))
     shift = (
@@ -80,7 +86,7 @@ def lay_windows(coordinates: Tensor, side: int, *, shifted: bool) -> Layout:
     mask = None
     if any(shift):
         region = torch.zeros(1, *grid, 1, device=coordinates.device)
-        region[:, : shift[0]] += 1  # what the roll brings to the other border
+        region[:, : shift[0]] += 1  # rows and columns that the roll moves to the other border
         region[:, :, : shift[1]] += 2
         region = cut_windows(region, window, shift).squeeze(-1)
         mask = ACROSS_BORDERS * (region[:, None, :] != region[:, :, None]).float()[:, None]
@@ -88,9 +94,11 @@ def lay_windows(coordinates: Tensor, side: int, *, shifted: bool) -> Layout:
 
 
 class Attention(nn.Module):
-    """Attention of the tokens of a window, or of all: [B, N, C] -> [B, N, C].
+    """Attention within a window or over all tokens: [B, N, C] -> [B, N, C].
 
     Args:
+        width: C.
+        heads: number of heads.
         position_width: hidden width of the position MLP; None for attention without a bias.
     """
 
@@ -105,7 +113,7 @@ class Attention(nn.Module):
             )
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
-        """Over windows as they are laid out, or over all tokens."""
+        """Attend; with a layout the tokens are those of windows and the bias is added."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
@@ -114,7 +122,7 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
 
     def bias(self, layout: Layout) -> Tensor:
-        """Of every pair of tokens of every window, [B * windows, heads, N, N]."""
+        """Return the bias of every pair of tokens of every window, [B * windows, heads, N, N]."""
         bias = self.posmlp(layout.differences)
         if layout.mask is not None:
             windows, _, tokens, _ = layout.mask.shape
@@ -133,7 +141,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., C] -> [..., C]."""
+        """Apply the layer: [..., C] -> [..., C]."""
         return self.fc2(self.act(self.fc1(x)))
 
 
@@ -146,12 +154,12 @@ class Merge(nn.Module):
         self.proj = nn.Conv2d(inputs, outputs, 2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """Apply the layer."""
         return self.proj(self.norm(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class SwinBlock(nn.Module):
-    """A merge if it begins a later stage, then x + W-MSA(LN(x)), then x + MLP(LN(x))."""
+    """A merge if the block is the first of a later stage, then x + W-MSA(LN(x)), then x + MLP(LN(x))."""
 
     def __init__(self, inputs: int | None, width: int, heads: int, mlp_ratio: int, position_width: int) -> None:
         super().__init__()
@@ -162,7 +170,7 @@ class SwinBlock(nn.Module):
         self.mlp = Mlp(width, mlp_ratio * width)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """[B, H, W, C] -> [B, H, W, C], or behind a merge [B, H / 2, W / 2, C']."""
+        """Apply the block: [B, H, W, C] -> [B, H, W, C], or [B, H / 2, W / 2, C'] after a merge."""
         if self.downsample is not None:
             x = self.downsample(x)
         attended = self.attn(cut_windows(self.norm1(x), layout.window, layout.shift), layout)
@@ -171,7 +179,7 @@ class SwinBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """A plain pre-norm ViT block: [B, N, C] -> [B, N, C]."""
+    """A pre-norm ViT block: [B, N, C] -> [B, N, C]."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -181,13 +189,13 @@ class DecoderBlock(nn.Module):
         self.mlp = Mlp(width, DECODER_MLP_RATIO * width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """Apply the layer."""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
 class PatchEmbed(nn.Module):
-    """p x p convolution of stride p; its norm comes after hidden patches have been replaced."""
+    """A p x p convolution of stride p, replacement of hidden patches, and a layer norm."""
 
     def __init__(self, channels: int, patch: int, width: int) -> None:
         super().__init__()
@@ -195,7 +203,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(width, eps=NORM_EPSILON)
 
     def forward(self, pixels: Tensor, hidden: Tensor, mask_token: Tensor | None) -> Tensor:
-        """Pixels [B, C, H, W] and the places that are hidden [B, H / p, W / p] to tokens [B, H / p, W / p, width]."""
+        """Embed pixels [B, C, H, W] with hidden patches, bool [B, H / p, W / p] -> [B, H / p, W / p, width]."""
         x = self.proj(pixels).permute(0, 2, 3, 1)
         if mask_token is not None:
             x = torch.where(hidden[..., None], mask_token[None].to(x.dtype), x)
@@ -203,7 +211,7 @@ class PatchEmbed(nn.Module):
 
 
 class TorchUmMae(nn.Module):
-    """UM-MAE of a Swin after a configuration, freshly initialised (SPEC 9)."""
+    """UM-MAE with the Swin of a configuration, with random parameters (SPEC 9)."""
 
     decoder_pos_embed: Tensor
 
@@ -243,14 +251,14 @@ class TorchUmMae(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.view(width, -1))
 
     def sample_mask(self, batch: int) -> TorchMask:
-        """A mask for each image, drawn on the device."""
+        """Draw one mask per image, on the device."""
         device, cells = self.mask_token.device, (batch, *self.cells)
         rank = torch.rand(batch, math.prod(self.cells), device=device).argsort(1).argsort(1)
         return TorchMask(torch.randint(4, cells, device=device), (rank >= self.visible).view(cells))
 
     def forward(self, images: Tensor, mask: TorchMask) -> Tensor:
-        """The loss of normalised images, float32 [B, C, H, W]."""
-        (sampled, masked), units = self.unit_numbers(mask), self.cut_units(images)
+        """Return the loss of normalised images, float32 [B, C, H, W]."""
+        (sampled, masked), units = self.unit_indices(mask), self.cut_units(images)
         latent = self.encode(_take(units, sampled), mask)
         prediction = self.decode(latent, sampled, masked)
         target = _take(units, masked)
@@ -259,23 +267,23 @@ class TorchUmMae(nn.Module):
             target = (target - mean) / (variance + 1e-6).sqrt()
         return F.mse_loss(prediction.float(), target)
 
-    def unit_numbers(self, mask: TorchMask) -> tuple[Tensor, Tensor]:
-        """Which units, counted row by row, are sampled [B, n] and which are not [B, 3 n]."""
+    def unit_indices(self, mask: TorchMask) -> tuple[Tensor, Tensor]:
+        """Return the row-major indices of sampled units [B, n] and of masked units [B, 3 n]."""
         rows, columns = self.cells
         device = mask.offset.device
         row, column = torch.arange(rows, device=device), torch.arange(columns, device=device)
-        offset = torch.stack([(mask.offset + turn) % 4 for turn in range(4)], 1)  # [B, 4, rows, columns]
-        number = (2 * row[:, None] + offset // 2) * 2 * columns + 2 * column + offset % 2
-        return number[:, 0].flatten(1), number[:, 1:].flatten(1)
+        offset = torch.stack([(mask.offset + number) % 4 for number in range(4)], 1)  # [B, 4, rows, columns]
+        index = (2 * row[:, None] + offset // 2) * 2 * columns + 2 * column + offset % 2
+        return index[:, 0].flatten(1), index[:, 1:].flatten(1)
 
     def cut_units(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, units, unit * unit * C], ordered (row, column, channel)."""
+        """Cut images [B, C, H, W] into units [B, units, unit * unit * C], pixels ordered (row, column, channel)."""
         batch, channels = images.shape[:2]
         x = images.view(batch, channels, 2 * self.cells[0], self.unit, 2 * self.cells[1], self.unit)
         return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, self.unit**2 * channels)
 
     def encode(self, units: Tensor, mask: TorchMask) -> Tensor:
-        """Pixels of the sampled units [B, n, unit * unit * C] -> tokens [B, rows, columns, C]."""
+        """Encode the sampled units [B, n, unit * unit * C] to tokens [B, rows, columns, C]."""
         batch, (rows, columns), side = len(units), self.cells, self.unit // self.patch
         pixels = units.view(batch, rows, columns, self.unit, self.unit, -1).permute(0, 5, 1, 3, 2, 4)
         pixels = pixels.reshape(batch, -1, rows * self.unit, columns * self.unit)
@@ -285,13 +293,21 @@ class TorchUmMae(nn.Module):
         for stage, depth in enumerate(self.depths):
             if stage:
                 coordinates = coordinates[:, ::2, ::2] / 2
-            layouts = [lay_windows(coordinates, self.side, shifted=turn) for turn in (False, True)[:depth]]
+            layouts = [lay_windows(coordinates, self.side, shifted=shifted) for shifted in (False, True)[:depth]]
             for number in range(depth):
                 x = next(blocks)(x, layouts[number % 2])
         return self.norm(x)
 
     def coordinates(self, offset: Tensor, side: int) -> Tensor:
-        """Row and column, on the full grid, of the compact grid's patches: float32 [B, rows side, columns side, 2]."""
+        """Return the row and column in the full image of each patch of the compact grid.
+
+        Args:
+            offset: of the mask, [B, rows, columns].
+            side: patches per side of a unit.
+
+        Returns:
+            float32 [B, rows * side, columns * side, 2].
+        """
         offset = offset.repeat_interleave(side, 1).repeat_interleave(side, 2)
         row, column = (torch.arange(size, device=offset.device) for size in offset.shape[1:])
         row = (2 * (row // side)[:, None] + offset // 2) * side + (row % side)[:, None]
@@ -299,7 +315,7 @@ class TorchUmMae(nn.Module):
         return torch.stack([row, column], -1).float()
 
     def decode(self, latent: Tensor, sampled: Tensor, masked: Tensor) -> Tensor:
-        """Tokens [B, rows, columns, C] -> the units that were not sampled [B, 3 n, unit * unit * C]."""
+        """Predict the masked units [B, 3 n, unit * unit * C] from tokens [B, rows, columns, C]."""
         x = F.pixel_shuffle(self.decoder_embed(latent).permute(0, 3, 1, 2), self.factor).flatten(2).transpose(1, 2)
         positions = self.decoder_pos_embed.expand(len(x), -1, -1)
         x = torch.cat([x + _take(positions, sampled), self.mask_token + _take(positions, masked)], 1)
@@ -308,9 +324,9 @@ class TorchUmMae(nn.Module):
         return self.decoder_pred(self.decoder_norm(x[:, sampled.shape[1] :]))
 
 
-def _take(x: Tensor, numbers: Tensor) -> Tensor:
-    """[B, N, C] at [B, n] -> [B, n, C]."""
-    return x.gather(1, numbers[..., None].expand(-1, -1, x.shape[-1]))
+def _take(x: Tensor, indices: Tensor) -> Tensor:
+    """Select rows: x [B, N, C] at indices [B, n] -> [B, n, C]."""
+    return x.gather(1, indices[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def _token(width: int) -> nn.Parameter:

@@ -1,1 +1,1 @@
-"""From files to sharded arrays."""
+"""Read image files into global sharded arrays."""

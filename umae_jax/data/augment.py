@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-MAX = 10.0  # the magnitude at which an operation is strongest
-APPLY = 0.5  # the probability with which a chosen operation is applied
+MAX_MAGNITUDE = 10.0
+PROBABILITY = 0.5  # of applying a drawn operation
 
 Fill = int | tuple[int, ...]
-Argument = Callable[[float, float], float]  # from strength in [0, 1] and sign, -1 or 1, to what the operation takes
+Argument = Callable[[float, float], float]  # from strength in [0, 1] and sign, -1 or 1, to the argument of an operation
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...], fill: Fill) -> Image.Image:
@@ -20,18 +20,18 @@ def _affine(image: Image.Image, matrix: tuple[float, ...], fill: Fill) -> Image.
 
 
 def _posterize(image: Image.Image, bits: float, _fill: Fill) -> Image.Image:
-    """Keep the highest bits of every value; none of them leaves black, which Pillow's own function refuses."""
+    """Keep the highest bits of every value. Zero bits give black, which `ImageOps.posterize` does not accept."""
     keep = 256 - 2 ** (8 - int(bits))
     return image.point([value & keep for value in range(256)] * len(image.getbands()))
 
 
 def _solarize_add(image: Image.Image, amount: float, _fill: Fill) -> Image.Image:
-    """Add to what is darker than the middle."""
+    """Add to values below 128."""
     table = [min(255, value + int(amount)) if value < 128 else value for value in range(256)]
     return image.point(table * len(image.getbands()))
 
 
-def _enhance(kind: Any) -> Callable[[Image.Image, float, Fill], Image.Image]:  # noqa: ANN401 - a class of ImageEnhance
+def _enhance(kind: Any) -> Callable[[Image.Image, float, Fill], Image.Image]:  # noqa: ANN401 - an ImageEnhance class
     return lambda image, factor, _fill: kind(image).enhance(factor)
 
 
@@ -41,18 +41,18 @@ def _around_one(strength: float, sign: float) -> float:
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation.
+    """One operation of RandAugment.
 
     Attributes:
-        apply: from image, argument and fill colour to the changed image.
-        argument: from strength and sign to the argument.
+        apply: changes an image, given an argument and the fill colour.
+        argument: maps strength and sign to the argument.
     """
 
     apply: Callable[[Image.Image, float, Fill], Image.Image]
     argument: Argument = lambda _strength, _sign: 0.0
 
 
-# Each becomes stronger with the magnitude ("inc1"). What takes part of a pixel's range is cut to whole numbers.
+# Every operation becomes stronger with the magnitude ("inc1"). Bits and pixel values are truncated to integers.
 OPERATIONS: Mapping[str, Operation] = {
     "AutoContrast": Operation(lambda image, _, _fill: ImageOps.autocontrast(image)),
     "Equalize": Operation(lambda image, _, _fill: ImageOps.equalize(image)),
@@ -83,11 +83,11 @@ OPERATIONS: Mapping[str, Operation] = {
         lambda strength, sign: sign * 0.3 * strength,
     ),
     "TranslateX": Operation(
-        lambda image, share, fill: _affine(image, (1, 0, share * image.width, 0, 1, 0), fill),
+        lambda image, fraction, fill: _affine(image, (1, 0, fraction * image.width, 0, 1, 0), fill),
         lambda strength, sign: sign * 0.45 * strength,
     ),
     "TranslateY": Operation(
-        lambda image, share, fill: _affine(image, (1, 0, 0, 0, 1, share * image.height), fill),
+        lambda image, fraction, fill: _affine(image, (1, 0, 0, 0, 1, fraction * image.height), fill),
         lambda strength, sign: sign * 0.45 * strength,
     ),
 }
@@ -95,13 +95,13 @@ OPERATIONS: Mapping[str, Operation] = {
 
 @dataclass(frozen=True)
 class RandAugment:
-    """Some operations drawn for an image, each applied with probability one half at a magnitude around one.
+    """Draw operations for an image and apply each with probability 0.5, at a normally distributed magnitude.
 
     Attributes:
-        operations: drawn for an image, with replacement.
-        magnitude: from 0 to 10.
-        magnitude_std: the deviation of each operation's own magnitude.
-        fill: the colour, 0..255 a channel, of what a geometric operation uncovers.
+        operations: number drawn per image, with replacement.
+        magnitude: mean magnitude, 0 to 10.
+        magnitude_std: standard deviation of the magnitude.
+        fill: colour of pixels that a geometric operation uncovers, 0..255 per channel.
     """
 
     operations: int
@@ -110,13 +110,13 @@ class RandAugment:
     fill: tuple[int, ...]
 
     def __call__(self, pixels: np.ndarray, rng: random.Random) -> np.ndarray:
-        """uint8 [H, W, 3 or 1] -> the same, changed by draws from `rng`."""
+        """Augment an image, uint8 [H, W, 3 or 1], with draws from `rng`."""
         channels = pixels.shape[-1]
         image = Image.fromarray(pixels if channels == 3 else pixels[..., 0])
         for operation in rng.choices(list(OPERATIONS.values()), k=self.operations):
-            apply, magnitude, sign = rng.random(), rng.gauss(self.magnitude, self.magnitude_std), rng.choice((-1, 1))
-            if apply < APPLY:
-                argument = operation.argument(min(max(magnitude, 0.0), MAX) / MAX, float(sign))
+            draw, magnitude, sign = rng.random(), rng.gauss(self.magnitude, self.magnitude_std), rng.choice((-1, 1))
+            if draw < PROBABILITY:
+                argument = operation.argument(min(max(magnitude, 0.0), MAX_MAGNITUDE) / MAX_MAGNITUDE, float(sign))
                 image = operation.apply(image, argument, self.fill if channels == 3 else self.fill[0])
         changed = np.asarray(image)
         return changed if channels == 3 else changed[..., None]

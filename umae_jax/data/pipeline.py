@@ -1,6 +1,7 @@
-"""Grain reads ahead; each process takes its share; what comes out are global sharded arrays.
+"""Read samples ahead with Grain, each process its own rows of every batch, as global sharded arrays.
 
-`TrainLoader` is the endless stream of training, `EvalLoader` gives every image once.
+`TrainLoader` is the endless, shuffled stream of training, `EvalLoader` a pass over every record. A batch is a
+dictionary of arrays, whatever arrays `load` returns.
 """
 
 import functools
@@ -11,9 +12,8 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import grain
 import jax
@@ -21,415 +21,286 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from umae_jax.data.augment import RandAugment
-from umae_jax.data.sources import NO_LABEL, Source
-from umae_jax.data.transforms import READ_TRIES, LoadCrop, LoadWhole, Sample, Unreadable
+from umae_jax.data.transforms import READ_TRIES, Sample, Unreadable
 from umae_jax.errors import UserError, listing, require
 
-# A run stops where more than this share of the reads fails, judged from this many samples on.
-MAX_UNREADABLE = 0.5
-JUDGE_AFTER = 16
-CHUNK = 16  # samples, at most
-# One process keeps about eight cores busy: of reading a photograph of 500 x 375 pixels to 256 x 256, 13 percent hold
-# the interpreter's lock, 0.2 of 1.5 ms on a busy machine; the rest decodes, resizes, reads and copies into the
-# batch. More cores need more processes. These leave to this one 0.16 ms an image to take over and to hand on, so some
-# 6,000 images a second and host. Reasoned from two cores; not yet measured on many.
-CORES_A_PROCESS = 8
-THREADS_A_CORE = 2  # one decodes while the other waits for a file or the lock
-CHUNKS_A_WORKER = 4  # that may lie in shared memory: being written, waiting, being read, and one to spare
+MAX_UNREADABLE = 0.5  # a run stops if a larger fraction of its reads fails
+MIN_SAMPLES = 16  # read by this process before that fraction is judged
+CHUNK = 16  # samples per work item of a thread or worker, at most
+# A process keeps about eight cores busy: 13% of reading a 500 x 375 photograph at 256 x 256 (0.2 of 1.5 ms) holds the
+# interpreter's lock. Workers leave 0.16 ms per image to this process, so about 6,000 images/s per host. Extrapolated
+# from two cores.
+CORES_PER_PROCESS = 8
+THREADS_PER_CORE = 2  # one decodes while the other waits for a file or the lock
+CHUNKS_PER_WORKER = 4  # in shared memory: being written, queued, being read, and one to spare
 SHARED_MEMORY = "/dev/shm"
-SPARED = 60  # seconds that a worker outlives the signal to end
+WORKER_GRACE = 60  # seconds that a worker outlives SIGTERM
+
+LoadTrain = Callable[[int, int], Sample]  # from sample index and record index
+LoadEval = Callable[[int], Sample]  # from record index; -1 asks for a blank
 
 
-class Batch(NamedTuple):
-    """A global batch, sharded over its first axis.
+def abstract_batch(
+    arrays: Mapping[str, jax.ShapeDtypeStruct], batch_size: int, sharding: jax.sharding.Sharding
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return a batch's shapes, dtypes and sharding, given those of one sample without its batch axis."""
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *array.shape), array.dtype, sharding=sharding)
+        for name, array in arrays.items()
+    }
+
+
+class Readers(NamedTuple):
+    """The number of threads and processes that read and decode.
 
     Attributes:
-        image: uint8 [B, H, W, C].
-        sample_index: uint32 [B], global.
-        label: int32 [B].
-        unreadable: int32 [B], how many records each sample had to skip.
+        threads: in this process, or in each worker if there are workers.
+        workers: processes beside this one.
     """
 
-    image: Any
-    sample_index: Any
-    label: Any
-    unreadable: Any
+    threads: int
+    workers: int = 0
 
 
-def abstract_batch(config: ConfigDict, batch_size: int, sharding: jax.sharding.Sharding) -> Batch:
-    """Shapes, dtypes and sharding of a batch."""
-
-    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:  # noqa: ANN401 - a NumPy scalar type
-        return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
-
-    image = array(np.uint8, *config.image_size, config.model.channels)
-    return Batch(image, sample_index=array(np.uint32), label=array(np.int32), unreadable=array(np.int32))
+def host_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class _Chunk(NamedTuple):
-    """Consecutive samples of this process, on the host."""
+def readers(config: ConfigDict) -> Readers:
+    """Return `data.threads` and `data.workers`, chosen by this host's cores where they are None.
 
-    arrays: Batch
-    unreadable: tuple[Unreadable, ...]
+    If only the threads are given, there are no workers. Workers never need more shared memory than is free, which is
+    little in some containers.
+    """
+    threads, workers = config.data.threads, config.data.workers
+    cores = host_cores()
+    if workers is None:
+        workers = 0
+        if threads is None and cores > CORES_PER_PROCESS:
+            chunk_bytes = CHUNK * math.prod(config.image_size) * config.model.channels
+            free = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else math.inf
+            workers = int(min(math.ceil(cores / CORES_PER_PROCESS), free // (CHUNKS_PER_WORKER * chunk_bytes)))
+    if threads is None:
+        threads = THREADS_PER_CORE * math.ceil(cores / max(1, workers))
+    return Readers(threads, workers)
 
 
-def _stack(samples: Sequence[Sample]) -> _Chunk:
-    images, indices, labels, unreadable = zip(*samples, strict=True)
-    counts = np.array([len(records) for records in unreadable], np.int32)
-    arrays = Batch(np.stack(images), np.stack(indices), np.stack(labels), counts)
-    return _Chunk(arrays, tuple(itertools.chain(*unreadable)))
+class _Rows(NamedTuple):
+    """Consecutive samples of this process: arrays [rows, ...], and the unreadable records of each sample."""
+
+    arrays: dict[str, np.ndarray]
+    unreadable: tuple[tuple[Unreadable, ...], ...]
+
+
+def _concatenate(chunks: Sequence[Sequence[_Rows]]) -> _Rows:
+    parts = [*itertools.chain.from_iterable(chunks)]
+    arrays = {name: np.concatenate([part.arrays[name] for part in parts]) for name in parts[0].arrays}
+    return _Rows(arrays, tuple(itertools.chain.from_iterable(part.unreadable for part in parts)))
+
+
+def _read_chunk(read: Callable[[int], Sample], size: int, concatenate: bool, chunk: int) -> list[_Rows]:
+    samples = map(read, range(chunk * size, (chunk + 1) * size))
+    rows = [_Rows({name: array[None] for name, array in arrays.items()}, (bad,)) for arrays, bad in samples]
+    return [_concatenate([rows])] if concatenate else rows
 
 
 def _init_worker(_index: int, _count: int) -> None:
-    """A signal to all processes of a terminal or a job spares the workers for a while: who saves first needs them."""
+    """Let a worker outlive a signal to all processes of a terminal or job: the main process saves first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SPARED))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
 
 
-def _join_samples(chunks: Sequence[Sequence[Sample]]) -> _Chunk:
-    return _stack([*itertools.chain(*chunks)])
+def _read_ahead(read: Callable[[int], Sample], count: int, rows: int, readers: Readers) -> grain.DatasetIterator[_Rows]:
+    """Read this process's samples 0 to `count` in order, `rows` of each batch, by threads or by workers."""
+    # Chunks are large enough to be worth handing over, and small enough to read little more than two batches ahead.
+    # They return in order, so batches do not depend on which thread or worker read them.
+    threads, workers = readers
+    size = math.gcd(rows, CHUNK)
+    options = grain.ReadOptions(threads, prefetch_buffer_size=threads + 2 * rows // size // max(1, workers))
+    # A worker joins its chunks for shared memory. Threads do not, so pixels are copied only once, into the batch.
+    read_chunk = functools.partial(_read_chunk, read, size, workers > 0)
+    chunks = grain.MapDataset.range(count // size).map(read_chunk).to_iter_dataset(options)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # in a notebook or a test; Grain's workers read its flags
+            flags.FLAGS.mark_as_parsed()
+        chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(workers), worker_init_fn=_init_worker)
+    return iter(chunks.batch(rows // size, batch_fn=_concatenate, drop_remainder=True))
 
 
-def _join_stacked(chunks: Sequence[_Chunk]) -> _Chunk:
-    arrays, unreadable = zip(*chunks, strict=True)
-    return _Chunk(Batch(*map(np.concatenate, zip(*arrays, strict=True))), tuple(itertools.chain(*unreadable)))
-
-
-def _check_divides(batch_size: int) -> None:
-    """Check that processes share a batch evenly.
+def _process_rows(batch_size: int, sharding: jax.sharding.Sharding) -> np.ndarray:
+    """Return the rows of a batch that this process's devices hold, ascending.
 
     Raises:
-        UserError: if it does not divide.
+        UserError: if processes cannot share the batch evenly.
     """
     processes = jax.process_count()
     require(
         batch_size % processes == 0,
         f"batch_size: {batch_size} does not divide among {processes} processes; choose a multiple of {processes}",
     )
+    slices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices if index is not None]))
 
 
-def _rows(batch_size: int, sharding: jax.sharding.Sharding) -> np.ndarray:
-    """The places of a batch that the devices of this process hold, in order: what it reads."""
-    held = sharding.addressable_devices_indices_map((batch_size,)).values()
-    rows = [np.arange(batch_size)[index] for index in held if index is not None]
-    return np.unique(np.concatenate(rows))
+def _to_devices(arrays: dict[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in arrays.items()}
 
 
-class Readers(NamedTuple):
-    """Who reads and decodes.
-
-    Attributes:
-        threads: in this process, or in each worker where there are workers.
-        workers: processes beside this one.
-    """
-
-    threads: int
-    workers: int
+def _warn_once(unreadable: Sequence[tuple[Unreadable, ...]], named: set[str]) -> None:
+    for name, reason in itertools.chain.from_iterable(unreadable):
+        if name not in named:
+            named.add(name)
+            logging.warning("skipped an image that cannot be read: %s (%s)", name, reason)
 
 
-def host_cores() -> int:
-    """Processor cores of this host that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def readers(config: ConfigDict) -> Readers:
-    """What `data.threads` and `data.workers` say; what they leave open is chosen by the cores of this host.
-
-    Who says how many threads reads with these, without workers. Workers are no more than shared memory holds, which a
-    container may have little of.
-    """
-    threads, workers = config.data.threads, config.data.workers
-    cores = host_cores()
-    if workers is None:
-        workers = 0
-        if threads is None and cores > CORES_A_PROCESS:
-            chunk = CHUNK * math.prod(config.image_size) * config.model.channels
-            there = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else math.inf
-            workers = min(math.ceil(cores / CORES_A_PROCESS), there // (CHUNKS_A_WORKER * chunk))
-    if threads is None:
-        threads = THREADS_A_CORE * math.ceil(cores / max(1, workers))
-    return Readers(threads, int(workers))
-
-
-_drawing = threading.Lock()
+_permutation_lock = threading.Lock()  # one thread draws while the others wait
 
 
 @functools.lru_cache(maxsize=2)  # where an epoch ends, threads read from two
-def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The order of an epoch's records: int32 [count]."""
-    order = np.arange(count, dtype=np.int32)
-    np.random.default_rng((seed, epoch, count)).shuffle(order)
+def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    """Return the order of an epoch's records: int32 [size].
+
+    Drawing it whole is faster than Grain's shuffle, which computes each element: 90 us for small sources.
+    """
+    order = np.arange(size, dtype=np.int32)
+    np.random.default_rng((seed, epoch, size)).shuffle(order)
     return order
 
 
-@dataclass(frozen=True)
-class _Share:
-    """What this process reads of the endless, shuffled stream: of every batch, these rows.
-
-    Every epoch has an order of its own, drawn at once, which takes less time than Grain's shuffle: that computes place
-    after place, 90 microseconds each where a source is small. A process keeps two orders, 8 bytes a record together.
-    """
-
-    load: LoadCrop
-    first_sample: int
-    batch_size: int
-    rows: np.ndarray
-
-    def __call__(self, place: int) -> Sample:
-        batch, row = divmod(place, len(self.rows))
-        index = self.first_sample + batch * self.batch_size + int(self.rows[row])
-        count = len(self.load.source)
-        epoch, number = divmod(index, count)
-        with _drawing:  # one of the threads draws, the others wait
-            order = _permutation(self.load.seed, epoch, count)
-        return self.load(index, int(order[number]))
-
-
-def _read_chunk(read: Callable[[int], Sample], size: int, number: int) -> list[Sample]:
-    return [read(place) for place in range(number * size, (number + 1) * size)]
-
-
-def _read(
-    read: Callable[[int], Sample], count: int, local: int, threads: int, workers: int
-) -> grain.DatasetIterator[_Chunk]:
-    """Samples 0 to `count` of this process, in order, as batches of `local`, read ahead by threads or by workers."""
-    # Threads and workers take chunks, large enough to be worth handing over, small enough that two batches read ahead
-    # are all that memory holds. They come back in order, so that batches do not depend on who read them.
-    chunk = math.gcd(local, CHUNK)
-    ahead = 2 * local // chunk // max(1, workers)
-    reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + ahead)
-    chunks = grain.MapDataset.range(count // chunk).map(functools.partial(_read_chunk, read, chunk))
-    if not workers:  # pixels are copied once, into the batch
-        return iter(chunks.to_iter_dataset(reading).batch(local // chunk, batch_fn=_join_samples, drop_remainder=True))
-    if not flags.FLAGS.is_parsed():  # a notebook or a test; the workers read Grain's flags
-        flags.FLAGS.mark_as_parsed()
-    options = grain.MultiprocessingOptions(num_workers=workers)
-    stacked = chunks.map(_stack).to_iter_dataset(reading).mp_prefetch(options, worker_init_fn=_init_worker)
-    return iter(stacked.batch(local // chunk, batch_fn=_join_stacked, drop_remainder=True))
-
-
-def _name(unreadable: Sequence[Unreadable], named: set[str]) -> None:
-    """Warn of each record that cannot be read, once."""
-    for record in unreadable:
-        if record.name not in named:
-            named.add(record.name)
-            logging.warning("skipped an image that cannot be read: %s (%s)", record.name, record.reason)
-
-
-def _to_devices(batch: Batch, sharding: jax.sharding.Sharding) -> Batch:
-    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), batch)
+def _read_shuffled(
+    load: LoadTrain, source_size: int, seed: int, first_sample: int, batch_size: int, rows: np.ndarray, number: int
+) -> Sample:
+    """Read this process's n-th sample of the endless, shuffled stream: it takes `rows` of every batch."""
+    batch, row = divmod(number, len(rows))
+    sample_index = first_sample + batch * batch_size + int(rows[row])
+    epoch, position = divmod(sample_index, source_size)
+    with _permutation_lock:
+        order = _permutation(seed, epoch, source_size)
+    arrays, unreadable = load(sample_index, int(order[position]))
+    return Sample({**arrays, "sample_index": np.array(sample_index, np.uint32)}, unreadable)
 
 
 class TrainLoader:
-    """An endless stream of training batches.
+    """An endless iterator of training batches: the arrays of `load`, and `sample_index`, uint32 [B].
 
-    Sample i of a run is the same image with the same crop whatever the number of processes, workers or devices, so
-    the whole state of the stream is one number: how many samples have been seen.
+    Sample i of a run is the same record with the same random draws on any number of processes, workers and devices. So
+    the stream's only state is the number of samples read before. The transfer of a batch continues in the background
+    after it is returned.
 
     Args:
-        source: the images.
+        source_size: number of records.
+        load: from (sample index, record index) to a sample; must be picklable.
         batch_size: global.
         sharding: of a batch, over its first axis.
-        seed: of the shuffle and of the crops.
-        first_sample: index of the first sample to give, the number seen before.
-        last_sample: where to end, with a whole batch; None for a stream without end.
-        size: height and width in pixels.
-        channels: 3, or 1 for grayscale.
-        area: the smallest share of an image that a crop keeps.
-        augment: what is done to the crop.
-        classes: labels lie below; None where labels do not matter.
-        threads: that read and decode, in this process or in each worker.
-        workers: processes that read and decode; 0 for threads alone.
+        seed: of the shuffle.
+        first_sample: index of the first sample, the number of samples read before.
+        last_sample: end of the stream, after a whole batch; None for an endless stream.
+        readers: threads and workers.
+
+    Attributes:
+        skipped_images: records of this process that could not be read, up to the last batch returned.
 
     Raises:
-        UserError: on reading, if most records cannot be read.
+        UserError: if processes cannot share the batch evenly; on reading, if most records cannot be read.
     """
 
     def __init__(
         self,
-        source: Source,
+        source_size: int,
+        load: LoadTrain,
         *,
         batch_size: int,
         sharding: jax.sharding.Sharding,
         seed: int,
         first_sample: int = 0,
         last_sample: int | None = None,
-        size: tuple[int, int],
-        channels: int = 3,
-        area: float,
-        augment: RandAugment | None = None,
-        classes: int | None = None,
-        threads: int,
-        workers: int = 0,
+        readers: Readers,
     ) -> None:
-        _check_divides(batch_size)
-        rows = _rows(batch_size, sharding)
-        load = LoadCrop(source, seed, size, channels, area, augment)
+        rows = _process_rows(batch_size, sharding)
         batches = sys.maxsize if last_sample is None else (last_sample - first_sample) // batch_size
-        count = min(batches * len(rows), sys.maxsize)
-        self._batches = _read(_Share(load, first_sample, batch_size, rows), count, len(rows), threads, workers)
+        read = functools.partial(_read_shuffled, load, source_size, seed, first_sample, batch_size, rows)
+        self._batches = _read_ahead(read, min(batches * len(rows), sys.maxsize), len(rows), readers)
         self._sharding = sharding
-        self._classes = classes
         self._named: set[str] = set()
-        self._samples = self._failures = 0
+        self._samples = 0
+        self.skipped_images = 0
 
-    @classmethod
-    def of(
-        cls,
-        config: ConfigDict,
-        source: Source,
-        sharding: jax.sharding.Sharding,
-        *,
-        first_sample: int = 0,
-        last_sample: int | None = None,
-    ) -> "TrainLoader":
-        """The loader that a configuration describes."""
-        augment = RandAugment(
-            config.augment.operations,
-            config.augment.magnitude,
-            config.augment.magnitude_std,
-            tuple(round(255 * mean) for mean in config.data.mean),
-        )
-        return cls(
-            source,
-            batch_size=config.batch_size,
-            sharding=sharding,
-            seed=config.seed,
-            first_sample=first_sample,
-            last_sample=last_sample,
-            size=config.image_size,
-            channels=config.model.channels,
-            area=config.data.area,
-            augment=augment if augment.operations else None,
-            classes=config.model.classes if config.model.method == "classifier" else None,
-            **readers(config)._asdict(),
-        )
-
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[dict[str, jax.Array]]:
         return self
+
+    def __next__(self) -> dict[str, jax.Array]:
+        arrays, unreadable = next(self._batches)
+        _warn_once(unreadable, self._named)
+        failures = [len(records) for records in unreadable]
+        self._samples += len(failures)
+        self.skipped_images += sum(failures)
+        reads = self._samples + self.skipped_images
+        mostly_failed = self._samples >= MIN_SAMPLES and self.skipped_images > MAX_UNREADABLE * reads
+        if mostly_failed or max(failures) >= READ_TRIES:
+            raise UserError(
+                f"data.source: {self.skipped_images} of {reads} reads failed; "
+                f"repair or remove the files, among them {listing(sorted(self._named), 3)}"
+            )
+        return _to_devices(arrays, self._sharding)
 
     def close(self) -> None:
         """Stop reading ahead and end the workers."""
         self._batches.close()
 
-    def __next__(self) -> Batch:
-        """The next global batch; its transfer to the devices goes on after this returns."""
-        batch, unreadable = next(self._batches)
-        self._samples += len(batch.sample_index)
-        self._failures += len(unreadable)
-        _name(unreadable, self._named)
-        gave_up = bool((batch.unreadable >= READ_TRIES).any())
-        mostly = self._samples >= JUDGE_AFTER and self._failures > MAX_UNREADABLE * (self._samples + self._failures)
-        if gave_up or mostly:
-            raise UserError(
-                f"data.source: {self._failures} of {self._samples + self._failures} reads failed; "
-                f"repair or remove the files, among them {listing(sorted(self._named), 3)}"
-            )
-        if self._classes is not None:
-            check_labels(batch.label, self._classes, "data.source")
-        return _to_devices(batch, self._sharding)
 
-
-def check_labels(labels: np.ndarray, classes: int, key: str) -> None:
-    """Check that labels [B] lie in 0 .. classes - 1.
-
-    Raises:
-        UserError: naming one that does not.
-    """
-    wrong = labels[(labels < 0) | (labels >= classes)]
-    if wrong.size:
-        what = "no label" if wrong[0] == NO_LABEL else f"the label {wrong[0]}"
-        raise UserError(
-            f"{key}: an image has {what}, labels must lie in 0..{classes - 1}; "
-            "name a split or folder whose images are all labelled so"
-        )
+def _read_record(load: LoadEval, records: np.ndarray, number: int) -> Sample:
+    return load(int(records[number]))
 
 
 class EvalLoader:
-    """Every image of a source once, whole, in batches of one size.
+    """Every record once, in order, in batches of one size: the arrays of `load`, and `valid`, bool [B].
 
-    The last batch is filled up with blanks. These, and images that cannot be read, have the label NO_LABEL.
+    `valid` is False for unreadable records and for the blanks that fill the last batch. Each iteration is a new pass.
+    The transfer of a batch continues in the background after it is returned.
 
     Args:
-        source: the images, all of them labelled.
-        key: of the configuration, that the source was named with.
-        classes: labels lie below.
-        images: take so many, drawn by the seed, where there are more; None for all.
-        named: names of images that cannot be read, which are not named again; this pass adds its own.
-        share: of the shorter side that the central crop keeps.
-        batch_size, sharding, seed, size, channels, threads, workers: as in `TrainLoader`.
+        source_size: number of records.
+        load: from a record index to a sample, from -1 to a blank one; must be picklable.
+        batch_size: global.
+        sharding: of a batch, over its first axis.
+        images: number of records to draw from the source; None for all.
+        seed: of that draw.
+        named: names of unreadable records for which there was a warning already; passes add theirs.
+        readers: threads and workers.
+
+    Raises:
+        UserError: if processes cannot share the batch evenly.
     """
 
     def __init__(
         self,
-        source: Source,
+        source_size: int,
+        load: LoadEval,
         *,
-        key: str,
-        classes: int,
         batch_size: int,
         sharding: jax.sharding.Sharding,
-        size: tuple[int, int],
-        channels: int = 3,
-        share: float = 1.0,
         images: int | None = None,
-        named: set[str] | None = None,
         seed: int = 0,
-        threads: int,
-        workers: int = 0,
+        named: set[str] | None = None,
+        readers: Readers,
     ) -> None:
-        self.named = set() if named is None else named
-        self._key, self._classes, self._sharding = key, classes, sharding
-        _check_divides(batch_size)
-        rows = _rows(batch_size, sharding)
-        records = np.arange(len(source))
-        if images is not None and images < len(source):
+        rows = _process_rows(batch_size, sharding)
+        records = np.arange(source_size)
+        if images is not None and images < source_size:
             records = np.sort(np.random.default_rng(seed).permutation(records)[:images])
         records = np.pad(records, (0, -len(records) % batch_size), constant_values=-1)
-        self._records = records.reshape(-1, batch_size)[:, rows].ravel()
-        load = LoadWhole(source, size, channels, share, self._records)
-        self._batches = _read(load, len(self._records), len(rows), threads, workers)
-        self._local = len(rows)
+        self._records = records.reshape(-1, batch_size)[:, rows]  # [batches, rows]
+        self._load, self._sharding, self._readers = load, sharding, readers
+        self.named = set() if named is None else named
 
-    @classmethod
-    def of(
-        cls,
-        config: ConfigDict,
-        source: Source,
-        key: str,
-        sharding: jax.sharding.Sharding,
-        *,
-        batch_size: int,
-        images: int | None = None,
-        named: set[str] | None = None,
-    ) -> "EvalLoader":
-        """The pass that a configuration describes; see the class."""
-        return cls(
-            source,
-            key=key,
-            classes=len(source.classes),
-            batch_size=batch_size,
-            sharding=sharding,
-            size=config.image_size,
-            channels=config.model.channels,
-            share=config.validation.crop,
-            images=images,
-            named=named,
-            seed=config.seed,
-            **readers(config)._asdict(),
-        )
-
-    def __iter__(self) -> Iterator[Batch]:
-        """The batches; the transfer of each to the devices goes on after it is given.
-
-        Raises:
-            UserError: if an image has no label, or one out of range.
-        """
+    def __iter__(self) -> Iterator[dict[str, jax.Array]]:
+        read = functools.partial(_read_record, self._load, self._records.ravel())
+        batches = _read_ahead(read, self._records.size, self._records.shape[1], self._readers)
         try:
-            for number, (batch, unreadable) in enumerate(self._batches):
-                _name(unreadable, self.named)
-                there = self._records[number * self._local : (number + 1) * self._local] >= 0
-                check_labels(batch.label[there & (batch.unreadable == 0)], self._classes, self._key)
-                yield _to_devices(batch, self._sharding)
+            for records, (arrays, unreadable) in zip(self._records, batches, strict=True):
+                _warn_once(unreadable, self.named)
+                valid = (records >= 0) & ~np.array([*map(bool, unreadable)])
+                yield _to_devices({**arrays, "valid": valid}, self._sharding)
         finally:
-            self._batches.close()
+            batches.close()

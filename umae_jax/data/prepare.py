@@ -2,14 +2,15 @@
 
     python -m umae_jax.data.prepare --source folder:PATH --name NAME --data_dir DIR
 
-Train on it with `data.source = tfds:NAME` and `data.data_dir = DIR`. The files' bytes are copied as they are.
+Train on it with `data.source = tfds:NAME` and `data.data_dir = DIR`. Image files are copied byte for byte; those that
+cannot be read are named, counted and left out.
 """
 
 import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 
@@ -20,37 +21,46 @@ from umae_jax.files import locate_here
 
 VERSION = "1.0.0"
 
-_SOURCE = flags.DEFINE_string("source", None, "What to write: folder:PATH, or photos.")
-_NAME = flags.DEFINE_string("name", None, "How the data set is to be called: lower-case letters, digits, underscores.")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where TFDS data sets lie.")
-_SPLIT = flags.DEFINE_string("split", "train", "The split to write.")
+_SOURCE = flags.DEFINE_string("source", None, "Images to write: folder:PATH, or photos.")
+_NAME = flags.DEFINE_string("name", None, "Name of the data set: lower-case letters, digits, underscores.")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "Directory of TFDS data sets.")
+_SPLIT = flags.DEFINE_string("split", "train", "Split to write.")
 
 
-def write_data_set(source: Source, name: str, data_dir: str, split: str = "train") -> Path:
-    """Write a source as the TFDS data set `name`, version VERSION; returns its folder.
+class Written(NamedTuple):
+    """A data set's folder, the number of images written to it, and the number of unreadable images left out."""
+
+    folder: Path
+    images: int
+    unreadable: int
+
+
+def write_data_set(source: Source, name: str, data_dir: str, split: str = "train") -> Written:
+    """Write a source as version VERSION of the TFDS data set `name`.
 
     Raises:
-        UserError: if the name or split will not do, or the name is taken.
+        UserError: if the name or the split is invalid, the data set exists, or no image can be read.
+        OSError: if the data set cannot be written.
     """
     import tensorflow_datasets as tfds  # slow to import
 
     require(
         re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None,
-        f"--name: {name!r} will not do; begin with a letter and use lower-case letters, digits and underscores",
+        f"--name: {name!r} is invalid; begin with a letter and use lower-case letters, digits and underscores",
     )
     require(
         re.fullmatch(r"[A-Za-z0-9_]+", split) is not None and split != "all",
-        f"--split: {split!r} will not do; use letters, digits and underscores, such as train or validation",
+        f"--split: {split!r} is invalid; use letters, digits and underscores, such as train or validation",
     )
     root = locate_here(data_dir, "--data_dir")
     folder = root / name / VERSION
     require(not folder.exists(), f"--name: {folder} exists already; choose another name or remove it first")
-    folder.parent.mkdir(parents=True, exist_ok=True)  # fails before TFDS says a word
+    folder.parent.mkdir(parents=True, exist_ok=True)  # fails before TFDS prints anything
     features: dict[str, Any] = {"image": tfds.features.Image(), FILE_NAME: tfds.features.Text()}
     if source.classes:
         features["label"] = tfds.features.ClassLabel(names=list(source.classes))
 
-    data_set_name = name
+    data_set_name, unreadable = name, 0
 
     class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         """Copies a source record by record."""
@@ -65,24 +75,36 @@ def write_data_set(source: Source, name: str, data_dir: str, split: str = "train
             return {split: self._generate_examples()}
 
         def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-            for number in range(len(source)):
-                path, data, label = source[number]
+            nonlocal unreadable
+            for index in range(len(source)):
+                try:
+                    path, data, label = source[index]
+                except OSError as error:
+                    unreadable += 1
+                    cli.say(f"left out an image that cannot be read: {error}")
+                    continue
                 example: dict[str, Any] = {"image": io.BytesIO(data), FILE_NAME: Path(path).name}
-                yield number, example if label == NO_LABEL else {**example, "label": label}
+                yield index, example if label == NO_LABEL else {**example, "label": label}
+            require(
+                unreadable < len(source),
+                f"--source: none of its {unreadable} images can be read; repair them or choose another",
+            )
 
-    builder = FolderBuilder(data_dir=str(root), file_format="array_record")
-    builder.download_and_prepare()
-    return folder
+    FolderBuilder(data_dir=str(root), file_format="array_record").download_and_prepare()
+    return Written(folder, len(source) - unreadable, unreadable)
 
 
 def main() -> None:
-    """Write it."""
+    """Write the data set that the flags describe."""
     source = open_source(cli.required(_SOURCE, "folder:PATH"))
     name = cli.required(_NAME, "a name for the data set")
-    data_dir = cli.required(_DATA_DIR, "the folder where TFDS data sets lie")
-    folder = write_data_set(source, name, data_dir, _SPLIT.value)
-    print(f"wrote {len(source)} images to {folder}; train with --config.data.source=tfds:{name} ", end="")  # noqa: T201
-    print(f"--config.data.data_dir={data_dir} --config.data.split={_SPLIT.value}")  # noqa: T201
+    data_dir = cli.required(_DATA_DIR, "the directory of TFDS data sets")
+    folder, images, unreadable = write_data_set(source, name, data_dir, _SPLIT.value)
+    left_out = f", left out {unreadable} that cannot be read" if unreadable else ""
+    print(  # noqa: T201
+        f"wrote {images} images to {folder}{left_out}; train with --config.data.source=tfds:{name} "
+        f"--config.data.data_dir={data_dir} --config.data.split={_SPLIT.value}"
+    )
 
 
 if __name__ == "__main__":

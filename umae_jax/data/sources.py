@@ -1,4 +1,4 @@
-"""Where images come from: bundled photographs, a folder, a TFDS data set; all give a record for an index."""
+"""Image sources: bundled photographs, a folder, a TFDS data set. Each maps an index to an undecoded record."""
 
 import importlib.util
 import os
@@ -9,13 +9,13 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from umae_jax.errors import UserError, listing
-from umae_jax.files import AnyPath, files_in_bucket, locate, read_file
+from umae_jax.files import AnyPath, files_in_bucket, in_bucket, locate, read_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 NO_LABEL = -1
-FILE_NAME = "file_name"  # the feature in which TFDS data sets often say where an image came from
+FILE_NAME = "file_name"  # the feature of many TFDS data sets that holds an image's original file name
 
-# The photographs among the images that scikit-image installs with its wheel.
+# The photographs among the images in scikit-image's wheel.
 PHOTOGRAPHS = (
     "astronaut.png",
     "brick.png",
@@ -36,12 +36,12 @@ PHOTOGRAPHS = (
 
 
 class Record(NamedTuple):
-    """One image as it lies on disk.
+    """One image as stored.
 
     Attributes:
-        name: how to call it in a message.
-        data: the encoded bytes.
-        label: its class, or NO_LABEL.
+        name: for messages.
+        data: contents of the image file.
+        label: index of its class, or NO_LABEL.
     """
 
     name: str
@@ -50,30 +50,30 @@ class Record(NamedTuple):
 
 
 class Source(Protocol):
-    """A data set of encoded images. Reading may raise; workers receive it by pickling."""
+    """A sequence of records. Must be picklable; reading a record may raise anything.
+
+    Attributes:
+        classes: names of the classes, in the order of their labels; () without labels.
+    """
 
     classes: tuple[str, ...]
 
-    def __len__(self) -> int:
-        """Number of images."""
-        ...
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Record:
-        """The record at a place."""
-        ...
+    def __getitem__(self, index: int) -> Record: ...
 
 
-class Files:
+class ImageFiles:
     """Image files, read in place.
 
     Args:
-        paths: the files, in the order that makes their index.
-        labels: one class a file, or nothing.
+        paths: of the files.
+        labels: of the files; None without labels.
         classes: names of the classes.
     """
 
     def __init__(self, paths: Sequence[str], labels: Sequence[int] | None = None, classes: Sequence[str] = ()) -> None:
-        # One array of bytes instead of a list of strings: small, and quick to hand to workers.
+        # One array of bytes, not a list of strings: small, and fast to pickle for workers.
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels = None if labels is None else np.array(labels, np.int64)
         self.classes = tuple(classes)
@@ -83,17 +83,16 @@ class Files:
 
     def __getitem__(self, index: int) -> Record:
         path = os.fsdecode(self.paths[index])
-        label = NO_LABEL if self.labels is None else int(self.labels[index])
-        return Record(path, read_file(path), label)
+        return Record(path, read_file(path), NO_LABEL if self.labels is None else int(self.labels[index]))
 
 
 class TfdsImages:
-    """A prepared TFDS data set with an image feature, read undecoded.
+    """The images of a prepared TFDS data set, not decoded.
 
     Args:
-        data: what TFDS's `as_data_source` returned.
+        data: from `as_data_source`, with decoding skipped.
         image: name of the image feature.
-        label: name of the class feature, if there is one.
+        label: name of the label feature, if any.
         classes: names of the classes.
     """
 
@@ -106,9 +105,9 @@ class TfdsImages:
 
     def __getitem__(self, index: int) -> Record:
         record = self.data[index]
-        label = NO_LABEL if self.label is None else int(record[self.label])
         name = record.get(FILE_NAME, b"")
         name = name.decode() if isinstance(name, bytes) else str(name)
+        label = NO_LABEL if self.label is None else int(record[self.label])
         return Record(f"record {index} {name}".strip(), record[self.image], label)
 
 
@@ -116,17 +115,18 @@ def open_source(name: str, *, split: str = "train", data_dir: str | None = None,
     """Open `photos`, `folder:PATH` or `tfds:NAME`.
 
     Args:
-        name: the configuration's `data.source`, or that of `validation`.
-        split: the split of a TFDS data set.
-        data_dir: where TFDS data sets lie; TFDS's own default if None.
-        key: the part of the configuration that names it, for error messages.
+        name: value of `data.source` or `validation.source`.
+        split: of a TFDS data set.
+        data_dir: directory of TFDS data sets; None for TFDS's default.
+        key: section of the configuration for error messages.
 
     Raises:
-        UserError: if there is no such source, or nothing in it.
+        UserError: if the source does not exist or has no images.
+        OSError: if a folder cannot be listed.
     """
     kind, _, rest = name.partition(":")
     if name == "photos":
-        return _photographs()
+        return _open_photographs()
     if kind == "folder" and rest:
         return open_folder(rest, f"{key}.source")
     if kind == "tfds" and rest:
@@ -134,51 +134,53 @@ def open_source(name: str, *, split: str = "train", data_dir: str | None = None,
     raise UserError(f"{key}.source: unknown source {name!r}; write photos, folder:PATH or tfds:NAME")
 
 
-def _photographs() -> Files:
-    """The photographs that scikit-image ships."""
+def _open_photographs() -> ImageFiles:
     package = importlib.util.find_spec("skimage")
     if package is None or package.origin is None:
         raise UserError('data.source: photos come with scikit-image; install it with pip install "umae_jax[demo]"')
     folder = Path(package.origin).parent / "data"
     paths = [str(folder / name) for name in PHOTOGRAPHS if (folder / name).is_file()]
     if not paths:
-        raise UserError(f"data.source: {folder} holds none of the expected photographs; install scikit-image anew")
-    return Files(paths)
+        raise UserError(f"data.source: {folder} has none of the expected photographs; reinstall scikit-image")
+    return ImageFiles(paths)
 
 
-def open_folder(path: str, key: str = "data.source") -> Files:
-    """A tree of image files; the subfolders directly below it, if every file lies in one, are the classes.
+def open_folder(path: str, key: str = "data.source") -> ImageFiles:
+    """Open a tree of image files. Its direct subfolders are the classes, unless an image lies beside them.
+
+    Args:
+        path: of the folder, on this machine or in a bucket.
+        key: of the configuration, or a flag, for error messages.
 
     Raises:
-        UserError: if the folder is missing or holds no images.
+        UserError: if the folder does not exist or has no images.
         OSError: if a part of it cannot be listed.
     """
     root = locate(path, key)
     if not root.is_dir():
-        raise UserError(f"there is no folder {path}; write the path of one that holds images")
-    paths = [file for file in _files_below(root) if file.lower().endswith(SUFFIXES)]
+        raise UserError(f"there is no folder {path}; write the path of a folder with images")
+    paths = sorted(file for file in _list_files(root) if file.lower().endswith(SUFFIXES))
     if not paths:
         raise UserError(f"there is no image in {path} or below it; expected files ending in {listing(SUFFIXES)}")
-    paths.sort()
     parts = [PurePath(file).relative_to(PurePath(str(root))).parts for file in paths]
     if any(len(part) == 1 for part in parts):
-        return Files(paths)
+        return ImageFiles(paths)
     classes = sorted({part[0] for part in parts})
-    number = {name: index for index, name in enumerate(classes)}
-    return Files(paths, [number[part[0]] for part in parts], classes)
+    label = {name: index for index, name in enumerate(classes)}
+    return ImageFiles(paths, [label[part[0]] for part in parts], classes)
 
 
-def _files_below(root: AnyPath) -> Iterator[str]:
-    """The files of a tree."""
+def _list_files(root: AnyPath) -> Iterator[str]:
+    """List all files of a tree, and follow links."""
 
-    def tell(error: OSError) -> None:
+    def fail(error: OSError) -> None:
         raise error
 
-    if not isinstance(root, Path):
+    if in_bucket(root):
         yield from files_in_bucket(root)
         return
-    visited = set()  # links may lead back
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=tell):
+    visited = set()  # links may form cycles
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=fail):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in visited:
             subfolders.clear()
@@ -188,49 +190,50 @@ def _files_below(root: AnyPath) -> Iterator[str]:
         yield from (os.path.join(folder, file) for file in files)
 
 
-def open_images(path: Path) -> Files:
-    """What a command's --images names: one image file, or a folder of them.
+def open_images(path: Path) -> ImageFiles:
+    """Open the value of a command's `--images`: one image file, or a folder of images.
 
     Raises:
-        UserError: if there is neither.
+        UserError: if it does not exist or has no images.
+        OSError: if a folder cannot be listed.
     """
     if path.is_file():
-        return Files([str(path)])
+        return ImageFiles([str(path)])
     if not path.is_dir():
         raise UserError(f"--images: there is no file or folder {path}")
-    return open_folder(str(path))
+    return open_folder(str(path), "--images")
 
 
 def _open_tfds(name: str, split: str, data_dir: str | None, key: str) -> TfdsImages:
-    """A TFDS data set that has been prepared as ArrayRecord, by name or by the folder of one version."""
-    import tensorflow_datasets as tfds  # slow to import, and needed by this source alone
+    """Open a TFDS data set prepared as ArrayRecord, by its name or by the folder of one version."""
+    import tensorflow_datasets as tfds  # slow to import
 
     if data_dir is not None:
         data_dir = str(locate(data_dir, "data.data_dir"))
-    where = data_dir or "TFDS's default folder"
+    directory = data_dir or "TFDS's default directory"
     unprepared = UserError(
-        f"{key}.source: there is no prepared data set {name} in {where}; set data.data_dir to where it lies, "
+        f"{key}.source: there is no prepared data set {name} in {directory}; set data.data_dir to its directory, "
         f"or prepare it with tfds build {name} --file_format=array_record"
     )
-    folder = locate(name, f"{key}.source").is_dir()
+    is_folder = locate(name, f"{key}.source").is_dir()
     try:
-        builder = tfds.builder_from_directory(name) if folder else tfds.builder(name, data_dir=data_dir)
-    except Exception:  # unknown, misspelt, not a data set's folder, or code that needs what only preparing needs
+        builder = tfds.builder_from_directory(name) if is_folder else tfds.builder(name, data_dir=data_dir)
+    except Exception:  # unknown or invalid name, not a data set's folder, or missing packages for preparing
         raise unprepared from None
     if not builder.is_prepared():
         raise unprepared
     features = builder.info.features
-    images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
+    images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
     if not images:
         raise UserError(f"{key}.source: {name} has no image feature, only {listing(list(features))}")
-    labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
+    labels = [name for name, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
     if split not in builder.info.splits:
         raise UserError(f"{key}.split: {name} has no split {split}; choose {listing(list(builder.info.splits))}")
     try:
         data = builder.as_data_source(split, decoders={images[0]: tfds.decode.SkipDecoding()})
     except NotImplementedError:
         raise UserError(
-            f"{key}.source: {name} in {where} is not stored as ArrayRecord, which random access needs; "
+            f"{key}.source: {name} in {directory} is not stored as ArrayRecord, which random access needs; "
             f"run tfds build {name} --file_format=array_record --overwrite"
         ) from None
     label = labels[0] if labels else None

@@ -1,1 +1,1 @@
-"""What leaves this project: weights and code for other frameworks."""
+"""Code that other frameworks need to load exported weights."""

@@ -1,14 +1,14 @@
 """Swin and PVT encoders pre-trained with UM-MAE, as multi-scale PyTorch backbones for detection and segmentation.
 
-This one file needs nothing but torch (>= 2.2): copy it beside your toolbox, and
+This file needs only torch (>= 2.2). Copy it into your project:
 
     from umae_backbone import load_backbone
 
     backbone = load_backbone("swin.safetensors", drop_path=0.1)  # in eval mode; train() it for fine-tuning
-    images = (images - mean) / std  # images in [0, 1], [B, C, H, W] of any size; backbone.mean and backbone.std
-    maps = backbone(images)  # of every stage: maps[i] is [B, backbone.widths[i], H / strides[i], W / strides[i]]
+    images = (images - mean) / std  # [B, C, H, W] in [0, 1], any size; mean and std are backbone.mean, backbone.std
+    maps = backbone(images)  # one map per stage, [B, backbone.widths[i], H / strides[i], W / strides[i]], rounded up
 
-Sizes are rounded up where `backbone.strides` do not divide the image. Licence: Apache-2.0.
+Licence: Apache-2.0.
 """
 
 import json
@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - its usual name
+import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor, nn
 
-ACROSS_REGIONS = -100.0  # added to the attention between tokens that are no neighbours in the image
+ACROSS_REGIONS = -100.0  # attention bias between tokens of a window that are not neighbours in the image
 NORM_EPSILON = 1e-6
-BLOCK_EPSILON = 1e-5  # of the norms inside blocks
-SKIPPED = ("decoder_", "mask_token", "vis_mask_token", "head.", "fc_norm.")  # in checkpoints beside the encoder
-ARGUMENTS = ("channels", "patch", "widths", "depths", "heads", "mlp_ratios")  # that both encoders take
+BLOCK_EPSILON = 1e-5  # norms inside blocks
+NOT_ENCODER = ("decoder_", "mask_token", "vis_mask_token", "head.", "fc_norm.")  # prefixes of other parameters
+ARGUMENTS = ("channels", "patch", "widths", "depths", "heads", "mlp_ratios")  # arguments of both encoders
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -35,12 +35,12 @@ def _norm(width: int, epsilon: float = NORM_EPSILON) -> nn.LayerNorm:
 
 
 def _convolve(convolution: nn.Conv2d, x: Tensor) -> Tensor:
-    """Apply a convolution to a map whose channels are last: [B, H, W, C] -> [B, h, w, D]."""
+    """Apply a convolution to a channels-last map: [B, H, W, C] -> [B, h, w, D]."""
     return convolution(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class _PatchEmbedding(nn.Module):
-    """A convolution of one step a patch, then perhaps a norm: [B, C, H, W] -> [B, h, w, D]."""
+    """Patch convolution and optional norm: [B, C, H, W] -> [B, h, w, D]."""
 
     def __init__(self, channels: int, width: int, patch: int, *, normed: bool) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class _PatchEmbedding(nn.Module):
 
 
 class _Downsampling(nn.Module):
-    """Perhaps a norm, then a 2 x 2 convolution of stride 2: [B, H, W, C] -> [B, H / 2, W / 2, D]."""
+    """Optional norm and 2 x 2 convolution of stride 2: [B, H, W, C] -> [B, H / 2, W / 2, D]."""
 
     def __init__(self, inputs: int, width: int, *, normed: bool) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class _Downsampling(nn.Module):
 
 
 class _WindowAttention(nn.Module):
-    """Attention inside windows, with a bias that a small MLP makes of the tokens' relative places."""
+    """Window attention with a bias that a small MLP computes from relative positions."""
 
     def __init__(self, width: int, heads: int, window: int, position_width: int, *, shifted: bool) -> None:
         super().__init__()
@@ -74,16 +74,16 @@ class _WindowAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def _bias(self, rows: int, columns: int) -> Tensor:
-        """The bias of every pair of tokens in a window, [heads, N, N]; the MLP sees each difference of places once."""
+        """Return the bias of every pair of tokens in a window, [heads, N, N]; the MLP runs once per offset."""
         device, dtype = self.qkv.weight.device, self.qkv.weight.dtype
-        steps = [torch.arange(1 - side, side, device=device) for side in (rows, columns)]  # key minus query
-        differences = torch.stack(torch.meshgrid(*steps, indexing="ij"))
-        scaled = differences.sign() * differences.abs().log1p()
+        axes = [torch.arange(1 - side, side, device=device) for side in (rows, columns)]  # key minus query
+        offsets = torch.stack(torch.meshgrid(*axes, indexing="ij"))
+        scaled = offsets.sign() * offsets.abs().log1p()
         table = self.posmlp(scaled[None].to(dtype))[0]  # [heads, 2 rows - 1, 2 columns - 1]
         row, column = torch.arange(rows, device=device), torch.arange(columns, device=device)
-        row_step = (row - row[:, None] + rows - 1)[:, None, :, None]  # [query row, 1, key row, 1]
-        column_step = (column - column[:, None] + columns - 1)[:, None, :]  # [query column, 1, key column]
-        pairs = table[:, row_step, column_step]  # [heads, rows, columns, rows, columns]
+        row_offset = (row - row[:, None] + rows - 1)[:, None, :, None]  # [query row, 1, key row, 1]
+        column_offset = (column - column[:, None] + columns - 1)[:, None, :]  # [query column, 1, key column]
+        pairs = table[:, row_offset, column_offset]  # [heads, rows, columns, rows, columns]
         return pairs.flatten(3).flatten(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,21 +92,21 @@ class _WindowAttention(nn.Module):
         size = [min(self.window, side) for side in grid]
         shift = [self.window // 2 if self.shifted and side > self.window else 0 for side in grid]
         padded = [side + -side % step for side, step in zip(grid, size, strict=True)]
-        # Windows may be filled up with padding, and the shift brings together opposite borders: each its own region.
+        # A window can hold padding and, after the shift, tokens from opposite borders: tokens attend within a region.
         regions = []
         for side, full, start in zip(grid, padded, shift, strict=True):
-            place = torch.arange(full, device=x.device)
-            regions.append(((place < start) + 2 * (place >= side)).roll(-start))  # 0 inside, 1 came around, 2 padding
+            position = torch.arange(full, device=x.device)
+            regions.append(((position < start) + 2 * (position >= side)).roll(-start))  # 0 inside, 1 wrapped, 2 padding
         region = (3 * regions[0][:, None] + regions[1])[None, :, :, None]  # [1, H, W, 1]
 
-        def cut(x: Tensor) -> Tensor:  # [B, H, W, C] -> [B, windows, N, C]
+        def to_windows(x: Tensor) -> Tensor:  # [B, H, W, C] -> [B, windows, N, C]
             x = x.unflatten(2, (-1, size[1])).unflatten(1, (-1, size[0]))
             return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
         x = F.pad(x, (0, 0, 0, padded[1] - grid[1], 0, padded[0] - grid[0])).roll((-shift[0], -shift[1]), (1, 2))
-        qkv = self.qkv(cut(x)).unflatten(-1, (3, self.heads, -1))  # [B, windows, N, 3, heads, d]
+        qkv = self.qkv(to_windows(x)).unflatten(-1, (3, self.heads, -1))  # [B, windows, N, 3, heads, d]
         queries, keys, values = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3)  # each [B, windows * heads, N, d]
-        window = cut(region)[0]  # [windows, N, 1]
+        window = to_windows(region)[0]  # [windows, N, 1]
         across = (window != window.mT)[:, None] * ACROSS_REGIONS  # [windows, 1, N, N]
         bias = (self._bias(*size) + across).flatten(0, 1).to(queries.dtype)
         x = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias[None])
@@ -117,11 +117,11 @@ class _WindowAttention(nn.Module):
 
 
 class _PooledAttention(nn.Module):
-    """Attention of every token to the average-pooled map."""
+    """Attention from every token to the average-pooled map."""
 
-    def __init__(self, width: int, heads: int, reduction: int) -> None:
+    def __init__(self, width: int, heads: int, sr_ratio: int) -> None:
         super().__init__()
-        self.heads, self.reduction = heads, reduction
+        self.heads, self.sr_ratio = heads, sr_ratio
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.sr = nn.Conv2d(width, width, 1)
@@ -131,12 +131,12 @@ class _PooledAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> [B, H, W, C]."""
         rows, columns = x.shape[1:3]
-        if rows % self.reduction or columns % self.reduction:
+        if rows % self.sr_ratio or columns % self.sr_ratio:
             raise ValueError(
-                f"a reduction of {self.reduction} does not divide a stage of {rows} x {columns} tokens; "
-                "choose sr_ratios that do, such as 8, 4, 2, 1, or another image size"
+                f"sr_ratios: {self.sr_ratio} does not divide a stage of {rows} x {columns} tokens; "
+                "choose others, such as 8, 4, 2, 1, or another image size"
             )
-        pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), self.reduction).permute(0, 2, 3, 1)
+        pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), self.sr_ratio).permute(0, 2, 3, 1)
         pooled = self.norm(_convolve(self.sr, pooled)).flatten(1, 2)  # [B, M, C]
         queries = self.q(x.flatten(1, 2)).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, d]
         keys, values = self.kv(pooled).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, M, d]
@@ -145,7 +145,7 @@ class _PooledAttention(nn.Module):
 
 
 class _Block(nn.Module):
-    """A pre-norm transformer block, behind a downsampling where a stage begins."""
+    """Pre-norm transformer block; the first of a stage begins with downsampling."""
 
     def __init__(
         self, width: int, mlp_ratio: float, attention: nn.Module, downsample: nn.Module, drop_path: float
@@ -159,26 +159,26 @@ class _Block(nn.Module):
         self.drop_path = drop_path
 
     def _drop(self, x: Tensor) -> Tensor:
-        """In training, forget the whole branch of some images, and scale it up for the others."""
+        """Apply stochastic depth: in training, drop the branch of some images and scale it up for the others."""
         if not self.training or self.drop_path == 0:
             return x
         keep = 1 - self.drop_path
         return x * x.new_empty(len(x), 1, 1, 1).bernoulli_(keep) / keep
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] -> [B, H, W, C], or half of H and W where a stage begins."""
+        """[B, H, W, C] -> [B, H, W, C]; the first block of a stage halves H and W."""
         x = self.downsample(x)
         x = x + self._drop(self.attn(self.norm1(x)))
         return x + self._drop(self.mlp(self.norm2(x)))
 
 
 class _Backbone(nn.Module):
-    """What both pyramids have in common.
+    """Base of both pyramids.
 
     Attributes:
         widths: channels of each stage's map.
-        strides: pixels along a side of each stage's tokens.
-        mean, std: what each channel of the images is normalised by; empty until `load_backbone` sets them.
+        strides: pixels per token of each stage, along a side.
+        mean, std: normalisation of each image channel; empty until `load_backbone` sets them.
     """
 
     def __init__(
@@ -199,30 +199,30 @@ class _Backbone(nn.Module):
         self.std: tuple[float, ...] = ()
         self.patch_embed = _PatchEmbedding(channels, widths[0], patch, normed=normed)
         self.blocks = nn.ModuleList()
-        self._ends = []  # the last block of each stage
+        self._ends = []  # index of the last block of each stage
         last = max(sum(map(len, attentions)) - 1, 1)
         for stage, (width, mlp_ratio, layers) in enumerate(zip(widths, mlp_ratios, attentions, strict=True)):
-            for place, attention in enumerate(layers):
-                begins = stage > 0 and place == 0
-                downsample = _Downsampling(widths[stage - 1], width, normed=normed) if begins else nn.Identity()
+            for index, attention in enumerate(layers):
+                first = stage > 0 and index == 0
+                downsample = _Downsampling(widths[stage - 1], width, normed=normed) if first else nn.Identity()
                 rate = drop_path * len(self.blocks) / last
                 self.blocks.append(_Block(width, mlp_ratio, attention, downsample, rate))
             self._ends.append(len(self.blocks) - 1)
         self.norm = _norm(widths[-1]) if final_norm else nn.Identity()
 
-    def _place(self, x: Tensor) -> Tensor:
-        """Add the absolute position embedding, if there is one: [B, H, W, C] -> [B, H, W, C]."""
+    def _add_positions(self, x: Tensor) -> Tensor:
+        """Add absolute position embeddings, if any: [B, H, W, C] -> [B, H, W, C]."""
         return x
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The feature maps of every stage, each [B, width, ceil(H / stride), ceil(W / stride)].
+        """Return the feature map of every stage, [B, width, ceil(H / stride), ceil(W / stride)].
 
         Args:
-            images: [B, channels, H, W], normalised; zeros are added below and at the right where strides do not divide.
+            images: [B, channels, H, W], normalised; padded with zeros below and at the right to whole tokens.
         """
         height, width = images.shape[-2:]
         x = F.pad(images, (0, -width % self.strides[-1], 0, -height % self.strides[-1]))
-        x = self._place(self.patch_embed(x))
+        x = self._add_positions(self.patch_embed(x))
         maps = []
         for index, block in enumerate(self.blocks):
             x = block(x)
@@ -236,16 +236,16 @@ class _Backbone(nn.Module):
 
 
 class SwinBackbone(_Backbone):
-    """The Swin of UM-MAE on whole images. It gets its weights from `load_backbone`.
+    """Swin of UM-MAE for whole images; `load_backbone` makes one with weights.
 
     Args:
-        channels: of the images.
-        patch: pixels along a side of a token of the first stage.
+        channels: image channels.
+        patch: pixels per token of the first stage, along a side.
         widths, depths, heads, mlp_ratios: channels, blocks, attention heads and hidden width of each stage.
         window: tokens along a side of a window; odd blocks of a stage shift by half of it.
-        position_width: hidden width of the MLP that makes the position bias.
-        final_norm: whether the last map is normalised, as in pre-training; fine-tuned classifiers do not.
-        drop_path: rate of stochastic depth in the last block, rising from 0 in the first; only in training.
+        position_width: hidden width of the MLP that computes the position bias.
+        final_norm: whether to normalise the last map, as in pre-training but not in fine-tuned classifiers.
+        drop_path: rate of stochastic depth in the last block in training, rising linearly from 0 in the first.
     """
 
     def __init__(
@@ -272,12 +272,12 @@ class SwinBackbone(_Backbone):
 
 
 class PvtBackbone(_Backbone):
-    """The PVT of UM-MAE on whole images. It gets its weights from `load_backbone`.
+    """PVT of UM-MAE for whole images; `load_backbone` makes one with weights.
 
     Args:
         channels, patch, widths, depths, heads, mlp_ratios, final_norm, drop_path: see `SwinBackbone`.
-        sr_ratios: how much each stage pools keys and values along a side.
-        grid: rows and columns of patches that the position embedding is for; it is interpolated to others.
+        sr_ratios: tokens along a side that each stage pools into one key and value.
+        grid: rows and columns of the position embedding's patches; it is interpolated for other images.
     """
 
     def __init__(
@@ -295,14 +295,14 @@ class PvtBackbone(_Backbone):
         drop_path: float = 0.0,
     ) -> None:
         attentions = [
-            [_PooledAttention(width, head, reduction) for _ in range(depth)]
-            for width, depth, head, reduction in zip(widths, depths, heads, sr_ratios, strict=True)
+            [_PooledAttention(width, head, sr_ratio) for _ in range(depth)]
+            for width, depth, head, sr_ratio in zip(widths, depths, heads, sr_ratios, strict=True)
         ]
         super().__init__(channels, patch, widths, mlp_ratios, attentions, False, final_norm, drop_path)
         self.grid = grid
         self.pos_embed = nn.Parameter(torch.zeros(1, grid[0] * grid[1], widths[0]))
 
-    def _place(self, x: Tensor) -> Tensor:
+    def _add_positions(self, x: Tensor) -> Tensor:
         table = self.pos_embed.unflatten(1, self.grid)  # [1, H, W, C]
         if x.shape[1:3] != self.grid:
             table = table.float().permute(0, 3, 1, 2)
@@ -312,11 +312,11 @@ class PvtBackbone(_Backbone):
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file."""
+    """Return the tensors and the metadata of a safetensors file."""
     data = memoryview(file.read_bytes())
     start = 8 + int.from_bytes(data[:8], "little")
     if len(data) < max(start, 8):
-        raise ValueError(f"{file} is no whole safetensors file: it ends at byte {len(data)}, inside its header")
+        raise ValueError(f"{file} is not a complete safetensors file: it ends inside its header, at byte {len(data)}")
     body, tensors, seen = data[start:], {}, 0
     try:
         header = json.loads(bytes(data[8:start]))
@@ -326,72 +326,74 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             if entry["dtype"] not in DTYPES:
                 raise ValueError(f"{name} has the dtype {entry['dtype']}, not one of {', '.join(DTYPES)}")
             if not 0 <= begin < end <= len(body):
-                raise ValueError(f"{name} lies at bytes {begin} to {end} of {len(body)}")
+                raise ValueError(f"{name} has the range {begin} to {end} of {len(body)} bytes")
             tensor = torch.frombuffer(bytearray(body[begin:end]), dtype=DTYPES[entry["dtype"]])
             tensors[name] = tensor.reshape(entry["shape"])
             seen += end - begin
     except (AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is no whole safetensors file: {error}") from error
+        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
     if seen != len(body):
-        raise ValueError(f"{file} is no whole safetensors file: its tensors take {seen} of {len(body)} bytes")
+        raise ValueError(f"{file} is not a complete safetensors file: its tensors take {seen} of {len(body)} bytes")
     return tensors, metadata
 
 
 def _read_pth(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a file that torch wrote; runs no code of it."""
+    """Return the tensors and the metadata of a file that torch wrote; run no code from it."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
         tensors, metadata = dict(content["model"]), dict(content["metadata"])
     except OSError:
         raise
-    except Exception as error:  # whatever a broken file makes torch raise
-        raise ValueError(f"{file} holds no dictionary with 'model' and 'metadata': {error!r}") from error
+    except Exception as error:  # a damaged file makes torch raise errors of many types
+        raise ValueError(f"{file} holds no dict with 'model' and 'metadata': {error!r}") from error
     if others := [str(name) for name, tensor in tensors.items() if not isinstance(tensor, Tensor)]:
-        raise ValueError(f"{file} holds in its 'model' what is no tensor: {', '.join(others)}")
+        raise ValueError(f"{file}: 'model' holds values that are not tensors: {', '.join(others)}")
     return tensors, metadata
 
 
 def load_backbone(file: str | os.PathLike[str], **changes: Any) -> SwinBackbone | PvtBackbone:  # noqa: ANN401 - see Args
-    """The encoder of an exported checkpoint, in eval mode.
+    """Load the encoder of an exported checkpoint, in eval mode.
 
     Args:
-        file: a `.safetensors` or `.pth` file whose metadata hold the configuration ("config", JSON).
-        **changes: arguments of `SwinBackbone` or `PvtBackbone` that shall differ from it, such as window=8.
+        file: a `.safetensors` or `.pth` file with the configuration in its metadata ("config", JSON).
+        **changes: arguments of `SwinBackbone` or `PvtBackbone` that override the configuration, such as window=8.
 
     Raises:
-        ValueError: if the file is damaged, no such checkpoint or of a ViT, or its tensors do not fit the encoder.
+        ValueError: if the file is damaged, holds no configuration or a ViT, or its tensors do not fit the encoder.
     """
     file = Path(file)
     readers = {".safetensors": _read_safetensors, ".pth": _read_pth}
     if file.suffix not in readers:
-        raise ValueError(f"{file} ends neither in .safetensors nor in .pth")
+        raise ValueError(f"{file} must end in .safetensors or .pth")
     tensors, metadata = readers[file.suffix](file)
-    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(SKIPPED)}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(NOT_ENCODER)}
     classes: dict[str, type[SwinBackbone | PvtBackbone]] = {"swin": SwinBackbone, "pvt": PvtBackbone}
     own = {"swin": ("window", "position_width"), "pvt": ("sr_ratios",)}
     try:
         config = json.loads(metadata["config"])
         model, encoder = config["model"], config["model"]["encoder"]
+        if "reductions" in model:  # an older name of the key
+            model["sr_ratios"] = model["reductions"]
         mean, std = tuple(config["data"]["mean"]), tuple(config["data"]["std"])
         arguments = {name: model[name] for name in ARGUMENTS + own[encoder]} if encoder in own else {}
         if encoder == "pvt":
             height, width = config["image_size"]
             arguments["grid"] = height // model["patch"], width // model["patch"]
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, RecursionError) as error:
-        raise ValueError(f"{file} holds no usable configuration in its metadata: {error!r}") from error
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, RecursionError) as error:
+        raise ValueError(f"{file} holds no valid configuration in its metadata: {error!r}") from error
     if encoder not in classes:
-        raise ValueError(f"{file} holds the encoder {encoder!r}, no pyramid; export a ViT for transformers instead")
+        raise ValueError(f"{file} holds the encoder {encoder!r}, not a pyramid; export ViTs for transformers instead")
     arguments["final_norm"] = any(name.startswith("norm.") for name in tensors)
     try:
         backbone = classes[encoder](**arguments | changes)
     except (TypeError, RuntimeError, ZeroDivisionError) as error:
-        raise ValueError(f"{file}: no encoder can be made of {arguments | changes}: {error}") from error
+        raise ValueError(f"{file}: cannot build an encoder from {arguments | changes}: {error}") from error
 
-    found, wanted = ({name: tuple(x.shape) for name, x in part.items()} for part in (tensors, backbone.state_dict()))
-    wrong = [f"{name} is missing" for name in wanted.keys() - found.keys()]
-    wrong += [f"{name} is unexpected" for name in found.keys() - wanted.keys()]
-    both = wanted.keys() & found.keys()
-    wrong += [f"{name} is {found[name]} instead of {wanted[name]}" for name in both if found[name] != wanted[name]]
+    shapes, expected = ({name: tuple(x.shape) for name, x in part.items()} for part in (tensors, backbone.state_dict()))
+    wrong = [f"{name} is missing" for name in expected.keys() - shapes.keys()]
+    wrong += [f"{name} is unexpected" for name in shapes.keys() - expected.keys()]
+    both = expected.keys() & shapes.keys()
+    wrong += [f"{name} is {shapes[name]}, not {expected[name]}" for name in both if shapes[name] != expected[name]]
     if wrong:
         raise ValueError(f"{file} does not fit the encoder: {'; '.join(sorted(wrong))}")
     backbone.load_state_dict(tensors)

@@ -1,1 +1,1 @@
-"""The cost of a training step, by compilers, without the hardware."""
+"""Estimates of memory, speed and cost, from the compiler and without the hardware."""

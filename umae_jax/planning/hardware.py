@@ -1,4 +1,4 @@
-"""What chips can do, as their makers publish it."""
+"""Published specifications of accelerators, and the TPU slices that exist."""
 
 import math
 from typing import NamedTuple
@@ -9,34 +9,34 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """An accelerator, as JAX counts devices.
+    """One accelerator, counted as JAX counts devices.
 
     Attributes:
-        flops: bfloat16 operations a second, at best.
-        memory: bytes that a program may have.
-        bandwidth: bytes a second between memory and chip.
-        link: bytes a second over one link of the interconnect, one way; 0 where it is not known.
-        clock: cycles a second.
+        peak_flops: bfloat16 FLOP/s.
+        memory: bytes that a program may use.
+        bandwidth: of the memory, bytes/s.
+        link_bandwidth: of one interconnect link in one direction, bytes/s; 0 if unknown.
+        clock: cycles/s; 0 if unknown.
     """
 
-    flops: float
+    peak_flops: float
     memory: float
     bandwidth: float
-    link: float = 0.0
+    link_bandwidth: float = 0.0
     clock: float = 0.0
 
 
-# Flops, bandwidth and links: the pages "TPU v5e", "TPU v5p" and "TPU v6e" of the Cloud TPU documentation (a link is the
-# bidirectional bandwidth of a chip over its ports, halved). Memory: what XLA:TPU names as available when a program does
-# not fit. Clock: the rate at which the operations of a cycle in XLA:TPU's own estimates of large matrix products
-# (131,072, 262,144 and 524,288) make up these flops.
+# FLOP/s, bandwidth and links: the pages "TPU v5e", "TPU v5p" and "TPU v6e" of the Cloud TPU documentation. Links: half
+# of a chip's bidirectional bandwidth divided by its number of ports. Memory: the amount that XLA:TPU reports as
+# available when a program does not fit. Clock: peak_flops divided by the FLOPs per cycle in XLA:TPU's own estimates
+# for large matrix products (131,072, 262,144 and 524,288).
 TPUS = {
     "v5e": Chip(197e12, 15.75 * GIB, 819e9, 50e9, 1.503e9),
     "v5p": Chip(459e12, 95.73 * GIB, 2765e9, 100e9, 1.751e9),
     "v6e": Chip(918e12, 31.24 * GIB, 1638e9, 100e9, 1.751e9),
 }
-# By the kind that JAX gives a device. NVIDIA's data sheets, without sparsity.
-KINDS = {
+# By JAX's `device_kind`. GPUs: NVIDIA's data sheets, without sparsity.
+CHIPS = {
     "TPU v5 lite": TPUS["v5e"],
     "TPU v5": TPUS["v5p"],
     "TPU v6 lite": TPUS["v6e"],
@@ -46,11 +46,11 @@ KINDS = {
     "NVIDIA H200": Chip(989e12, 141e9, 4800e9),
 }
 
-GPUS = ("a100", "h100", "h200")  # may be named for those that are there; there is no compiler for others
+GPUS = ("a100", "h100", "h200")  # valid only on a machine that has one: XLA:GPU compiles for local devices
 
-_FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
-_SMALL_CUBES = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
-_MAX_CUBE = (16, 16, 24)
+_PLANAR_SLICES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_SMALL_CUBOIDS = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+_MAX_CUBOID = (16, 16, 24)
 
 
 class Topology(NamedTuple):
@@ -67,52 +67,56 @@ class Topology(NamedTuple):
     shape: tuple[int, ...]
 
     @property
-    def chips(self) -> int:
-        """How many there are."""
+    def num_chips(self) -> int:
+        """Number of chips in the slice."""
         return math.prod(self.shape)
 
     @property
     def chip(self) -> Chip:
-        """What each can do."""
+        """Specification of each chip."""
         return TPUS[self.generation]
 
-    def links(self, kind: str, devices: int) -> int:
-        """Links that a chip sends over at once in a collective of a kind among so many.
+    def links(self, kind: str, group_size: int) -> int:
+        """Return how many links a chip sends over at once during a collective.
 
-        All chips together use every axis, two links where it closes to a ring, else one. A part of them is held to lie
-        on a line, as which axes it lies on depends on the mesh, but for one that is a whole ring.
+        A collective over all chips uses every axis: two links where the axis closes to a ring, one otherwise. A
+        collective over fewer chips is assumed to run along one axis, as a line unless it spans a whole ring.
+
+        Args:
+            kind: of the collective, such as "all-reduce".
+            group_size: chips that take part in it.
         """
-        closed = 16 if self.generation in ("v5e", "v6e") else 4
+        ring = 16 if self.generation in ("v5e", "v6e") else 4  # an axis closes to a ring at multiples of this length
         if kind == "collective-permute":
             return 1
-        if devices == self.chips:
-            return max(1, sum(2 if size % closed == 0 else 1 for size in self.shape if size > 1))
-        return 2 if devices in self.shape and devices % closed == 0 else 1
+        if group_size == self.num_chips:
+            return max(1, sum(2 if size % ring == 0 else 1 for size in self.shape if size > 1))
+        return 2 if group_size in self.shape and group_size % ring == 0 else 1
 
 
-def topology(name: str) -> Topology:
-    """The slice of a name such as "v5e:4x4".
+def parse_topology(name: str) -> Topology:
+    """Parse the name of a TPU slice, such as "v5e:4x4".
 
     Raises:
-        UserError: if there is none.
+        UserError: if no such slice exists.
     """
     generation, _, shape = name.partition(":")
     require(
         generation in TPUS,
-        f"--topology: {name!r} begins with none of {', '.join(TPUS)} and is none of {', '.join(GPUS)}; "
-        "write v5e:4x4, say",
+        f"--topology: {name!r} starts with none of {', '.join(TPUS)} and is none of {', '.join(GPUS)}; "
+        "write for example v5e:4x4",
     )
-    sides = tuple(int(side) for side in shape.split("x") if side.isdecimal())
+    sizes = tuple(int(size) for size in shape.split("x") if size.isdecimal())
     if generation in ("v5e", "v6e"):
-        exists = sides in _FLAT
-        known = [f"{generation}:{rows}x{columns}" for rows, columns in _FLAT]
+        exists = sizes in _PLANAR_SLICES
+        choices = [f"{generation}:{rows}x{columns}" for rows, columns in _PLANAR_SLICES]
     else:
-        cube = len(sides) == 3 and all(
-            side % 4 == 0 and 0 < side <= most for side, most in zip(sides, _MAX_CUBE, strict=True)
+        is_cuboid = len(sizes) == 3 and all(
+            size % 4 == 0 and 0 < size <= largest for size, largest in zip(sizes, _MAX_CUBOID, strict=True)
         )
-        exists = sides in _SMALL_CUBES or (cube and list(sides) == sorted(sides))
-        examples = (*_SMALL_CUBES, (4, 4, 4), (4, 4, 8), (4, 8, 8))
-        known = [f"{generation}:{'x'.join(map(str, example))}" for example in examples] + ["and so on in steps of 4"]
-    if not exists or shape != "x".join(map(str, sides)):
-        raise UserError(f"--topology: there is no {name}; choose one of {listing(known, len(known))}")
-    return Topology(name, generation, sides)
+        exists = sizes in _SMALL_CUBOIDS or (is_cuboid and list(sizes) == sorted(sizes))
+        examples = (*_SMALL_CUBOIDS, (4, 4, 4), (4, 4, 8), (4, 8, 8))
+        choices = [f"{generation}:{'x'.join(map(str, example))}" for example in examples] + ["and so on in steps of 4"]
+    if not exists or shape != "x".join(map(str, sizes)):
+        raise UserError(f"--topology: there is no {name}; choose one of {listing(choices, len(choices))}")
+    return Topology(name, generation, sizes)

@@ -1,1 +1,17 @@
-"""Everything that differs between pre-training, classification, probing and other tasks."""
+"""One file per task: everything that differs between pre-training, classification and other training tasks.
+
+A task adds two files: `tasks/NAME.py` with a class `Task`, derived from `training.task.BaseTask`; and `config/NAME.py`
+with its section of the configuration and the values of `model.method` that select it. Nothing else needs an edit.
+"""
+
+import importlib
+
+from ml_collections import ConfigDict
+
+from umae_jax.config import task_name
+from umae_jax.training.task import BaseTask
+
+
+def make_task(config: ConfigDict) -> BaseTask:
+    """Make the task that `model.method` selects."""
+    return importlib.import_module(f"{__name__}.{task_name(config.model.method)}").Task(config)

@@ -1,132 +1,104 @@
-"""Checkpoints: everything a run continues from, written while it goes on, whole or not at all."""
+"""Checkpoints of a training run, DIR/checkpoints/STEP, written in the background, whole or not at all."""
 
+import contextlib
 import functools
-import logging as std_logging
-import os
-import re
-import sys
-import warnings
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    EveryNSteps,
+    LatestN,
+    PolicyCheckpointInfo,
+    PreservationContext,
+    PreservationPolicy,
+)
 
 from umae_jax.errors import UserError
-from umae_jax.files import AnyPath, explain, move_folder, of_bucket
-from umae_jax.training.agreement import all_gather_json, broadcast_json
-from umae_jax.training.step import TrainState
+from umae_jax.files import AnyPath, absolute, move_folder, write_whole
+from umae_jax.multihost import all_gather_json
+from umae_jax.training.state import TrainState
+from umae_jax.weights.stored_run import (
+    BEST,
+    FOLDER,
+    OLD_BEST,
+    best_checkpoint,
+    checkpoints_in,
+    data_file,
+    first_whole,
+    newest_first,
+    quiet,
+    read_arrays,
+    read_data,
+    summarize,
+)
 
-Found = TypeVar("Found")
-
-FOLDER = "checkpoints"
-BEST = "checkpoints_best"
-UNREADABLE = "unreadable"  # goes behind the folder's name
-# Orbax cuts an array that several devices hold into a part for each, of whatever host. That is hundreds of slices a
-# save, which a step waits for; arrays of fewer bytes, nearly all, go whole, from one device.
+_UNREADABLE = "checkpoints_unreadable"
+# Orbax cuts an array that several devices hold into one slice per device: hundreds of slices per save, for which a
+# step waits. Arrays of fewer bytes, nearly all of them, are written whole, from one device.
 _WHOLE = 2**20
-
-
-@functools.cache
-def _say_failures_once() -> None:
-    """Keep off the terminal what the libraries print of a failure that they raise as well, and that is told here.
-
-    When one array of a checkpoint cannot be read or written, Orbax logs the traceback, and the callbacks of all the
-    others still pending find their event loop closed, and each prints one as unraisable or in asyncio's log; and those
-    not yet begun are told to have been forgotten.
-    """
-    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
-    std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
-    logging.get_absl_logger().addFilter(_not_from_orbax)
-    inherited = sys.unraisablehook
-
-    def not_of_closed_loops(unraisable: "sys.UnraisableHookArgs") -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            inherited(unraisable)
-
-    sys.unraisablehook = not_of_closed_loops
-
-
-def _not_from_orbax(record: std_logging.LogRecord) -> bool:
-    return not record.pathname.startswith(os.path.dirname(ocp.__file__))
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong, for people: the system's own words if they are in the message, else its beginning."""
-    if system := re.search(r"([^:]+?) \[os_error_code", str(error)):
-        return system[1].strip()
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:200]
-
-
-def _warn(*message: object) -> None:
-    if jax.process_index() == 0:
-        logging.warning(*message)
-
-
-def _read_alone(handler: Callable[..., Any], path: AnyPath, wanted: Any) -> Any:  # noqa: ANN401 - Orbax's arguments
-    """Read an item without waiting for other processes: one that cannot read leaves the others waiting else."""
-    here = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process{here}"
-    )
-    with ocp.Checkpointer(handler(multiprocessing_options=alone), multiprocessing_options=alone) as checkpointer:
-        return checkpointer.restore(path, args=wanted)
-
-
-def newest_step(workdir: AnyPath) -> int:
-    """The step of a run's newest whole checkpoint, 0 if there is none."""
-    return max(ocp.path.step.checkpoint_steps(workdir / FOLDER), default=0)
+_STORED_NAMES = {"ema": "average"}  # on disk; the other fields of TrainState keep their names
 
 
 def _fields(state: TrainState) -> dict[str, Any]:
-    """What there is of a state, by name: a field that it has not is not in the checkpoint either."""
-    return {name: value for name, value in state._asdict().items() if value is not None}
+    """Return the fields that the state has, by their names on disk."""
+    return {_STORED_NAMES.get(name, name): value for name, value in state._asdict().items() if value is not None}
+
+
+class _Step(PreservationPolicy):
+    """Preserve one step.
+
+    Orbax's BestN does not fit: its metrics cannot be added to a checkpoint that exists, and a damaged metrics file
+    stops the manager from opening the folder.
+    """
+
+    step: int | None = None
+
+    def should_preserve(
+        self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: PreservationContext
+    ) -> Sequence[bool]:
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
 class Checkpoints:
-    """The checkpoints of one working directory, DIR/checkpoints/STEP.
+    """The checkpoints of one run.
 
-    Beside the state lies the state of the data, {"samples": how many have been seen}: all that the stream of samples
-    depends on (see `data/loader.py`), so that a run may go on with other devices or processes.
+    Each holds the train state, the position in the data and, if it is the best so far, its validation metric. The
+    newest ones, every `keep_every`-th step and the best one are kept. A best checkpoint is an ordinary one: a run that
+    was killed continues from the newest, so that the best up to there always exists.
 
     Args:
-        workdir: the directory.
-        folder: of its checkpoints.
-        keep: the newest so many are kept; None keeps all.
-        keep_every: and each that this number of steps divides; 0 for none.
-        read_only: for looking at another's run: nothing is created, cleaned up or moved.
+        workdir: the run's directory.
+        keep: number of newest checkpoints to keep, None for all.
+        keep_every: also keep each step that this number divides; 0 for none.
+        best_metric: the metric whose highest value makes the best checkpoint.
 
     Raises:
-        OSError: if the directory cannot be made.
+        OSError: if the folder cannot be created.
     """
 
     def __init__(
-        self,
-        workdir: AnyPath,
-        *,
-        folder: str = FOLDER,
-        keep: int | None = 1,
-        keep_every: int = 0,
-        read_only: bool = False,
+        self, workdir: AnyPath, *, keep: int | None = 1, keep_every: int = 0, best_metric: str | None = None
     ) -> None:
-        _say_failures_once()
-        self._folder = workdir.absolute() / folder if isinstance(workdir, Path) else workdir / folder
+        self._workdir = absolute(workdir)
+        self._folder = self._workdir / FOLDER
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._metric = best_metric
+        self._restored: int | None = None  # the step that the run continues from
+        self._highest = float("-inf")  # value of the best metric so far
+        self._writing = contextlib.ExitStack()
+        self._best_step = _Step()
+        policies = [LatestN(keep), self._best_step, *([EveryNSteps(keep_every)] if keep_every else [])]
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            keep_period=keep_every or None,
-            create=not read_only,
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
+            preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True
         )
-        if not read_only:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        least = _WHOLE // jax.device_count()  # of a part
-        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=least)
+        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_WHOLE // jax.device_count())
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-        # Not by StandardSave, which takes no registry; StandardRestore reads what either wrote.
         handlers = {
             "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
             "data": ocp.JsonCheckpointHandler(),
@@ -134,131 +106,110 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def any(self) -> bool:
-        """Whether there is a checkpoint."""
-        return bool(self._steps())
+        """Return True if there is a checkpoint."""
+        return bool(newest_first(self._folder))
 
-    def _steps(self) -> list[int]:
-        """From the oldest to the newest, as process 0 sees them: a shared file system may show others less."""
-        return broadcast_json(sorted(self._manager.all_steps()))
+    def improves(self, metrics: dict[str, float]) -> bool:
+        """Return True if the metrics hold a better value than every checkpoint so far."""
+        return self._metric is not None and metrics.get(self._metric, float("-inf")) > self._highest
 
-    def save(self, step: int, state: TrainState, samples: int, **notes: float) -> None:
-        """Copy the state to the host and write it in the background; waits for the one before to be written.
+    def save(self, step: int, state: TrainState, data: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
+        """Copy the state to the host and write it in the background, after the previous checkpoint is complete.
+
+        The step that the run continues from is on disk already: only its metrics are added.
 
         Args:
-            step: of the state.
-            state: what to save.
-            samples: seen so far.
-            notes: more to write beside the state, for `note`.
+            step: the state's step.
+            state: the state to save.
+            data: the position in the data, as JSON; "skipped_images" is 0 if absent.
+            metrics: measured at this step; only a new best value of `best_metric` is stored.
 
         Raises:
-            UserError: if this or the one before could not be written.
+            UserError: if this or the previous checkpoint cannot be written.
         """
-        data = ocp.args.JsonSave({"samples": samples, **notes})
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(_fields(state)), data=data)
-        self._guard(lambda: self._manager.save(step, args=items, force=True))
+        content = {"skipped_images": 0, **data}
+        if metrics and self._metric and self.improves(metrics):
+            self._highest, self._best_step.step = metrics[self._metric], step
+            content[BEST] = {self._metric: self._highest}
+        if step != self._restored:
+            self._writing.close()
+            self._writing.enter_context(quiet())  # until the background thread has finished
+            state_item, data_item = ocp.args.PyTreeSave(_fields(state)), ocp.args.JsonSave(content)
+            items = ocp.args.Composite(state=state_item, data=data_item)
+            self._guard(lambda: self._manager.save(step, args=items, force=True))
+        elif BEST in content and jax.process_index() == 0:
+            file = data_file(self._folder / str(step))
+            self._guard(lambda: write_whole(file, json.dumps(content).encode()))
 
     def wait(self) -> None:
-        """Wait until everything has been written.
+        """Wait until everything is written.
 
         Raises:
-            UserError: if it could not be.
+            UserError: if it cannot be written.
         """
-        self._guard(self._manager.wait_until_finished)
+        with self._writing:
+            self._guard(self._manager.wait_until_finished)
 
     def _guard(self, write: Callable[[], Any]) -> None:
         try:
             write()
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
-                f"could not write a checkpoint in {self._folder} ({_reason(error)}); "
+                f"could not write a checkpoint in {self._folder} ({summarize(error)}); "
                 "make room or choose another --workdir, and start again to continue from the newest whole one"
             ) from error
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, int] | None:
-        """The newest whole checkpoint, on the shardings of `abstract`: the state and how many samples it has seen.
+    def restore(self, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """Read the newest checkpoint that is whole: the state, and the position in the data.
 
-        Newer ones that cannot be read are moved aside, with a warning. None if there is no checkpoint.
+        Newer ones that cannot be read are moved aside, with a warning.
+
+        Args:
+            abstract_state: shapes, dtypes and the shardings to restore to.
+
+        Returns:
+            None if there is no checkpoint.
 
         Raises:
-            UserError: if there are checkpoints, but none can be read; nothing is moved then.
+            UserError: if there are checkpoints but none can be read; nothing is moved then.
         """
 
-        def read(step: int) -> tuple[TrainState, int]:
-            wanted = ocp.args.StandardRestore(_fields(abstract))
-            fields = _read_alone(ocp.StandardCheckpointHandler, self._folder / str(step) / "state", wanted)
-            return TrainState(**fields), int(self._data(step)["samples"])
+        def read(path: epath.Path) -> tuple[TrainState, dict[str, Any]]:
+            data = read_data(path)
+            fields = _fields(abstract_state)
+            counted = "skipped_images" in data  # earlier versions count them in the state
+            arrays = read_arrays(path, fields if counted else fields | {"skipped_images": abstract_state.step})
+            if not counted:
+                data["skipped_images"] = int(arrays.pop("skipped_images"))
+            names = {stored: name for name, stored in _STORED_NAMES.items()}
+            return TrainState(**{names.get(name, name): value for name, value in arrays.items()}), data
 
-        found, broken = self._newest_whole(read)
-        if found is None and broken:
+        restored, broken = first_whole(newest_first(self._folder), read)
+        if broken and restored is None:
             raise UserError(
-                f"none of the checkpoints in {self._folder} can be read (the newest: {broken[max(broken)]}); "
+                f"none of the checkpoints in {self._folder} can be read (the newest: {next(iter(broken.values()))}); "
                 "choose another --workdir, or remove them to start anew"
             )
-        self._set_aside(broken)
-        return found
+        self._restored, state_and_data = (int(restored[0].name), restored[1]) if restored else (None, None)
+        if jax.process_index() == 0:
+            self._set_aside(broken)
+        all_gather_json(None)  # wait for process 0
+        self._manager.reload()
+        if best := best_checkpoint(self._workdir):
+            self._highest, self._best_step.step = best.value, int(best.folder.name)
+        return state_and_data
 
-    def forget(self, *, after: int, before: int) -> None:
-        """Delete the checkpoints of later steps than `after`, and of those up to `before` all but the newest."""
-        steps = self._steps()
-        for step in steps:
-            if step > after or (step <= before and step != max(other for other in steps if other <= before)):
-                self._manager.delete(step)
-
-    def note(self, name: str) -> float | None:
-        """What was noted under this name beside the newest whole checkpoint."""
-
-        def read(step: int) -> float | None:
-            return self._data(step).get(name)
-
-        return self._newest_whole(read)[0]
-
-    def restore_part(self, name: str, abstract: Any) -> tuple[Any, int] | None:  # noqa: ANN401 - any pytree
-        """One field of the newest whole checkpoint's state, and its step. Leaves the directory as it is."""
-
-        def read(step: int) -> tuple[Any, int]:
-            part = ocp.args.PyTreeRestore(
-                {name: abstract},
-                restore_args=ocp.checkpoint_utils.construct_restore_args({name: abstract}),
-                partial_restore=True,
-            )
-            return _read_alone(ocp.PyTreeCheckpointHandler, self._folder / str(step) / "state", part)[name], step
-
-        found, broken = self._newest_whole(read)
-        for step, reason in broken.items():
-            _warn("checkpoint %d cannot be read (%s); trying the one before", step, reason)
-        return found
-
-    def _data(self, step: int) -> dict[str, Any]:
-        """What lies beside a state."""
-        return _read_alone(ocp.JsonCheckpointHandler, self._folder / str(step) / "data", ocp.args.JsonRestore())
-
-    def _newest_whole(self, read: Callable[[int], Found]) -> tuple[Found | None, dict[int, str]]:
-        """What `read` makes of the newest step that it can read, and why it could not read the newer ones."""
-        broken: dict[int, str] = {}
-        for step in reversed(self._steps()):
-            found = None
-            try:
-                found = read(step)
-            except Exception as error:  # whatever a broken file makes the libraries raise
-                if of_bucket(error) and not isinstance(error, FileNotFoundError):  # nothing is broken
-                    raise UserError(f"{self._folder}: {explain(error)}") from error
-                broken[step] = _reason(error)
-            if not (reasons := [reason for reason in all_gather_json(broken.get(step)) if reason]):
-                return found, broken
-            broken[step] = reasons[0]
-        return None, broken
-
-    def _set_aside(self, broken: dict[int, str]) -> None:
-        """Move checkpoints out of the way of those to come."""
-        aside = self._folder.with_name(f"{self._folder.name}_{UNREADABLE}")
-        for step, reason in broken.items():
-            _warn("checkpoint %d cannot be read (%s); moved it to %s", step, reason, aside)
-            if jax.process_index() == 0:
-                self._guard(functools.partial(move_folder, self._folder / str(step), aside / str(step)))
-        if broken:
-            all_gather_json(None)  # they have been moved
-            self._manager.reload()
+    def _set_aside(self, broken: dict[epath.Path, str]) -> None:
+        """Move unreadable checkpoints away, and delete an earlier version's best ones that the run will repeat."""
+        aside = self._workdir / _UNREADABLE
+        for path, why in broken.items():
+            logging.warning("checkpoint %s cannot be read (%s); moving it to %s", path.name, why, aside)
+            self._guard(functools.partial(move_folder, path, aside / path.name))
+        for path in checkpoints_in(self._workdir / OLD_BEST):
+            if int(path.name) > (self._restored or 0):
+                path.rmtree()
 
     def close(self) -> None:
-        """Let go of the directory; waits for what is being written."""
-        self._manager.close()
+        """Release the folder, after everything is written."""
+        with self._writing:
+            self._manager.close()

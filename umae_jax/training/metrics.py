@@ -1,55 +1,43 @@
-"""What a run reports: metrics.jsonl and TensorBoard in the working directory, and a line or a bar on the terminal."""
+"""Metrics of a run: metrics.jsonl and TensorBoard in its directory, and lines or a bar on the terminal."""
 
 import contextlib
 import errno
 import json
 import os
+import shutil
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import TextIO
 
 import jax
 from absl import logging
-from etils import epath
 from tqdm import tqdm
 
 from umae_jax.errors import UserError
-from umae_jax.files import AnyPath, GrowingObject, write_whole
-
-# tensorboardX imports torch where that is installed, for what is not used here; it would be half of all imports.
-_modules: dict[str, ModuleType | None] = sys.modules  # type: ignore[assignment]
-_modules.setdefault("torch", None)  # which Python takes for a module that is not there
-from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
-from tensorboardX.proto import event_pb2  # noqa: E402
-from tensorboardX.record_writer import register_writer_factory  # noqa: E402
-from tensorboardX.summary import scalar  # noqa: E402
-
-if _modules["torch"] is None:
-    del _modules["torch"]
+from umae_jax.files import AnyPath, in_bucket, write_whole
 
 METRICS_FILE = "metrics.jsonl"
-FLUSH_SECONDS = 30  # how late TensorBoard may see a line
+FLUSH_SECONDS = 30  # delay of TensorBoard, and of everything in a bucket
 
 
-def _keep_up_to(path: AnyPath, step: int) -> bytes:
-    """Drop the lines that a run wrote after the checkpoint it now continues from, and one that a kill cut short."""
-    if not path.exists():
-        return b""
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            if json.loads(line)["step"] <= step and line.endswith(b"\n"):
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_whole(path, b"".join(kept))
-    return b"".join(kept)
+def _lines(path: AnyPath) -> Iterator[tuple[int, bytes]]:
+    """Yield the step and the text of each line; a line that a kill cut short is left out."""
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if line.endswith(b"\n"):
+                yield json.loads(line)["step"], line
+
+
+def metrics_of(workdir: AnyPath, step: int) -> set[str]:
+    """Return the names of the metrics that a run has written for a step."""
+    return {name for other, line in _lines(workdir / METRICS_FILE) if other == step for name in json.loads(line)}
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them: "42 s", "3:07", "1:02:09"."""
+    """Format seconds: "42 s", "3:07", "1:02:09"."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -57,108 +45,95 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def metrics_of(workdir: AnyPath, step: int) -> set[str]:
-    """The metrics that a run has written of a step."""
-    path = workdir / METRICS_FILE
-    there: set[str] = set()
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # one that a kill cut short
-            values = json.loads(line)
-            there |= set(values) if values["step"] == step else set()
-    return there
-
-
-class _Buckets:
-    """How tensorboardX opens what lies in a bucket."""
-
-    def open(self, path: str) -> GrowingObject:
-        return GrowingObject(epath.Path(path))
-
-    def directory_check(self, path: str) -> None:
-        """There are no directories."""
-
-
-register_writer_factory("gs", _Buckets())
-
-
 class MetricsWriter:
-    """Writes one JSON object a line, each at once, and the same to TensorBoard; into a bucket both by `flush` alone.
+    """Writes metrics as JSON lines, each at once, and for TensorBoard.
 
-    Everything is written by the calling thread, so that a disk that is full is told by the call that finds it so.
+    The calling thread does all the writing, so that a full disk raises in the call that meets it. In a bucket nothing
+    can be appended to: files grow in a local folder, and `flush` uploads them.
 
     Args:
         workdir: the run's directory.
-        step: the step from which the run goes on; lines of later steps are dropped, as they will be written again.
+        step: the step from which the run continues; lines of later steps are dropped, TensorBoard hides them.
     """
 
     def __init__(self, workdir: AnyPath, step: int) -> None:
-        self._path = workdir / METRICS_FILE
-        kept = _keep_up_to(self._path, step)
-        # Unbuffered: nothing is left to fail when it is closed.
-        self._file = (
-            self._path.open("ab", buffering=0) if isinstance(self._path, Path) else GrowingObject(self._path, kept)
-        )
-        self._board_path = workdir / "tensorboard"
-        self._board_path.mkdir(exist_ok=True)
-        self._board = EventsWriter(str(self._board_path / "events"))
+        from tensorboardX.event_file_writer import EventsWriter  # slow: it imports torch if that is installed
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._workdir = workdir
+        self._local = Path(tempfile.mkdtemp() if in_bucket(workdir) else workdir)
+        self._jsonl, self._board_folder = self._local / METRICS_FILE, self._local / "tensorboard"
+        self._board_folder.mkdir(exist_ok=True)
+        write_whole(self._jsonl, b"".join(line for other, line in _lines(workdir / METRICS_FILE) if other <= step))
+        self._file = self._jsonl.open("ab", buffering=0)  # no buffer that could fail in `close`
+        self._board = EventsWriter(str(self._board_folder / "events"))
+        start = SessionLog(status=SessionLog.START)
+        self._board.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
         self._flushed = time.monotonic()
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # has TensorBoard drop what comes after `step`
-        self._board.write_event(event_pb2.Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
-        """One line. A number that is not finite is written as a string, which JSON can hold.
+        """Write the metrics of a step. JSON has no nan and infinity: they become strings.
 
         Raises:
             OSError: naming the file that cannot be written.
         """
-        line = {
-            key: value if isinstance(value, int) or abs(value) < float("inf") else str(value)
-            for key, value in values.items()
-        }
-        data = (json.dumps({"step": step, **line}) + "\n").encode()
-        try:
-            written = self._file.write(data)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
-        if written != len(data):  # the disk took a part
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
-        try:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        finite = {key: value if abs(value) < float("inf") else str(value) for key, value in values.items()}
+        line = (json.dumps({"step": step, **finite}) + "\n").encode()
+        with _naming(self._jsonl):
+            if self._file.write(line) != len(line):  # the disk took a part
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with _naming(self._board_folder):
             for key, value in values.items():
-                event = event_pb2.Event(wall_time=time.time(), step=step, summary=scalar(key, value))
-                self._board.write_event(event)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._board_path)) from error
+                self._board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(key, value)))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             try:
                 self.flush()
-            except UserError as error:  # of a bucket; there is time until the next checkpoint
+            except UserError as error:  # a bucket may recover before the next checkpoint
                 logging.warning("%s; trying again in %d s", error, FLUSH_SECONDS)
 
     def flush(self) -> None:
-        """Have what was written so far survive this process, and TensorBoard see it.
+        """Make everything that was written survive this process, and visible to TensorBoard.
 
         Raises:
-            OSError, UserError: naming what cannot be written.
+            OSError, UserError: naming the file that cannot be written.
         """
         self._flushed = time.monotonic()
-        self._file.flush()
-        try:
+        with _naming(self._board_folder):
             self._board.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._board_path)) from error
+        if in_bucket(self._workdir):
+            for path in (self._jsonl, *self._board_folder.iterdir()):
+                write_whole(self._workdir / path.relative_to(self._local), path.read_bytes())
 
     def close(self) -> None:
-        """Let go of everything; what could not be written has been told by `flush`, or does not tell why a run ends."""
+        """Close the files; a run ends for other reasons than an error here, and `flush` has raised it before."""
+        with contextlib.suppress(OSError, UserError):
+            self.flush()
         for file in (self._file, self._board):
-            with contextlib.suppress(OSError, UserError):
+            with contextlib.suppress(OSError):
                 file.close()
+        if in_bucket(self._workdir):
+            shutil.rmtree(self._local, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Add a path to an error of the file system that names none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class Progress:
-    """How far a run is: a bar on a terminal, plain lines elsewhere. Writes to standard error.
+    """The progress of a run on standard error: a bar on a terminal, else plain lines.
 
     Args:
-        first, total: steps done before, and in all.
+        first: steps done before this start.
+        total: steps of the whole run.
+        stream: instead of standard error.
     """
 
     def __init__(self, first: int, total: int, stream: TextIO | None = None) -> None:
@@ -175,11 +150,11 @@ class Progress:
         )
 
     def advance(self, step: int) -> None:
-        """The run has done `step` steps."""
+        """Move the bar to a step."""
         self._bar.update(step - self._bar.n)
 
     def report(self, step: int, values: dict[str, float | int]) -> None:
-        """Say the metrics of a step."""
+        """Print the metrics of a training step."""
         parts = [f"loss {values['loss']:.4f}", f"{values['images_per_second']:.1f} images/s"]
         parts.append(f"waiting for data {values['data_wait']:.0%}")
         if values["skipped_images"]:
@@ -187,14 +162,14 @@ class Progress:
         if values["skipped_updates"]:
             parts.append(f"{values['skipped_updates']} updates skipped")
         if self._bar.disable:
-            left = (time.monotonic() - self._start) / max(1, step - self._first) * (self._total - step)
-            line = f"step {step}/{self._total} | {' | '.join(parts)} | {duration(left)} left"
+            remaining = (time.monotonic() - self._start) / max(1, step - self._first) * (self._total - step)
+            line = f"step {step}/{self._total} | {' | '.join(parts)} | {duration(remaining)} remaining"
             print(line, file=self._stream, flush=True)
         else:
             self._bar.set_postfix_str(", ".join(parts))
 
     def tell(self, step: int, values: dict[str, float]) -> None:
-        """Say what was measured between steps."""
+        """Print the metrics of an evaluation."""
         parts = (
             f"{key} {value:,}" if isinstance(value, int) else f"{key} {value:.4g}" for key, value in values.items()
         )
@@ -203,48 +178,49 @@ class Progress:
         self._bar.refresh()
 
     def close(self) -> None:
-        """Leave the terminal tidy."""
+        """Close the bar."""
         self._bar.close()
 
 
 class Report:
-    """What a run tells, once for all processes: its files and the terminal.
+    """Metrics to files and terminal, by process 0 alone.
 
     Args:
         workdir: the run's directory.
-        first, total: steps done before, and in all.
+        first: steps done before this start.
+        total: steps of the whole run.
     """
 
     def __init__(self, workdir: AnyPath, first: int, total: int) -> None:
-        self._speaks = jax.process_index() == 0
-        if self._speaks:
+        self._primary = jax.process_index() == 0
+        if self._primary:
             self._writer = MetricsWriter(workdir, first)
             self._progress = Progress(first, total)
 
     def advance(self, step: int) -> None:
-        """The run has done `step` steps."""
-        if self._speaks:
+        """Move the bar to a step."""
+        if self._primary:
             self._progress.advance(step)
 
     def training(self, step: int, values: dict[str, float | int]) -> None:
-        """The metrics of a step."""
-        if self._speaks:
+        """Report the metrics of a training step."""
+        if self._primary:
             self._writer.write(step, values)
             self._progress.report(step, values)
 
     def measured(self, step: int, values: dict[str, float]) -> None:
-        """What was measured between steps."""
-        if self._speaks:
+        """Report the metrics of an evaluation."""
+        if self._primary:
             self._writer.write(step, values)
             self._progress.tell(step, values)
 
     def flush(self) -> None:
-        """Have what was told so far survive this process."""
-        if self._speaks:
+        """Make everything reported so far survive this process."""
+        if self._primary:
             self._writer.flush()
 
     def close(self) -> None:
-        """Let go of the files and the terminal."""
-        if self._speaks:
+        """Close the files and the bar."""
+        if self._primary:
             self._progress.close()
             self._writer.close()

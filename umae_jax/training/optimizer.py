@@ -1,7 +1,6 @@
-"""AdamW after SPEC 10, but for the learning rate, which the step applies (see `step.py`)."""
+"""AdamW after SPEC 10, without the learning rate, which the step applies."""
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,11 +8,11 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-Params = Any  # a pytree of arrays
+from umae_jax.training.task import Params
 
 
 def _map_by_name(function: Callable[[str, jax.Array], Any], params: Params) -> Any:  # noqa: ANN401 - a pytree alike
-    """A function of each parameter's dotted path, such as "encoder.stages.0.blocks.1.qkv.kernel", and its array."""
+    """Map a function over dotted paths, such as "encoder.stages.0.blocks.1.qkv.kernel", and arrays."""
 
     def of_leaf(path: tuple[Any, ...], leaf: jax.Array) -> Any:  # noqa: ANN401
         return function(jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"), leaf)
@@ -22,57 +21,61 @@ def _map_by_name(function: Callable[[str, jax.Array], Any], params: Params) -> A
 
 
 def decay_mask(params: Params) -> Any:  # noqa: ANN401 - a pytree alike
-    """True where weight decay applies: on every parameter of more than one dimension but position embeddings."""
-    return _map_by_name(lambda name, param: param.ndim > 1 and name != "encoder.positions.table", params)
+    """Return True where weight decay applies: arrays of two or more dimensions, except position embeddings."""
+    return _map_by_name(lambda name, param: param.ndim > 1 and not name.endswith("positions.table"), params)
 
 
-def layer_number(name: str, depths: Sequence[int]) -> int:
-    """The layer of a classifier's parameter, from 0 at the input to the number of blocks + 1 at the head (SPEC 10).
-
-    The merge that leads to a stage belongs to the stage's first block, as in the reference's names.
+def layer_scales(params: Params, layer_index: Callable[[str], tuple[int, int]], decay: float) -> Any:  # noqa: ANN401
+    """Return the factor of each parameter's learning rate: decay ** (last layer - layer) (SPEC 10).
 
     Args:
-        name: dotted path.
-        depths: blocks of each stage.
+        params: a pytree of arrays.
+        layer_index: name of a parameter -> its layer, and the last layer; raises ValueError for an unknown name.
+        decay: ratio of the rates of two neighbouring layers.
     """
-    part, _, rest = name.partition(".")
-    if part in ("head", "head_norm"):
-        return sum(depths) + 1
-    if match := re.match(r"blocks\.(\d+)\.", rest):
-        return int(match[1]) + 1
-    if match := re.match(r"stages\.(\d+)\.(?:blocks\.(\d+)|merge)\.", rest):
-        return sum(depths[: int(match[1])]) + int(match[2] or 0) + 1
-    return 0  # patches, their norm, positions and class token
+
+    def scale(name: str, _: jax.Array) -> float:
+        layer, last = layer_index(name)
+        return decay ** (last - layer)
+
+    return _map_by_name(scale, params)
 
 
-def layer_scales(params: Params, depths: Sequence[int], decay: float) -> Any:  # noqa: ANN401 - a pytree alike
-    """What the learning rate of each parameter is multiplied with: decay ** (layers - layer)."""
-    return _map_by_name(lambda name, _: decay ** (sum(depths) + 1 - layer_number(name, depths)), params)
+def make_optimizer(
+    recipe: ConfigDict, layer_index: Callable[[str], tuple[int, int]] | None = None
+) -> optax.GradientTransformation:
+    """Build AdamW's update direction: clipped, decayed, and scaled per layer.
 
-
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW's direction, scaled layer by layer: what the learning rate multiplies."""
-    recipe, depths = config.optimizer, config.model.depths
-
-    def scale(updates: Params, _params: Params | None = None) -> Params:
-        return jax.tree.map(jnp.multiply, updates, layer_scales(updates, depths, recipe.layer_decay))
-
+    Args:
+        recipe: the configuration's `optimizer`.
+        layer_index: as for `layer_scales`; needed where the recipe has a `layer_decay` below 1.
+    """
     parts = [
         optax.identity() if recipe.clip_norm is None else optax.clip_by_global_norm(recipe.clip_norm),
         optax.scale_by_adam(b1=recipe.beta1, b2=recipe.beta2),
         optax.add_decayed_weights(recipe.weight_decay, mask=decay_mask),
     ]
-    return optax.chain(*parts, *([] if recipe.layer_decay == 1 else [optax.stateless(scale)]))
+    decay = recipe.get("layer_decay", 1.0)
+    if decay != 1:
+        assert layer_index is not None
+
+        def scale(updates: Params, _params: Params | None = None) -> Params:
+            return jax.tree.map(jnp.multiply, updates, layer_scales(updates, layer_index, decay))
+
+        parts.append(optax.stateless(scale))
+    return optax.chain(*parts)
 
 
 def learning_rate_schedule(
-    config: ConfigDict, *, batch_size: int, warmup_steps: int, total_steps: int
+    recipe: ConfigDict, *, batch_size: int, warmup_steps: int, total_steps: int
 ) -> optax.Schedule:
-    """Linear warm-up from 0 to the scaled rate, then half a cosine to the final one: step -> rate.
+    """Build the schedule, step -> rate: linear warm-up from 0 to the scaled rate, then half a cosine to the final one.
 
     Args:
-        config: the configuration's `optimizer`.
+        recipe: the configuration's `optimizer`.
+        batch_size: global; the peak rate is proportional to it.
+        warmup_steps, total_steps: durations.
     """
-    peak = config.base_learning_rate * batch_size / 256
-    end = min(config.final_learning_rate, peak)
+    peak = recipe.base_learning_rate * batch_size / 256
+    end = min(recipe.final_learning_rate, peak)
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, max(total_steps, warmup_steps + 1), end)

@@ -1,63 +1,70 @@
-"""Devices as a mesh of `data` x `fsdp`: the batch is split over both axes, parameters and optimiser over `fsdp`."""
+"""The mesh of devices, `data` x `fsdp`: the batch is sharded over both axes, parameters and optimizer over `fsdp`."""
 
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 BATCH = PartitionSpec(("data", "fsdp"))
 
-# By the name of an array: whether its largest axis that `fsdp` divides is split. Kernels are nearly all there is; the
-# rest is not worth the gathering.
+# (pattern of an array's name, whether to shard its largest axis that `fsdp` divides); the first match decides. Weight
+# matrices are nearly all of the memory; smaller arrays are not worth the gathering.
 RULES = ((r"/kernel(/value)?$", True), (r"", False))
 
 
 def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """All devices, or some, `fsdp` of them to a copy of the parameters."""
+    """Arrange the devices, all by default, with `fsdp` of them per copy of the parameters."""
     devices = jax.devices() if devices is None else devices
     shape = (len(devices) // fsdp, fsdp)
-    # Unlike `jax.make_mesh` it may give a part of a torus' axis to `fsdp`.
+    # Unlike `jax.make_mesh` it may split an axis of the torus between `data` and `fsdp`.
     arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(arranged, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Over the first axis, over all devices."""
+    """Return the sharding of a batch: its first axis over all devices."""
     return NamedSharding(mesh, BATCH)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """Return the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def shardings_of(tree: Any) -> Any:  # noqa: ANN401 - any pytree
-    """The sharding of each array."""
+    """Return the sharding of each array of a pytree."""
     return jax.tree.map(lambda array: array.sharding, tree)
 
 
+def local_rows(array: jax.Array) -> np.ndarray:
+    """Return the rows of a batch [B, ...] that this process holds, on the host and in their order."""
+    shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
 def spec_of(name: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
-    """How an array is split over the `fsdp` axis: the first of RULES that matches its name decides.
+    """Return the partition of an array over the `fsdp` axis, by the first of RULES that matches its name.
 
     Args:
-        name: of a parameter, or of an array of the optimiser's that belongs to one, such as
-            "params/encoder/stages/0/blocks/1/mlp/up/kernel/value".
+        name: path of a parameter, or of the optimizer's array for one, such as
+            "params/encoder/stages/0/blocks/1/mlp/fc1/kernel/value".
         shape: of the array.
         fsdp: size of the mesh axis.
     """
-    split = next(split for pattern, split in RULES if re.search(pattern, name))
+    sharded = next(sharded for pattern, sharded in RULES if re.search(pattern, name))
     axes = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
-    if not split or fsdp == 1 or not axes:
+    if not sharded or fsdp == 1 or not axes:
         return PartitionSpec()
     largest = max(axes, key=lambda axis: shape[axis])
     return PartitionSpec(*(None,) * largest, "fsdp")
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:  # noqa: ANN401 - any pytree
-    """For each array of a pytree, where it lies, by RULES."""
+    """Return the sharding of each array of a pytree, by RULES."""
 
     def sharding(path: jax.tree_util.KeyPath, array: jax.ShapeDtypeStruct) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")

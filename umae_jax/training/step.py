@@ -1,105 +1,37 @@
-"""The training step, one pure compiled function of (state, batch), whatever is trained."""
+"""The training step: one pure compiled function of (state, batch), whatever the task."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from umae_jax.data.pipeline import Batch
 from umae_jax.models.kernels import compiler_options
 from umae_jax.training.sharding import replicated, shardings_of
+from umae_jax.training.state import TrainState
+from umae_jax.training.task import Batch, Params
 
-Params = Any  # a pytree of float32 arrays
-LossFunction = Callable[[Params, Batch], jax.Array]
+# (parameters, batch) -> mean loss, further scalars to report
+LossFunction = Callable[[Params, Batch], tuple[jax.Array, dict[str, jax.Array]]]
 
 
-class TrainState(NamedTuple):
-    """All that a run continues from, but for its place in the data, which follows from `samples`.
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
-    Attributes:
-        step: int32, updates tried so far.
-        params: the model's parameters.
-        optimizer: Optax's state.
-        bad_steps: int32, tries in a row, up to now, whose loss or gradient was not finite.
-        skipped_updates: int32, such tries in all.
-        skipped_images: int32, images in all that could not be read.
-        average: the moving average of the parameters, where one is kept.
+
+def _split(batch: Batch, parts: int, group_size: int) -> Batch:
+    """Split a batch into equal parts, [parts, B / parts, ...], each spread over all devices.
+
+    Part i takes every `parts`-th group of neighbouring samples, so groups stay together.
     """
-
-    step: jax.Array
-    params: Params
-    optimizer: optax.OptState
-    bad_steps: jax.Array
-    skipped_updates: jax.Array
-    skipped_images: jax.Array
-    average: Params | None = None
-
-    @property
-    def result(self) -> Params:
-        """The parameters that count: their average where one is kept."""
-        return self.params if self.average is None else self.average
-
-
-class Metrics(NamedTuple):
-    """What a step reports, scalars on the device.
-
-    Attributes:
-        loss: mean over the batch.
-        gradient_norm: global, before clipping.
-        learning_rate: of this update.
-        bad_steps, skipped_updates, skipped_images: as in the state after this step.
-    """
-
-    loss: jax.Array
-    gradient_norm: jax.Array
-    learning_rate: jax.Array
-    bad_steps: jax.Array
-    skipped_updates: jax.Array
-    skipped_images: jax.Array
-
-
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-
-
-def init_state(params: Params, optimizer: optax.GradientTransformation, *, average: bool = False) -> TrainState:
-    """The state before the first step.
-
-    Args:
-        average: whether to keep a moving average of the parameters.
-    """
-    # Four arrays, not one four times: the step donates each.
-    step, bad_steps, skipped_updates, skipped_images = (jnp.zeros((), jnp.int32) for _ in range(4))
-    copy = jax.tree.map(jnp.copy, params) if average else None
-    return TrainState(step, params, optimizer.init(params), bad_steps, skipped_updates, skipped_images, copy)
-
-
-def _gradient(
-    value_and_gradient: Callable[[Params, Batch], tuple[jax.Array, Params]], params: Params, batch: Batch, parts: int
-) -> tuple[jax.Array, Params]:
-    """Loss and gradient of a batch, computed in `parts` equal parts one after the other."""
-    if parts == 1:
-        return value_and_gradient(params, batch)
-    # Every part takes each `parts`-th pair of neighbours, which may be mixed with each other, or each `parts`-th sample
-    # where pairs do not divide: so it stays spread over all devices.
-    size = batch.sample_index.shape[0] // parts
-    group = 2 if size % 2 == 0 else 1
 
     def deal(x: jax.Array) -> jax.Array:
-        dealt = x.reshape(size // group, parts, group, *x.shape[1:]).swapaxes(0, 1)
-        return dealt.reshape(parts, size, *x.shape[1:])
+        groups = x.reshape(-1, parts, group_size, *x.shape[1:]).swapaxes(0, 1)
+        return groups.reshape(parts, -1, *x.shape[1:])
 
-    split = jax.tree.map(deal, batch)
-
-    def add(total: tuple[jax.Array, Params], part: Batch) -> tuple[tuple[jax.Array, Params], None]:
-        return jax.tree.map(jnp.add, total, value_and_gradient(params, part)), None
-
-    zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-    total, _ = jax.lax.scan(add, zero, split)
-    return jax.tree.map(lambda x: x / parts, total)
+    return jax.tree.map(deal, batch)
 
 
 def make_train_step(
@@ -108,40 +40,57 @@ def make_train_step(
     schedule: optax.Schedule,
     *,
     grad_accum_steps: int = 1,
-    average: float | None = None,
+    group_size: int = 1,
+    ema_decay: float | None = None,
     shardings: Params | None = None,
 ) -> TrainStep:
-    """Build the step: state, batch -> state, metrics.
+    """Build the step: (state, batch) -> (state, scalars to report).
+
+    The scalars are `loss`, `gradient_norm` (global, before clipping), `learning_rate`, `bad_steps`, `skipped_updates`
+    and those of the loss function.
+
+    An update whose loss or gradient is not finite is skipped: parameters and optimizer state keep their values. The
+    learning rate follows the state's step, not a counter of the optimizer, so a skipped update does not delay the
+    schedule. (`optax.apply_if_finite` applies bad updates after a number of them, and does not look at the loss.)
 
     Args:
         loss_function: mean over a batch.
-        optimizer: the direction of an update.
-        schedule: from step to learning rate.
-        grad_accum_steps: parts that a batch is computed in.
-        average: decay of the moving average in a state that keeps one.
-        shardings: of the parameters, `NamedSharding`s. Those that are split are gathered before they are used, and
-            their gradients summed and split again.
-
-    The learning rate follows the state's step rather than a counter of the optimiser's, so that an update skipped
-    for a loss or gradient that is not finite leaves the schedule in its place and everything else untouched.
+        optimizer: direction of an update, without the learning rate.
+        schedule: step -> learning rate.
+        grad_accum_steps: parts that a batch is computed in, one after the other.
+        group_size: neighbouring samples that stay in one part.
+        ema_decay: decay of the moving average in a state that keeps one.
+        shardings: `NamedSharding`s of the parameters. Sharded parameters are gathered before use; their gradients are
+            summed and sharded again.
     """
 
     def gather(param: jax.Array, sharding: NamedSharding) -> jax.Array:
         return jax.lax.with_sharding_constraint(param, NamedSharding(sharding.mesh, PartitionSpec()))
 
-    def value_and_gradient(params: Params, batch: Batch) -> tuple[jax.Array, Params]:
+    def value_and_grad(params: Params, batch: Batch) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Params]:
         if shardings is None:
-            return jax.value_and_grad(loss_function)(params, batch)
+            return jax.value_and_grad(loss_function, has_aux=True)(params, batch)
 
-        # Gathered inside what is differentiated, so that a gradient is whole until it has been summed. Else the
-        # compiler passes the parts of each kernel, or of its gradient, around in a loop of permutations, which for
-        # kernels of this size costs more than it hides (Swin-T on v5e:2x4, 32 images a chip: 55.3 million cycles where
-        # they are gathered outside, and 47.2 million so).
-        def loss_of_parts(params: Params, batch: Batch) -> jax.Array:
+        # Gathered inside the differentiated function, so that a gradient is whole until it has been summed. Gathered
+        # outside, the compiler passes shards around in loops of permutations that cost more than they hide.
+        def loss_of_shards(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
             return loss_function(jax.tree.map(gather, params, shardings), batch)
 
-        loss, gradient = jax.value_and_grad(loss_of_parts)(params, batch)
-        return loss, jax.lax.with_sharding_constraint(gradient, shardings)
+        value, gradient = jax.value_and_grad(loss_of_shards, has_aux=True)(params, batch)
+        return value, jax.lax.with_sharding_constraint(gradient, shardings)
+
+    def accumulate(params: Params, batch: Batch) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Params]:
+        if grad_accum_steps == 1:
+            return value_and_grad(params, batch)
+        parts = _split(batch, grad_accum_steps, group_size)
+
+        def add(total: Any, part: Batch) -> tuple[Any, None]:  # noqa: ANN401 - a pytree
+            return jax.tree.map(jnp.add, total, value_and_grad(params, part)), None
+
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, params, first))
+        total, _ = jax.lax.scan(add, zeros, parts)
+        return jax.tree.map(lambda x: x / grad_accum_steps, total)
 
     def update(
         gradient: Params, learning_rate: jax.Array, params: Params, state: optax.OptState
@@ -150,7 +99,7 @@ def make_train_step(
             direction, state = optimizer.update(gradient, state, params)
         return jax.tree.map(lambda param, change: param - learning_rate * change, params, direction), state
 
-    def choose(
+    def select(
         finite: jax.Array, gradient: Params, learning_rate: jax.Array, *old: Params
     ) -> tuple[Params, optax.OptState]:
         return jax.tree.map(partial(jnp.where, finite), update(gradient, learning_rate, *old), old)
@@ -158,20 +107,19 @@ def make_train_step(
     def branch(finite: jax.Array, *operands: Params) -> tuple[Params, optax.OptState]:
         return jax.lax.cond(finite, update, lambda gradient, learning_rate, *old: old, *operands)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, gradient = _gradient(value_and_gradient, state.params, batch, grad_accum_steps)
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        (loss, scalars), gradient = accumulate(state.params, batch)
         learning_rate = jnp.asarray(schedule(state.step.astype(jnp.float32)), jnp.float32)
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(gradient)
             finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-            # A choice between new and old makes XLA:CPU copy the moments first; a branch makes a GPU wait for its host.
+            # A select makes XLA:CPU copy the moments first; a branch makes a GPU wait for its host.
             params, optimizer_state = jax.lax.platform_dependent(
-                *(finite, gradient, learning_rate, state.params, state.optimizer), cpu=branch, default=choose
+                *(finite, gradient, learning_rate, state.params, state.optimizer), cpu=branch, default=select
             )
-            averaged = state.average
-            if average is not None:
-                # Where an update was skipped the parameters stay finite, and the average moves on towards them.
-                averaged = jax.tree.map(lambda old, new: old + (1 - average) * (new - old), averaged, params)
+            ema = state.ema
+            if ema_decay is not None:
+                ema = optax.incremental_update(params, ema, 1 - ema_decay)
         skipped = 1 - finite.astype(jnp.int32)
         new = TrainState(
             step=state.step + 1,
@@ -179,27 +127,29 @@ def make_train_step(
             optimizer=optimizer_state,
             bad_steps=(state.bad_steps + 1) * skipped,
             skipped_updates=state.skipped_updates + skipped,
-            skipped_images=state.skipped_images + batch.unreadable.sum(dtype=jnp.int32),
-            average=averaged,
+            ema=ema,
         )
-        metrics = Metrics(loss, norm, learning_rate, new.bad_steps, new.skipped_updates, new.skipped_images)
+        metrics = {"loss": loss, "gradient_norm": norm, "learning_rate": learning_rate}
+        metrics |= {"bad_steps": new.bad_steps, "skipped_updates": new.skipped_updates, **scalars}
         return new, metrics
 
     return train_step
 
 
 def lower_step(train_step: TrainStep, state: TrainState, batch: Batch, mesh: Mesh) -> jax.stages.Lowered:
-    """The step ready to be compiled ahead of time, so that nothing compiles later on; it donates its state.
+    """Lower the step for compilation ahead of time, so that nothing compiles later on; it donates its state.
 
     Args:
-        state, batch: arrays or `jax.ShapeDtypeStruct`s, with the shardings that the step takes, and gives back.
+        train_step: from `make_train_step`.
+        state, batch: arrays or `jax.ShapeDtypeStruct`s with the shardings of the step's inputs; the new state has the
+            same.
+        mesh: the devices.
     """
-    shardings = shardings_of(state)
     jitted = jax.jit(
         train_step,
         donate_argnums=0,
-        out_shardings=(shardings, replicated(mesh)),
+        out_shardings=(shardings_of(state), replicated(mesh)),
         compiler_options=compiler_options(mesh.devices.flat[0]),
     )
-    with jax.set_mesh(mesh):  # by which kernels know how the batch is split
+    with jax.set_mesh(mesh):  # tells kernels how the batch is sharded
         return jitted.lower(state, batch)

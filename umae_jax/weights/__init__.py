@@ -1,1 +1,1 @@
-"""Weights that come in and go out: names, layouts, files."""
+"""Weights in files: names, layouts, formats, and the models they belong to."""

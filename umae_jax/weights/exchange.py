@@ -1,163 +1,147 @@
-"""Whole runs from files of weights, and files of weights from whole runs."""
+"""Models from weight files, and weight files from runs."""
 
 import contextlib
 import json
-import shutil
-import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 import umae_jax
 from umae_jax import export
-from umae_jax.config import CONFIG_FILE, to_json
+from umae_jax.config import from_json, old_class_names, to_json
 from umae_jax.errors import UserError, require
-from umae_jax.files import AnyPath, write_together, write_whole
-from umae_jax.training.checkpoint import FOLDER, Checkpoints
-from umae_jax.training.runs import describe, read_run, start_from
-from umae_jax.training.sharding import make_mesh
-from umae_jax.weights.card import OURS, model_card
-from umae_jax.weights.files import Weights, check_output, encode_weights
-from umae_jax.weights.huggingface import TRANSFORMERS_FILE, WRITER, model_config, preprocessor_config, to_huggingface
-from umae_jax.weights.names import from_reference, to_reference
-from umae_jax.weights.recognize import read_model
+from umae_jax.files import AnyPath, write_together
+from umae_jax.weights.files import Weights, check_output, encode_weights, read_weights
+from umae_jax.weights.hub import GENERATED, WRITER, model_card, preprocessor_config, transformers_config
+from umae_jax.weights.huggingface import WEIGHTS_FILE, from_huggingface, to_huggingface
+from umae_jax.weights.names import to_reference
+from umae_jax.weights.recognize import USE_CONFIG, recognize
+from umae_jax.weights.stored_run import FOLDER, read_run
 
 REFERENCE = "reference"
-INCOMING = ".incoming"  # where a run is made of a file, in its directory
 BACKBONE = Path(export.__file__).with_name("umae_backbone.py")
 
 
-def import_weights(file: AnyPath, workdir: Path, config: ConfigDict | None = None) -> ConfigDict:
-    """Make a run's directory, at step 0, of a file of weights; whole or not at all.
+class Model(NamedTuple):
+    """A model read from a weight file.
+
+    Attributes:
+        config: its configuration.
+        tensors: its state dict with the reference's names.
+        classes: class names of a classifier; empty if unknown.
+    """
+
+    config: ConfigDict
+    tensors: Mapping[str, np.ndarray]
+    classes: tuple[str, ...]
+
+
+def read_model(path: AnyPath, config: ConfigDict | None = None, *, encoder_only: bool = False) -> Model:
+    """Read a weight file with the reference's names or those of transformers.
 
     Args:
-        file: the weights.
-        workdir: the directory, empty or not yet there.
-        config: the model, if it is not to be told from the file.
-
-    Returns:
-        The run's configuration.
+        path: the file.
+        config: the model's configuration; by default that of the file's metadata, or else inferred from shapes.
+        encoder_only: whether to ignore the decoder in inferring the configuration.
 
     Raises:
-        UserError: if the file is not what it should be, or the directory holds a run.
+        UserError: if the file is damaged, would run code or holds an unknown architecture.
     """
-    workdir = workdir.absolute()
-    part = workdir / INCOMING
-    require(
-        not workdir.exists() or (workdir.is_dir() and not set(workdir.iterdir()) - {part}),
-        f"--workdir: {workdir} is there and not empty; choose another, so that nothing is lost",
-    )
-    config, tensors = read_model(file, config)
-    run = describe(config, make_mesh())
-    params = from_reference(config, run.state.params, tensors, name=str(file))
-    was_there = workdir.exists()
-    shutil.rmtree(part, ignore_errors=True)  # of one that was killed
-    part.mkdir(parents=True)
+    tensors, metadata = read_weights(path)
+    tensors = from_huggingface(tensors)
     try:
-        checkpoints = Checkpoints(part)
-        try:
-            checkpoints.save(0, start_from(run, params), samples=0)
-            checkpoints.wait()
-        finally:
-            with contextlib.suppress(Exception):  # has been told
-                checkpoints.close()
-        write_whole(part / CONFIG_FILE, to_json(config).encode())
-        for name in (FOLDER, CONFIG_FILE):  # with which the directory becomes a run's
-            (part / name).replace(workdir / name)
-    except BaseException as error:
-        _remove(part if was_there else workdir)
-        if isinstance(error, UserError):
-            raise UserError(f"--workdir: {workdir} could not be written; make room or choose another") from error
-        raise
-    part.rmdir()
-    return config
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder into which Orbax, after a failure, writes on for some moments the arrays that did not fail."""
-    for _ in range(10):
-        shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(0.1)
-
-
-def _shareable(config: ConfigDict) -> ConfigDict:
-    """A configuration without the paths of this machine."""
-    config = config.copy_and_resolve_references()
-    kind, _, place = config.data.source.partition(":")
-    config.data.source = f"{kind}:{Path(place).name}" if place else kind
-    config.data.data_dir = config.init = config.validation.source = None
-    return config
+        classes = tuple(map(str, json.loads(metadata.get("classes", "[]"))))
+        if config is None and "config" in metadata:
+            config = from_json(metadata["config"])
+            classes = classes or old_class_names(metadata["config"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: invalid configuration or classes in the metadata ({error}); {USE_CONFIG}") from None
+    return Model(config or recognize(tensors, str(path), encoder_only=encoder_only), tensors, classes)
 
 
 def export_weights(workdir: AnyPath, output: Path, layout: str = REFERENCE, *, best: bool = False) -> list[Path]:
-    """Write a file of weights, and what belongs beside it, of a run's newest checkpoint.
+    """Write a run's newest checkpoint as a weight file, with a model card and what loads it beside it.
 
     Args:
-        workdir: of the run.
-        output: the file, .safetensors or .pth.
-        layout: whose names, "reference" or one of `huggingface.LAYOUTS`.
-        best: take the checkpoint that validation found best instead.
+        workdir: the run's directory.
+        output: the file to write, .safetensors or .pth.
+        layout: parameter names, "reference" or a key of `huggingface.LAYOUTS`.
+        best: export the checkpoint with the best validation metric instead of the newest.
 
     Returns:
         The paths written, `output` first.
 
     Raises:
-        UserError: if there is no run, or it cannot be told in this layout.
+        UserError: if there is no run, or the layout cannot hold its model.
     """
     check_output(output)
-    config, _, params, step = read_run(workdir, best=best)
-    config = _shareable(config)
-    tensors, metadata = to_reference(config, jax.device_get(params)), {"format": "pt"}
+    run = read_run(workdir, best=best)
+    config = _without_local_paths(run.config)
+    tensors = to_reference(config, jax.device_get(run.params))
+    stored_config = config.copy_and_resolve_references()
     beside: dict[str, bytes] = {}
-    card_config = config
     if layout != REFERENCE:
-        require(
-            not (output.parent / FOLDER).exists(),
-            f"--output: {output.parent} is a run's, whose {CONFIG_FILE} would be lost; name another folder",
-        )
-        require(
-            config.model.encoder == "vit" and config.model.method != "classifier",
-            f"--layout: transformers has no model that computes what this {config.model.encoder} "
-            f"{config.model.method} does; write --layout reference",
-        )
-        require(layout == "vit" or config.model.method != "simmim", "--layout: SimMIM has no decoder; choose vit")
-        require(
-            layout == "vit" or config.image_size[0] == config.image_size[1],
-            f"--layout: the decoder of transformers wants square images, not {config.image_size}; choose vit",
-        )
-        require(
-            output.name == TRANSFORMERS_FILE,
-            f"--output: transformers looks for {TRANSFORMERS_FILE}; end {output} in /{TRANSFORMERS_FILE}",
-        )
-        _check_not_anothers(output.parent)
+        _check_transformers(config, layout, output)
         tensors = to_huggingface(layout, tensors)
-        config = config.copy_and_resolve_references()
-        config.model.secondary_ratio = 0.0  # its token has no place in the file
-        beside["config.json"] = json.dumps(model_config(layout, config), indent=2).encode()
+        if "secondary_ratio" in config.model:
+            stored_config.model.secondary_ratio = 0.0  # these layouts have no token for secondary masking
+        beside["config.json"] = json.dumps(transformers_config(layout, config), indent=2).encode()
         beside["preprocessor_config.json"] = json.dumps(preprocessor_config(config), indent=2).encode()
     elif config.model.encoder != "vit":
         beside[BACKBONE.name] = BACKBONE.read_bytes()
-    metadata |= {"config": to_json(config), "step": str(step), "umae_jax": umae_jax.__version__}
+    metadata = {"format": "pt", "config": to_json(stored_config), "step": str(run.step)}
+    metadata["umae_jax"] = umae_jax.__version__
+    if run.classes:
+        metadata["classes"] = json.dumps(run.classes)
     count = sum(array.size for array in tensors.values())
-    card = model_card(card_config, file=output.name, layout=layout, step=step, parameters=count)
+    card = model_card(config, file=output.name, layout=layout, step=run.step, parameters=count)
     output.parent.mkdir(parents=True, exist_ok=True)
     readme = output.with_name("README.md")
     if readme.exists():
         text = readme.read_text(errors="replace")
-        if OURS not in text or f'"{output.name}"' not in text:
-            readme = output.with_suffix(".md")  # that one is somebody's own, or of another file
+        if GENERATED not in text or f'"{output.name}"' not in text:
+            readme = output.with_suffix(".md")  # keep a card that someone edited or that describes another file
     beside[readme.name] = card.encode()
     weights = encode_weights(output.suffix, Weights(tensors, metadata))
     write_together({output: weights} | {output.with_name(name): data for name, data in beside.items()})
     return [output, *(output.with_name(name) for name in sorted(beside))]
 
 
-def _check_not_anothers(folder: Path) -> None:
-    """Check that a folder holds no model for transformers that is not ours to write anew."""
-    there = folder / "config.json"
+def _without_local_paths(config: ConfigDict) -> ConfigDict:
+    config = config.copy_and_resolve_references()
+    kind, _, path = config.data.source.partition(":")
+    config.data.source = f"{kind}:{Path(path).name}" if path else kind
+    config.data.data_dir = config.init = config.validation.source = None
+    return config
+
+
+def _check_transformers(config: ConfigDict, layout: str, output: Path) -> None:
+    """Check that transformers can compute this model, and that writing its files overwrites nothing."""
+    model = config.model
+    require(
+        model.encoder == "vit" and model.method != "classifier",
+        f"--layout: transformers has no model for a {model.encoder} with {model.method}; write --layout reference",
+    )
+    if layout == "vit_mae":
+        require(model.method != "simmim", "--layout: vit_mae needs a decoder, which SimMIM lacks; choose vit")
+        require(
+            config.image_size[0] == config.image_size[1],
+            f"--layout: vit_mae needs square images, not {config.image_size}; choose vit",
+        )
+    require(
+        output.name == WEIGHTS_FILE,
+        f"--output: transformers reads only {WEIGHTS_FILE}; write {output.parent / WEIGHTS_FILE}",
+    )
+    config_file = output.parent / "config.json"
     ours = False
-    if there.is_file():
+    if config_file.is_file() and not (output.parent / FOLDER).exists():
         with contextlib.suppress(ValueError):
-            ours = WRITER in json.loads(there.read_bytes())
-    require(ours or not there.exists(), f"--output: {there} is of another model; name another folder")
+            ours = WRITER in json.loads(config_file.read_bytes())
+    require(
+        ours or not config_file.exists(),
+        f"--output: {config_file} belongs to a run or another model and would be lost; choose another folder",
+    )

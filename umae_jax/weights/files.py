@@ -1,18 +1,15 @@
-"""Files of weights: `.safetensors`, `.pth` and `.npz`, read without running anything that lies in them."""
+"""Read and write weight files (`.safetensors`, `.pth`, `.npz`); reading never runs code that a file holds."""
 
 import argparse
-import contextlib
 import io
+import json
 import pathlib
 import re
-import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from umae_jax.errors import UserError, require
@@ -22,84 +19,73 @@ INSTALL_TORCH = 'install torch: pip install "umae_jax[torch]"'
 
 
 class Weights(NamedTuple):
-    """What a file holds: arrays by name, and strings by name."""
+    """The contents of a weight file.
+
+    Attributes:
+        tensors: arrays by name.
+        metadata: strings by key.
+    """
 
     tensors: dict[str, np.ndarray]
     metadata: dict[str, str]
 
 
 def read_weights(path: AnyPath) -> Weights:
-    """Read a file of weights, as float32.
+    """Read a weight file, every array as float32.
 
     Raises:
-        UserError: if it is no such file, is damaged, or would run code.
+        UserError: if the file is missing, is damaged, is no weight file or would run code.
+        OSError: if the system refuses to read it.
     """
     require(path.is_file(), f"there is no file {path}")
     require(
         path.suffix in _READERS,
-        f"{path}: a file of weights ends in {', '.join(_READERS)}; rename it if it is one of them",
+        f"{path}: weight files end in {', '.join(_READERS)}; rename the file if it is one of them",
     )
-    with path.open("rb"):
-        pass  # what the system refuses is told as such
-    with _on_disk(path) as file:
-        tensors, metadata = _READERS[path.suffix](file)
+    tensors, metadata = _READERS[path.suffix](io.BytesIO(path.read_bytes()), path)
     require(bool(tensors), f"{path} holds no weights")
-    return Weights({name: _single(array, f"{path}: {name}") for name, array in tensors.items()}, metadata)
+    return Weights({name: _as_float32(array, f"{path}: {name}") for name, array in tensors.items()}, metadata)
 
 
-@contextlib.contextmanager
-def _on_disk(path: AnyPath) -> Iterator[Path]:
-    """A file where what reads weights can find it: one in a bucket is fetched."""
-    if isinstance(path, Path):
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        fetched = Path(folder) / path.name
-        fetched.write_bytes(path.read_bytes())
-        try:
-            yield fetched
-        except UserError as error:
-            raise UserError(str(error).replace(str(fetched), str(path))) from None
-
-
-def _single(array: np.ndarray, name: str) -> np.ndarray:
-    """An array of real numbers as float32."""
-    require(isinstance(array, np.ndarray) and array.dtype.kind in "fiub", f"{name} is no array of real numbers")
+def _as_float32(array: np.ndarray, name: str) -> np.ndarray:
+    require(isinstance(array, np.ndarray) and array.dtype.kind in "fiub", f"{name} is not an array of real numbers")
     return array.astype(np.float32)
 
 
-def _read_safetensors(path: Path) -> Weights:
+def _read_safetensors(file: BinaryIO, path: AnyPath) -> Weights:
+    data = file.read()
     try:
-        with safetensors.safe_open(path, "numpy") as file:
-            return Weights({name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {}))  # noqa: SIM118
-    except Exception as error:  # whatever a damaged file, or a kind of number that NumPy has not, makes it raise
-        raise UserError(f"{path} is no whole safetensors file of plain numbers ({_first_line(error)})") from None
+        tensors = safetensors.numpy.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return Weights(tensors, header.get("__metadata__", {}))
+    except Exception as error:  # a damaged file, or a dtype that NumPy lacks, raises errors of many types
+        raise UserError(f"{path} is not a complete safetensors file of NumPy dtypes ({_first_line(error)})") from None
 
 
-def _read_npz(path: Path) -> Weights:
-    """An archive of arrays; where some names begin with "param/", these are the weights."""
+def _read_npz(file: BinaryIO, path: AnyPath) -> Weights:
+    """Read an archive of arrays; if some names begin with "param/", only those are weights."""
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        with np.load(file, allow_pickle=False) as archive:
             names = [name for name in archive.files if name.startswith("param/")] or archive.files
             return Weights({name.removeprefix("param/"): archive[name] for name in names}, {})
-    except Exception as error:  # whatever a damaged archive makes NumPy and zipfile raise
-        raise UserError(f"{path} is no whole .npz archive of plain arrays ({_first_line(error)})") from None
+    except Exception as error:  # a damaged archive makes NumPy and zipfile raise errors of many types
+        raise UserError(f"{path} is not a complete .npz archive of plain arrays ({_first_line(error)})") from None
 
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
-def _inert_classes() -> list[Any]:
-    """What the arguments of a training run are made of: classes that hold values and do nothing."""
+def _harmless_classes() -> list[Any]:
+    """List the classes that training arguments consist of; they hold values and do nothing when unpickled."""
     functions = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(1).__reduce__()[0]}
-    aliases = [  # NumPy 1 knew the two under another name
+    aliases = [  # NumPy 1 has both under another module name
         (function, f"{module}.multiarray.{name}")
         for name, function in functions.items()
         for module in ("numpy.core", "numpy._core")
     ]
     dtypes = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
-    # Python 3.13 calls their module another than those before it; a path of another system is none here.
+    # Python 3.13 renamed their module; paths of another operating system become pure paths.
     paths = [
         (pathlib.PureWindowsPath if "Windows" in name else pathlib.PurePosixPath, f"{module}.{name}")
         for module in ("pathlib", "pathlib._local")
@@ -108,26 +94,25 @@ def _inert_classes() -> list[Any]:
     return [argparse.Namespace, np.ndarray, np.dtype, *dtypes, *paths, *aliases]
 
 
-def _read_pth(path: Path) -> Weights:
-    """What torch.save wrote: a state dict, alone or under "model" or "state_dict", beside whatever else is harmless.
+def _read_pth(file: BinaryIO, path: AnyPath) -> Weights:
+    """Read a state dict that torch.save wrote, alone or under "model" or "state_dict" of a dict.
 
-    Torch's restricted unpickler builds tensors and plain containers, and what `_inert_classes` adds; it refuses
-    everything else before any of it runs.
+    Torch's restricted unpickler builds tensors, plain containers and `_harmless_classes`; it rejects everything else
+    before running any of it.
     """
     try:
         import torch
     except ImportError:
-        raise UserError(f"{path} can be read with torch only; {INSTALL_TORCH}, or convert it to .safetensors") from None
+        raise UserError(f"{path} needs torch to be read; {INSTALL_TORCH}, or convert it to .safetensors") from None
     try:
-        with torch.serialization.safe_globals(_inert_classes()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the same as the error
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes torch raise, with advice to read it without this guard
-        if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(f"{path} would run {refused[1]}, which weights have no need of; nothing was run") from None
+        with torch.serialization.safe_globals(_harmless_classes()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they repeat the error
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # its message would advise the user to disable this protection
+        if rejected := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(f"{path} would run {rejected[1]}, which no weights need; nothing was run") from None
         raise UserError(
-            f"{path} is no whole file of weights that torch wrote, or asks for more than tensors and plain arguments; "
-            "nothing in it was run"
+            f"{path} is not a complete torch file, or holds more than tensors and plain values; nothing was run"
         ) from None
     state, metadata = content, {}
     if isinstance(content, dict):
@@ -135,10 +120,10 @@ def _read_pth(path: Path) -> Weights:
         metadata = content.get("metadata", {})
     require(
         isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values()),
-        f"{path} holds no dictionary of tensors, alone or under 'model' or 'state_dict'",
+        f"{path} holds no dict of tensors, neither at the top nor under 'model' or 'state_dict'",
     )
-    plain = [name for name, value in state.items() if value.layout == torch.strided and value.device.type == "cpu"]
-    require(len(plain) == len(state), f"{path} holds tensors without plain values, such as {set(state) - set(plain)}")
+    unusable = [name for name, value in state.items() if value.layout != torch.strided or value.device.type != "cpu"]
+    require(not unusable, f"{path} holds sparse tensors or tensors without values: {', '.join(map(str, unusable))}")
     tensors = {
         str(name): (value if value.is_complex() else value.detach().to(torch.float32)).numpy()
         for name, value in state.items()
@@ -151,10 +136,10 @@ _READERS = {".safetensors": _read_safetensors, ".pth": _read_pth, ".npz": _read_
 
 
 def check_output(path: Path) -> None:
-    """Check, before any work is done, that a file can be written under this name.
+    """Check that a weight file can be written under this name.
 
     Raises:
-        UserError: saying which names there are, or what to install.
+        UserError: naming the suffixes to choose from, or the package to install.
     """
     require(path.suffix in (".safetensors", ".pth"), f"--output: end {path} in .safetensors or .pth")
     require(not path.is_dir(), f"--output: {path} is a folder; name a file in it")
@@ -166,7 +151,7 @@ def check_output(path: Path) -> None:
 
 
 def encode_weights(suffix: str, weights: Weights) -> bytes:
-    """A file of weights, `.safetensors`, or `.pth` as a dict with "model" and "metadata"."""
+    """Encode a weight file: `.safetensors`, or `.pth` as a dict with "model" and "metadata"."""
     if suffix == ".safetensors":
         return safetensors.numpy.save(weights.tensors, weights.metadata)
     import torch

@@ -1,4 +1,4 @@
-"""The reference's names and layouts (SPEC 13), as one table that is read in both directions."""
+"""Parameter names and layouts of the PyTorch reference (SPEC 13), as one table that is read in both directions."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -14,14 +14,14 @@ Tensors = Mapping[str, np.ndarray]
 
 
 class Layout(NamedTuple):
-    """How one array is laid out here and there; both directions."""
+    """Conversions of one array between our layout and the reference's."""
 
     to_ours: Callable[[np.ndarray], np.ndarray]
     to_theirs: Callable[[np.ndarray], np.ndarray]
 
 
 def _convolution(side: int) -> Layout:
-    """A convolution [out, in, side, side] is patchify and a linear layer [side * side * in, out]."""
+    """Convert a convolution [out, in, side, side], which is a linear layer [side * side * in, out] on patches here."""
     return Layout(
         to_ours=lambda weight: weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0]),
         to_theirs=lambda kernel: kernel.reshape(side, side, -1, kernel.shape[-1]).transpose(3, 2, 0, 1),
@@ -32,16 +32,18 @@ SAME = Layout(lambda weight: weight, lambda array: array)
 TRANSPOSED = Layout(np.transpose, np.transpose)  # linear [out, in]
 POINTWISE, HALVING = _convolution(1), _convolution(2)
 
-# What a module's parameters are called here and there.
+# A module's parameters: our name, the reference's name, layout.
 LINEAR = (("kernel", "weight", TRANSPOSED), ("bias", "bias", SAME))
 POINTWISE_CONVOLUTION = (("kernel", "weight", POINTWISE), ("bias", "bias", SAME))
 HALVING_CONVOLUTION = (("kernel", "weight", HALVING), ("bias", "bias", SAME))
-PATCH_CONVOLUTION = (("kernel", "weight", None), ("bias", "bias", SAME))  # its side is the model's
+PATCH_CONVOLUTION = (("kernel", "weight", None), ("bias", "bias", SAME))  # the patch sets the layout
 NORM = (("scale", "weight", SAME), ("bias", "bias", SAME))
 PARAMETER = (("", "", SAME),)
 
-_SWIN = "encoder.stages.{stage}.blocks.{block}."
-_VIT = (
+Rows = tuple[tuple[str, str, Any], ...]
+
+# Modules of a block.
+_VIT: Rows = (
     ("norm1", "norm1", NORM),
     ("qkv", "attn.qkv", LINEAR),
     ("proj", "attn.proj", LINEAR),
@@ -49,44 +51,43 @@ _VIT = (
     ("mlp.fc1", "mlp.fc1", LINEAR),
     ("mlp.fc2", "mlp.fc2", LINEAR),
 )
+_SWIN: Rows = (
+    *_VIT,
+    ("position.fc1", "attn.posmlp.0", POINTWISE_CONVOLUTION),
+    ("position.fc2", "attn.posmlp.2", POINTWISE_CONVOLUTION),
+)
+_PVT: Rows = (
+    ("norm1", "norm1", NORM),
+    ("attention.q", "attn.q", LINEAR),
+    ("attention.kv", "attn.kv", LINEAR),
+    ("attention.proj", "attn.proj", LINEAR),
+    ("attention.reduce", "attn.sr", POINTWISE_CONVOLUTION),
+    ("attention.norm", "attn.norm", NORM),
+    *_VIT[3:],
+)
 
 
-def _blocks(ours: str, theirs: str, rows: tuple[tuple[str, str, Any], ...]) -> tuple[tuple[str, str, Any], ...]:
+def _blocks(ours: str, theirs: str, rows: Rows) -> Rows:
+    """Prefix the modules of a block."""
     return tuple((ours + name, theirs + other, layout) for name, other, layout in rows)
 
 
-# Here, there, layout. {stage} and {block} count from 0, {number} counts blocks through all stages. Blocks are numbered
-# through all stages there, and the first block of a stage holds what leads to it.
-ENCODERS = {
+# Our module, the reference's module, parameters. {stage} and {block} count from 0. The reference numbers blocks through
+# all stages, {number}, and its first block of a stage includes the downsampling before that stage.
+ENCODERS: dict[str, Rows] = {
     "swin": (
         ("encoder.patch_embed", "patch_embed.proj", PATCH_CONVOLUTION),
         ("encoder.patch_norm", "patch_embed.norm", NORM),
         ("encoder.stages.{stage}.merge.norm", "blocks.{number}.downsample.norm", NORM),
         ("encoder.stages.{stage}.merge.proj", "blocks.{number}.downsample.proj", HALVING_CONVOLUTION),
-        *_blocks("encoder.stages.{stage}.blocks.{block}.", "blocks.{number}.", _VIT),
-        (_SWIN + "position.fc1", "blocks.{number}.attn.posmlp.0", POINTWISE_CONVOLUTION),
-        (_SWIN + "position.fc2", "blocks.{number}.attn.posmlp.2", POINTWISE_CONVOLUTION),
+        *_blocks("encoder.stages.{stage}.blocks.{block}.", "blocks.{number}.", _SWIN),
         ("encoder.norm", "norm", NORM),
     ),
     "pvt": (
         ("encoder.positions.table", "pos_embed", PARAMETER),
         ("encoder.patch_embed", "patch_embed.proj", PATCH_CONVOLUTION),
         ("encoder.stages.{stage}.merge", "blocks.{number}.downsample.proj", HALVING_CONVOLUTION),
-        *_blocks(
-            "encoder.stages.{stage}.blocks.{block}.",
-            "blocks.{number}.",
-            (
-                ("norm1", "norm1", NORM),
-                ("attention.q", "attn.q", LINEAR),
-                ("attention.kv", "attn.kv", LINEAR),
-                ("attention.proj", "attn.proj", LINEAR),
-                ("attention.reduce", "attn.sr", POINTWISE_CONVOLUTION),
-                ("attention.norm", "attn.norm", NORM),
-                ("norm2", "norm2", NORM),
-                ("mlp.fc1", "mlp.fc1", LINEAR),
-                ("mlp.fc2", "mlp.fc2", LINEAR),
-            ),
-        ),
+        *_blocks("encoder.stages.{stage}.blocks.{block}.", "blocks.{number}.", _PVT),
         ("encoder.norm", "norm", NORM),
     ),
     "vit": (
@@ -97,7 +98,7 @@ ENCODERS = {
         ("encoder.norm", "norm", NORM),
     ),
 }
-_AUTOENCODER = (
+_AUTOENCODER: Rows = (
     ("mask_token", "vis_mask_token", PARAMETER),
     ("decoder_embed", "decoder_embed", LINEAR),
     ("decoder_mask_token", "mask_token", PARAMETER),
@@ -105,26 +106,25 @@ _AUTOENCODER = (
     ("decoder_norm", "decoder_norm", NORM),
     ("decoder_prediction", "decoder_pred", LINEAR),
 )
-METHODS = {
+METHODS: dict[str, Rows] = {
     "um_mae": _AUTOENCODER,
     "mae": _AUTOENCODER,
-    "simmim": (
-        ("mask_token", "mask_token", PARAMETER),
-        ("decoder_prediction", "decoder_pred", LINEAR),
-    ),
-    "classifier": (
-        ("head_norm", "fc_norm", NORM),
-        ("head", "head", LINEAR),
-    ),
+    "simmim": (("mask_token", "mask_token", PARAMETER), ("decoder_prediction", "decoder_pred", LINEAR)),
+    "classifier": (("head_norm", "fc_norm", NORM), ("head", "head", LINEAR)),
 }
 
-
-# What names begin with that are no encoder's: decoders, mask tokens and heads, those of other programs included.
-BESIDE_ENCODERS = ("decoder", "mask_token", "vis_mask_token", "head", "fc_norm", "pooler.", "classifier.")
+# Prefixes of names outside the encoder: decoders, mask tokens and heads, also those of other programs.
+NOT_ENCODER = ("decoder", "mask_token", "vis_mask_token", "head", "fc_norm", "pooler.", "classifier.")
 
 
 class Entry(NamedTuple):
-    """One parameter: its path here, its name there, and its layouts."""
+    """One parameter of the table.
+
+    Attributes:
+        ours: dotted path in our model.
+        theirs: name in the reference's state dict.
+        layout: conversions between the two.
+    """
 
     ours: str
     theirs: str
@@ -132,25 +132,25 @@ class Entry(NamedTuple):
 
 
 def entries(config: ConfigDict) -> Iterator[Entry]:
-    """The table written out for one model; some of what it names the model may not have."""
+    """Expand the table for one model; the model may lack some of the entries."""
     model = config.model
     blocks = [
         {"stage": stage, "block": block, "number": sum(model.depths[:stage]) + block}
         for stage, depth in enumerate(model.depths)
         for block in range(depth)
     ]
-    places = {
+    indices = {
         "{block}": blocks,
-        "{stage}": [place for place in blocks if place["block"] == 0],
-        "{decoder_block}": [{"decoder_block": block} for block in range(model.decoder_depth)],
+        "{stage}": [index for index in blocks if index["block"] == 0],
+        "{decoder_block}": [{"decoder_block": block} for block in range(model.get("decoder_depth", 0))],
     }
     for ours, theirs, leaves in ENCODERS[model.encoder] + METHODS[model.method]:
-        field = next((field for field in places if field in ours), None)
-        for place in [{}] if field is None else places[field]:
-            for leaf, other, layout in leaves:
+        field = next((field for field in indices if field in ours), None)
+        for index in [{}] if field is None else indices[field]:
+            for our_leaf, their_leaf, layout in leaves:
                 yield Entry(
-                    ".".join(filter(None, (ours.format(**place), leaf))),
-                    ".".join(filter(None, (theirs.format(**place), other))),
+                    ".".join(filter(None, (ours.format(**index), our_leaf))),
+                    ".".join(filter(None, (theirs.format(**index), their_leaf))),
                     _convolution(model.patch) if layout is None else layout,
                 )
 
@@ -160,7 +160,7 @@ def _by_path(params: nnx.State) -> dict[str, Any]:
 
 
 def _fixed_tables(config: ConfigDict) -> dict[str, np.ndarray]:
-    """The reference's fixed position tables, which are no parameters here."""
+    """Compute the reference's fixed position tables, which are not parameters of our models."""
     model = config.model
     leading = int(model.encoder == "vit")
 
@@ -179,7 +179,15 @@ def _fixed_tables(config: ConfigDict) -> dict[str, np.ndarray]:
 
 
 def to_reference(config: ConfigDict, params: nnx.State) -> dict[str, np.ndarray]:
-    """The state dict that the reference would load strictly: float32 arrays by its names, fixed tables included."""
+    """Convert a model's parameters to the state dict that the reference loads strictly.
+
+    Args:
+        config: the model's configuration.
+        params: the model's parameters.
+
+    Returns:
+        float32 arrays by the reference's names, fixed position tables included.
+    """
     ours = {path: np.asarray(variable[...], np.float32) for path, variable in _by_path(params).items()}
     tensors = {
         entry.theirs: np.ascontiguousarray(entry.layout.to_theirs(ours.pop(entry.ours)))
@@ -192,62 +200,64 @@ def to_reference(config: ConfigDict, params: nnx.State) -> dict[str, np.ndarray]
 
 
 def from_reference(config: ConfigDict, params: nnx.State, tensors: Tensors, *, name: str, only: str = "") -> nnx.State:
-    """The inverse: parameters of our model from the reference's state dict.
+    """Convert the reference's state dict to a model's parameters.
 
     Args:
-        config: of the model.
+        config: the model's configuration.
         params: the model's parameters, or their shapes.
-        tensors: the state dict; fixed tables may be missing.
-        name: of the file, for the error message.
-        only: where our paths must begin; the rest of the model is left out, and what a file holds beside an encoder.
+        tensors: the state dict; fixed position tables may be missing.
+        name: the file, for error messages.
+        only: convert only parameters whose path starts with this ("encoder."), and ignore decoders and heads.
+
+    Returns:
+        The parameters, float32 on the host.
 
     Raises:
-        UserError: naming all that is missing, unexpected, of another shape or not what it should be.
+        UserError: listing every tensor that is missing, unexpected, of a wrong shape or wrong in value.
     """
     ours = {path: variable for path, variable in _by_path(params).items() if path.startswith(only)}
     values: dict[str, np.ndarray] = {}
-    missing, wrong, left = [], [], set(tensors)
+    missing, wrong, unexpected = [], [], set(tensors)
     for entry in entries(config):
         if entry.ours not in ours:
             if not entry.ours.startswith(only):
-                left.discard(entry.theirs)
+                unexpected.discard(entry.theirs)
             continue
         if entry.theirs not in tensors:
             missing.append(entry.theirs)
             continue
-        left.discard(entry.theirs)
-        shape = ours[entry.ours].shape
+        unexpected.discard(entry.theirs)
+        tensor, shape = tensors[entry.theirs], ours[entry.ours].shape
         expected = entry.layout.to_theirs(np.broadcast_to(np.float32(0), shape)).shape
-        found = tensors[entry.theirs]
-        if found.shape != expected:
-            wrong.append(f"{entry.theirs} is {list(found.shape)}, not {list(expected)}")
-            continue
-        values[entry.ours] = np.ascontiguousarray(entry.layout.to_ours(np.asarray(found, np.float32)))
+        if tensor.shape == expected:
+            values[entry.ours] = np.ascontiguousarray(entry.layout.to_ours(np.asarray(tensor, np.float32)))
+        else:
+            wrong.append(f"{entry.theirs} is {list(tensor.shape)}, not {list(expected)}")
     for fixed, table in _fixed_tables(config).items():
-        if fixed in left:
-            left.discard(fixed)
+        if fixed in unexpected:
+            unexpected.discard(fixed)
             if tensors[fixed].shape != table.shape:
                 wrong.append(f"{fixed} is {list(tensors[fixed].shape)}, not {list(table.shape)}")
             elif not np.allclose(tensors[fixed], table, atol=1e-3):
                 wrong.append(f"{fixed} is not the fixed sin-cos table")
-    wrong += [f"{key} is not finite" for key in tensors if key not in left and not np.isfinite(tensors[key]).all()]
+    known = sorted(tensors.keys() - unexpected)
+    wrong += [f"{key} is not finite" for key in known if not np.isfinite(tensors[key]).all()]
     if only:
-        left -= {name for name in left if name.startswith(BESIDE_ENCODERS)}
-    elif missing and not left and not wrong and all(name.startswith(BESIDE_ENCODERS) for name in missing):
+        unexpected = {name for name in unexpected if not name.startswith(NOT_ENCODER)}
+    elif missing and not unexpected and not wrong and all(name.startswith(NOT_ENCODER) for name in missing):
         raise UserError(
-            f"{name} holds an encoder alone, which umae_jax.load_encoder and fine-tuning's init read as it is; a run "
-            "needs a whole model"
+            f"{name} holds only an encoder, and a run needs a whole model; use the file with umae_jax.load_encoder, or "
+            "as init of fine-tuning"
         )
-    problems = {"missing": missing, "unexpected": sorted(left), "wrong": wrong}
-    told = "; ".join(f"{len(names)} {what}: {', '.join(names)}" for what, names in problems.items() if names)
-    if told:
-        model = f"a {config.model.encoder} for {config.model.method} as the configuration has it"
-        raise UserError(f"{name} does not fit {model}: {told}; name the model that it is of with --config FILE")
-    filled = nnx.to_flat_state(params)
+    groups = {"missing": missing, "unexpected": sorted(unexpected), "wrong": wrong}
+    problems = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in groups.items() if names)
+    if problems:
+        model = f"the configured {config.model.encoder} for {config.model.method}"
+        raise UserError(f"{name} does not fit {model}: {problems}; give its own model with --config FILE")
     return nnx.from_flat_state(
         [
-            (keys, variable.replace(values[".".join(map(str, keys))]))
-            for keys, variable in filled
-            if ".".join(map(str, keys)) in values
+            (keys, variable.replace(values[path]))
+            for keys, variable in nnx.to_flat_state(params)
+            if (path := ".".join(map(str, keys))) in values
         ]
     )

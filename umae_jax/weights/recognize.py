@@ -1,127 +1,106 @@
-"""Which model a state dict is of, told from its names and shapes."""
+"""Infer a model's configuration from the names and shapes of its state dict."""
 
 import math
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from umae_jax.config import default_config, from_json
+from umae_jax.config import ENCODERS, default_config
 from umae_jax.errors import UserError, require
-from umae_jax.files import AnyPath
-from umae_jax.models.presets import SIZES
-from umae_jax.weights.files import read_weights
-from umae_jax.weights.huggingface import from_huggingface
 
-PAPER_SIDE = {"swin": 256, "pvt": 256, "vit": 224}
-NAME_IT = "name the model with --config FILE"
+Shapes = Mapping[str, tuple[int, ...]]
+
+MARKERS = {"swin": ".posmlp.", "pvt": ".attn.sr.", "vit": "cls_token"}  # each in names of one encoder only
+DECODER_WIDTH = 512  # of every preset, which all have as many decoder heads
+USE_CONFIG = "name the model with --config FILE"
 
 
 def recognize(tensors: Mapping[str, np.ndarray], name: str, *, encoder_only: bool = False) -> ConfigDict:
-    """The configuration of the model whose state dict, by the reference's names, this is.
+    """Infer the configuration of a model from its state dict with the reference's names.
 
-    What no shape tells is the paper's: windows, sr_ratios, the ratio of secondary masking, normalised targets (not
-    for SimMIM) and, for a pyramid's decoder, the reference's order of positions, with which it was trained.
+    Settings that shapes do not determine are the paper's: windows, sr_ratios, the ratio of secondary masking,
+    normalised targets (except SimMIM) and, for the decoder of a pyramid, the reference's order of positions.
 
     Args:
         tensors: the state dict.
-        name: of the file, for the error message.
-        encoder_only: whether the decoder does not matter.
+        name: the file, for error messages.
+        encoder_only: whether to ignore the decoder.
 
     Raises:
-        UserError: if it is another architecture, or shapes leave open what there is no default for.
+        UserError: if the architecture is unknown, or shapes do not determine a setting that has no default.
     """
     shapes = {key: array.shape for key, array in tensors.items()}
-    markers = {"swin": ".posmlp.", "pvt": ".attn.sr.", "vit": "cls_token"}
-    encoder = next((encoder for encoder, marker in markers.items() if any(marker in key for key in shapes)), None)
+    encoder = next((encoder for encoder, marker in MARKERS.items() if any(marker in key for key in shapes)), None)
     if encoder is None or len(shapes.get("patch_embed.proj.weight", ())) != 4:
         raise UserError(
-            f"{name} holds another architecture than this program's Swin, PVT or ViT: of its names, such as "
-            f"{min(shapes)}, none belongs to the position MLP, the pooled attention or the class token of one of these"
+            f"{name} holds an unknown architecture, with names such as {min(shapes)}: a Swin has a position MLP, a PVT "
+            "pooled attention and a ViT a class token"
         )
     try:
-        config = _recognize(encoder, shapes, name, encoder_only)
+        return _recognize(encoder, shapes, name, encoder_only)
     except UserError:
         raise
     except KeyError as error:
-        raise UserError(f"{name} holds a {encoder} that lacks {error}; {NAME_IT} to be told all it lacks") from None
+        raise UserError(f"{name} holds a {encoder} without {error}; {USE_CONFIG} for a list of all problems") from None
     except (IndexError, ValueError, ZeroDivisionError):
-        raise UserError(f"{name} holds a {encoder} whose shapes do not fit together; {NAME_IT} to be told") from None
-    return config
+        raise UserError(f"{name} holds a {encoder} of inconsistent shapes; {USE_CONFIG} for a list of them") from None
 
 
-def _recognize(encoder: str, shapes: Mapping[str, tuple[int, ...]], name: str, encoder_only: bool) -> ConfigDict:
+def _recognize(encoder: str, shapes: Shapes, name: str, encoder_only: bool) -> ConfigDict:
     blocks = _count("blocks", shapes)
+    starts = [block for block in range(blocks) if not block or f"blocks.{block}.downsample.proj.weight" in shapes]
+    depths = tuple(end - start for start, end in zip(starts, (*starts[1:], blocks), strict=True))
     block_widths = [shapes[f"blocks.{block}.norm1.weight"][0] for block in range(blocks)]
-    firsts = [block for block in range(blocks) if not block or f"blocks.{block}.downsample.proj.weight" in shapes]
-    depths = tuple(end - first for first, end in zip(firsts, (*firsts[1:], blocks), strict=True))
-    widths = tuple(block_widths[first] for first in firsts)
-    preset = next(
-        (
-            size
-            for size in SIZES.values()
-            if (size["encoder"], size["widths"], size["depths"]) == (encoder, widths, depths)
-        ),
-        None,
+    widths = tuple(block_widths[start] for start in starts)
+    presets = {(size["widths"], size["depths"]): name for name, size in ENCODERS[encoder].sizes.items()}
+    preset = presets.get((widths, depths))
+    require(
+        preset is not None or encoder == "swin",
+        f"{name} holds a {encoder} of widths {widths} and depths {depths}, which leave its heads open; {USE_CONFIG}",
     )
-    if encoder == "swin":
-        heads = tuple(shapes[f"blocks.{first}.attn.posmlp.2.weight"][0] for first in firsts)
-    elif preset is None:
-        raise UserError(
-            f"{name} holds a {encoder} of widths {widths} and depths {depths}, whose heads no shape tells; {NAME_IT}"
-        )
-    else:
-        heads = preset["heads"]
     method, channels = _method(encoder, shapes), shapes["patch_embed.proj.weight"][1]
-    config = default_config("vit_base" if encoder == "vit" else "swin_tiny", method)
+    config = default_config(preset or "swin_tiny", method)
     require(
         channels == len(config.data.mean),
-        f"{name} holds a model of {channels} channels, of which nothing tells how they were normalised; {NAME_IT}, "
-        "with model.channels, data.mean and data.std",
+        f"{name} holds a model of {channels} channels with unknown mean and std; {USE_CONFIG}, with model.channels, "
+        "data.mean and data.std",
     )
     model = config.model
-    model.update(
-        {
-            "encoder": encoder,
-            "patch": shapes["patch_embed.proj.weight"][2],
-            "widths": widths,
-            "depths": depths,
-            "heads": heads,
-            "mlp_ratios": tuple(shapes[f"blocks.{first}.mlp.fc1.weight"][0] // block_widths[first] for first in firsts),
-            "reference_order": encoder != "vit" and method == "um_mae",
-        }
-    )
-    if encoder == "pvt":
-        model.sr_ratios = tuple(2**stage for stage in reversed(range(len(depths))))
+    model.patch = shapes["patch_embed.proj.weight"][2]
+    model.widths, model.depths = widths, depths
+    model.mlp_ratios = tuple(shapes[f"blocks.{start}.mlp.fc1.weight"][0] // block_widths[start] for start in starts)
     if encoder == "swin":
+        model.heads = tuple(shapes[f"blocks.{start}.attn.posmlp.2.weight"][0] for start in starts)
         model.position_width = shapes["blocks.0.attn.posmlp.0.weight"][0]
     if method == "classifier":
         model.classes = shapes["head.weight"][0]
-    if method in ("um_mae", "mae") and not encoder_only:
-        _recognize_decoder(config, shapes, name)
+    if method in ("um_mae", "mae"):
+        model.reference_order = encoder != "vit" and method == "um_mae"
+        if not encoder_only:
+            _recognize_decoder(config, shapes, name)
     config.image_size = _image_size(config, shapes, name)
     return config
 
 
-def _count(blocks: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+def _count(blocks: str, shapes: Shapes) -> int:
     numbers = [int(match[1]) for key in shapes if (match := re.match(rf"{blocks}\.(\d+)\.", key))]
     if not numbers:
         raise KeyError(f"{blocks}.0")
     return 1 + max(numbers)
 
 
-def _method(encoder: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
+def _method(encoder: str, shapes: Shapes) -> str:
     if "head.weight" in shapes:
         return "classifier"
     if "decoder_pred.weight" in shapes and "decoder_embed.weight" not in shapes:
         return "simmim"
-    # An encoder alone counts as the masked autoencoder's, whose decoder is then missing.
+    # An encoder alone counts as a masked autoencoder without its decoder.
     return "mae" if encoder == "vit" and "vis_mask_token" not in shapes else "um_mae"
 
 
-def _recognize_decoder(config: ConfigDict, shapes: Mapping[str, tuple[int, ...]], name: str) -> None:
+def _recognize_decoder(config: ConfigDict, shapes: Shapes, name: str) -> None:
     model = config.model
     if "vis_mask_token" not in shapes:
         model.secondary_ratio = 0.0
@@ -131,54 +110,24 @@ def _recognize_decoder(config: ConfigDict, shapes: Mapping[str, tuple[int, ...]]
     model.decoder_depth = _count("decoder_blocks", shapes)
     model.decoder_factor = math.isqrt(shapes["decoder_embed.weight"][0] // model.decoder_width)
     require(
-        model.decoder_width == 512,
-        f"{name} holds a decoder of width {model.decoder_width}, whose heads no shape tells; {NAME_IT}",
+        model.decoder_width == DECODER_WIDTH,
+        f"{name} holds a decoder of width {model.decoder_width}, which leaves its heads open; {USE_CONFIG}",
     )
 
 
-def _image_size(config: ConfigDict, shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, int]:
+def _image_size(config: ConfigDict, shapes: Shapes, name: str) -> tuple[int, int]:
     model = config.model
-    unit = model.patch * 2 ** (len(model.depths) - 1) // model.decoder_factor
-    for table, side in (("pos_embed", model.patch), ("decoder_pos_embed", unit)):
+    sides = {"pos_embed": model.patch}  # pixels per table entry
+    if "decoder_factor" in model:
+        sides["decoder_pos_embed"] = model.patch * 2 ** (len(model.depths) - 1) // model.decoder_factor
+    for table, side in sides.items():
         if table in shapes:
             count = shapes[table][1] - (model.encoder == "vit")
+            rows = math.isqrt(count)
             require(
-                math.isqrt(count) ** 2 == count,
-                f"{name} was trained on images that are not square, of {count} patches of {side} pixels; {NAME_IT}, "
-                "with image_size",
+                rows**2 == count,
+                f"{name} holds {table} for {count} patches of {side} pixels, which is no square; {USE_CONFIG}, with "
+                "image_size",
             )
-            return (math.isqrt(count) * side,) * 2
-    return (PAPER_SIDE[model.encoder],) * 2
-
-
-class Identified(NamedTuple):
-    """A file of weights, and what it is of.
-
-    Attributes:
-        config: of its model.
-        tensors: by the reference's names.
-    """
-
-    config: ConfigDict
-    tensors: Mapping[str, np.ndarray]
-
-
-def read_model(path: AnyPath, config: ConfigDict | None = None, *, encoder_only: bool = False) -> Identified:
-    """Read a file of weights, in the reference's names or Hugging Face's, and find out of which model it is.
-
-    Args:
-        path: the file.
-        config: the model, if the user names it; else what the file's metadata say, else what its shapes tell.
-        encoder_only: whether nothing but the encoder matters.
-
-    Raises:
-        UserError: if the file is damaged, would run code, or is of none of this program's architectures.
-    """
-    tensors, metadata = read_weights(path)
-    tensors = from_huggingface(tensors)
-    if config is None and "config" in metadata:
-        try:
-            config = from_json(metadata["config"])
-        except ValueError as error:
-            raise UserError(f"{path} names a model that this program does not know ({error}); {NAME_IT}") from None
-    return Identified(config or recognize(tensors, str(path), encoder_only=encoder_only), tensors)
+            return (rows * side,) * 2
+    return (ENCODERS[model.encoder].image_side,) * 2

@@ -1,0 +1,65 @@
+"""Build every preset with every method, in shapes alone."""
+
+import functools
+
+import jax
+import pytest
+from flax import nnx
+
+from umae_jax import list_models
+from umae_jax.config import default_config
+from umae_jax.errors import UserError
+from umae_jax.models.build import build_model
+from umae_jax.weights.names import entries
+
+PRESETS = [(size, method) for size, methods in list_models().items() for method in methods]
+
+
+class OneKey:
+    """Replaces nnx.Rngs, whose counter takes most of the time under eval_shape."""
+
+    def params(self):
+        return jax.random.key(0)
+
+
+@functools.cache
+def parameters(size, method):
+    config = default_config(size, method)
+    return nnx.state(nnx.eval_shape(lambda: build_model(config, OneKey())), nnx.Param)
+
+
+@pytest.mark.parametrize(
+    ("size", "method", "count"),
+    [
+        ("swin_tiny", "um_mae", 35_774_346),
+        ("swin_tiny", "classifier", 28_268_050),
+        ("pvt_small", "um_mae", 28_522_560),
+    ],
+)
+def test_the_number_of_parameters(size, method, count):
+    assert sum(leaf.size for leaf in jax.tree.leaves(parameters(size, method))) == count
+
+
+@pytest.mark.parametrize(("size", "method"), PRESETS)
+def test_every_preset_builds_and_the_reference_has_a_name_for_each_parameter(size, method):
+    paths = {".".join(map(str, keys)) for keys, _ in nnx.to_flat_state(parameters(size, method))}
+    names = {entry.ours: entry.theirs for entry in entries(default_config(size, method))}
+    assert paths - set(names) == set()
+    assert len({names[path] for path in paths}) == len(paths)
+
+
+def test_only_a_vit_has_random_sampling():
+    assert {size for size, method in PRESETS if method == "mae"} == {size for size in list_models() if "vit" in size}
+
+
+@pytest.mark.parametrize(
+    ("size", "method", "message"),
+    [
+        ("swin_giant", "um_mae", "swin_giant.*swin_tiny, "),
+        ("swin_tiny", "mae", "'mae'.*swin_tiny.*um_mae, simmim, classifier$"),
+        ("vit_base", "mim", "'mim'.*vit_base.*um_mae, mae, simmim, classifier$"),
+    ],
+)
+def test_an_unknown_preset_is_named_with_the_known_ones(size, method, message):
+    with pytest.raises(UserError, match=message):
+        default_config(size, method)

@@ -1,0 +1,120 @@
+"""The clock of a command's start, and the cache of compiled programs."""
+
+import os
+import warnings
+
+import jax
+import numpy as np
+import pytest
+from umae_jax.weights.stored_run import read_run
+
+from tests import commands
+from umae_jax import startup
+
+OPTIONS = ("--config.picture_every=6", "--config.total_steps=6")
+MISS = "PERSISTENT COMPILATION CACHE MISS for 'jit_train_step'"
+
+
+@pytest.fixture
+def unset(monkeypatch):
+    """Unset the variables that choose a cache, and restore JAX's settings afterwards."""
+    names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs", "persistent_cache_enable_xla_caches")
+    before = {f"jax_{name}": getattr(jax.config, f"jax_{name}") for name in names}
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    with warnings.catch_warnings():
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def environment(home):
+    return {
+        **{name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"},
+        "XDG_CACHE_HOME": str(home),
+        "JAX_EXPLAIN_CACHE_MISSES": "1",
+    }
+
+
+def programs(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*-cache")}
+
+
+def test_a_second_run_compiles_no_step_and_ends_with_the_same_bits(tmp_path, monkeypatch):
+    for name, value in environment(tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    _, compiled = commands.pretrain(tmp_path / "compiled", *OPTIONS)
+    kept = programs(tmp_path / "home" / "umae_jax")
+    assert any(name.startswith("jit_train_step-") for name in kept)
+    assert MISS in compiled
+    _, read = commands.pretrain(tmp_path / "read", *OPTIONS)
+    assert MISS not in read
+    assert programs(tmp_path / "home" / "umae_jax") == kept
+    assert commands.lines(tmp_path / "read") == commands.lines(tmp_path / "compiled")
+    states = (jax.device_get(read_run(tmp_path / name).params) for name in ("compiled", "read"))
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_several_processes_on_cpus_keep_nothing(tmp_path, monkeypatch):
+    """Their programs have a different key each time."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    environments = [environment(tmp_path / "home")] * 2
+    options = ("--config=tests/tiny.py", "--workdir", tmp_path / "run", *OPTIONS)
+    commands.end(commands.start_together("pretrain", *options, environments=environments))
+    assert not list(tmp_path.rglob("*-cache"))
+
+
+def test_a_run_compiles_nothing_after_it_has_done_everything_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_LOG_COMPILES", "1")
+    options = ("--config.picture_every=3", "--config.checkpoint_every=4", "--config.total_steps=9")
+    _, errors = commands.pretrain(tmp_path, *options)
+    before, _, after = errors.partition("step 5/9 ")
+    assert "XLA compilation" in before
+    assert "step 9/9 " in after
+    assert "XLA compilation" not in after
+
+
+def test_the_oldest_programs_are_deleted_first(tmp_path, unset, monkeypatch):
+    for age, name in enumerate(("new", "middle", "old")):
+        path = tmp_path / f"{name}-cache"
+        path.write_bytes(bytes(10))
+        os.utime(path, (1000 - age, 1000 - age))
+    monkeypatch.setattr(startup, "MAX_CACHE_BYTES", 25)
+    startup.use_cache(tmp_path)
+    assert set(programs(tmp_path)) == {"new-cache", "middle-cache"}
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["/dev/null/cache", "/proc/cache"])
+def test_a_folder_that_cannot_be_written_is_ignored_silently(folder, unset, capfd, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", folder)
+    startup.use_user_cache()
+    assert jax.config.jax_compilation_cache_dir is None
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_full_disk_is_not_used(tmp_path, unset, monkeypatch):
+    monkeypatch.setattr(startup, "MIN_FREE_BYTES", 2**80)
+    startup.use_cache(tmp_path)
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_the_variables_of_jax_take_precedence(tmp_path, unset, monkeypatch):
+    startup.use_cache(None)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "chosen"))
+    startup.use_cache(tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    jax.config.update("jax_enable_compilation_cache", False)  # as by JAX_ENABLE_COMPILATION_CACHE
+    startup.use_cache(tmp_path / "ours")
+    jax.config.update("jax_enable_compilation_cache", True)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_the_summary_names_the_phases_that_took_long(monkeypatch):
+    monkeypatch.setattr(startup, "_phases", {})
+    monkeypatch.setattr(startup, "_last", 0.0)
+    for now, phase in ((10.0, "imports"), (10.1, "data"), (13.1, "imports")):
+        monkeypatch.setattr(startup.time, "monotonic", lambda now=now: now)
+        startup.mark(phase)
+    assert startup.summary() == "first step 13 s after the start: imports 13 s"

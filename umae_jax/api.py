@@ -1,0 +1,90 @@
+"""The Python API, exported by `import umae_jax`: the commands as functions, with the same configurations."""
+
+import copy
+import os
+from typing import Any, Literal
+
+from ml_collections import ConfigDict
+
+from umae_jax.config import ENCODERS, default_config, load_config, methods_of
+from umae_jax.errors import require
+from umae_jax.files import locate
+
+__all__ = ["default_config", "evaluate", "finetune", "list_models", "pretrain"]
+
+_Path = str | os.PathLike[str]
+
+
+def list_models() -> dict[str, tuple[str, ...]]:
+    """Return the name of every preset size with the methods that can train it: arguments of `default_config`."""
+    return {size: methods_of(size) for encoder in ENCODERS.values() for size in encoder.sizes}
+
+
+def pretrain(config: ConfigDict | _Path, workdir: _Path) -> None:
+    """Pre-train a masked model, or continue the run in `workdir`.
+
+    Args:
+        config: a configuration, the path of a file such as those in configs/, or the name of a bundled one.
+        workdir: directory of the run, on this machine or in a bucket: checkpoints, metrics and pictures.
+
+    Raises:
+        UserError: naming the key of the configuration that is wrong.
+    """
+    _train("pretrain", config, workdir)
+
+
+def finetune(config: ConfigDict | _Path, workdir: _Path) -> None:
+    """Fine-tune a classifier on pre-trained weights, `config.init`, or continue the run in `workdir`.
+
+    Args:
+        config: a configuration, the path of a file such as those in configs/, or the name of a bundled one.
+        workdir: directory of the run, on this machine or in a bucket.
+
+    Raises:
+        UserError: naming the key of the configuration that is wrong.
+    """
+    _train("finetune", config, workdir)
+
+
+def _train(command: str, config: ConfigDict | _Path, workdir: _Path) -> None:
+    from umae_jax.tasks.command import train  # here, as loading an encoder needs no training
+
+    train(copy.deepcopy(load_config(config)), locate(workdir, "workdir"), command)
+
+
+def evaluate(
+    workdir: _Path,
+    *,
+    probe: Literal["knn", "linear"] | None = None,
+    best: bool = False,
+    validation: str | None = None,
+    source: str | None = None,
+    stage: int | None = None,
+    batch_size: int = 256,
+) -> dict[str, Any]:
+    """Measure the accuracy of a classifier, or of a probe of frozen features.
+
+    Args:
+        workdir: directory of a run.
+        probe: kind of probe; None: the run is a classifier's.
+        best: evaluate the checkpoint with the best validation, not the newest.
+        validation: labelled images to measure on, "folder:PATH" or "tfds:NAME"; None: those of the run.
+        source: labelled training images of the probe; None: those of the run.
+        stage: stage that is probed, from 0, or -1 for the last; None: that of the run's configuration.
+        batch_size: images per batch, over all devices.
+
+    Returns:
+        The metrics by name, such as "top1", and the "step" of the checkpoint.
+
+    Raises:
+        UserError: if there is no such run, or its data cannot be read.
+    """
+    from umae_jax.tasks import evaluation
+
+    require(
+        probe is not None or (source is None and stage is None),
+        "source and stage belong to a probe; give probe, or leave them out",
+    )
+    path = locate(workdir, "workdir")
+    run = evaluation.open_run(path, best=best, source=source, validation=validation, stage=stage)
+    return evaluation.evaluate_run(run, probe=probe, batch_size=batch_size)[1]

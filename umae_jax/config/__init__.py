@@ -1,0 +1,246 @@
+"""Configurations: every key with its default, meaning and check.
+
+`default_config` starts one; the files of configs/ change what differs. `docs/configuration.md` lists all keys.
+"""
+
+import importlib
+import json
+import pkgutil
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from umae_jax.config.base import (
+    ENCODERS,
+    METHODS,
+    Encoder,
+    Key,
+    Method,
+    build,
+    by_dotted_key,
+    check_keys,
+    encoder_of,
+    flat,
+    merge,
+    methods_of,
+)
+from umae_jax.config.common import COMMON, IMAGENET_MEAN, IMAGENET_STD, MAX_SEED, REMATERIALIZE, check_common
+from umae_jax.config.explain import REMOVED, RENAMED, all_keys, explain_failure
+from umae_jax.config.load import bundled_configs, load_config
+from umae_jax.errors import UserError, listing, require
+from umae_jax.files import AnyPath
+
+# Import the modules that declare encoders and methods; lists of methods begin with those of pre-training.
+_modules = (module.name for module in pkgutil.iter_modules(__path__) if module.name != "__main__")
+for _module in sorted(_modules, key=lambda name: name != "pretraining"):
+    importlib.import_module(f"{__name__}.{_module}")
+
+__all__ = [
+    "CONFIG_FILE",
+    "ENCODERS",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "MAX_SEED",
+    "METHODS",
+    "REMATERIALIZE",
+    "Encoder",
+    "Key",
+    "Method",
+    "bundled_configs",
+    "check",
+    "check_values",
+    "default_config",
+    "differences",
+    "encoder_of",
+    "explain_failure",
+    "flat",
+    "from_json",
+    "load_config",
+    "methods_of",
+    "old_class_names",
+    "read_config",
+    "resolve_steps",
+    "steps_of_epochs",
+    "task_name",
+    "to_json",
+]
+
+CONFIG_FILE = "config.json"  # in a run's directory
+_ABSENT = object()  # in `differences`, for a key that only one of the two has
+
+
+def default_config(size: str = "swin_tiny", method: str = "um_mae") -> ConfigDict:
+    """Return the recipe of SPEC 10 for a model of SPEC 11, with every key of its configuration.
+
+    Args:
+        size: a preset, such as "swin_tiny", "pvt_small" or "vit_base"; `python -m umae_jax.models` lists them.
+        method: "um_mae", "mae" (ViT), "simmim" or "classifier".
+
+    Raises:
+        UserError: if there is no such preset.
+    """
+    name = encoder_of(size)
+    methods = methods_of(size)
+    require(method in methods, f"there is no method {method!r} for {size}; choose {', '.join(methods)}")
+    encoder = ENCODERS[name]
+    config = build(_sections(name, method))
+    config.image_size = (encoder.image_side, encoder.image_side)
+    config.model.update(method=method, encoder=name, **encoder.sizes[size])
+    config.update_from_flattened_dict(METHODS[method].recipe(size, name))
+    return config.lock()
+
+
+def _sections(encoder: str, method: str) -> dict[str, dict[str, Key]]:
+    return merge(COMMON, {"model": ENCODERS[encoder].keys}, METHODS[method].keys)
+
+
+def _find_sections(values: dict[str, Any]) -> dict[str, dict[str, Key]]:
+    """Return the sections of the encoder and the method that values by dotted key name."""
+    for key, known in (("model.encoder", ENCODERS), ("model.method", METHODS)):
+        require(values.get(key) in known, f"{key} must be one of {', '.join(known)}, not {values.get(key)!r}")
+    return _sections(values["model.encoder"], values["model.method"])
+
+
+def check(config: ConfigDict, devices: int | None = None) -> None:
+    """Check all values, and that the batch divides among the devices.
+
+    Args:
+        config: the configuration.
+        devices: number of devices; None: those that JAX sees.
+
+    Raises:
+        UserError: naming the key and a value to write.
+    """
+    check_values(config)
+    if devices is None:
+        import jax  # here, as reading a configuration needs no JAX
+
+        devices = jax.device_count()
+    require(
+        devices % config.mesh.fsdp == 0,
+        f"mesh.fsdp: {config.mesh.fsdp} does not divide the {devices} devices; choose a divisor of {devices}",
+    )
+    parts = devices * config.grad_accum_steps
+    split = f"{devices} devices"
+    if config.grad_accum_steps > 1:
+        split += f" x {config.grad_accum_steps} parts (grad_accum_steps)"
+    require(
+        config.batch_size % parts == 0,
+        f"batch_size: {config.batch_size} does not divide among {split}; choose a multiple of {parts}, "
+        f"such as {max(1, round(config.batch_size / parts)) * parts}",
+    )
+
+
+def check_values(config: ConfigDict) -> None:
+    """Check every key and value, for any number of devices.
+
+    Raises:
+        UserError: naming the key and the accepted values.
+    """
+    values = flat(config)
+    check_keys(values, by_dotted_key(_find_sections(values)))
+    check_common(config)
+    METHODS[config.model.method].check(config)
+
+
+def task_name(method: str) -> str:
+    """Return the module of `umae_jax.tasks` that trains a method.
+
+    Raises:
+        UserError: if there is no such method.
+    """
+    require(method in METHODS, f"model.method must be one of {', '.join(METHODS)}, not {method!r}")
+    return METHODS[method].task
+
+
+def resolve_steps(config: ConfigDict, key: str, examples_per_epoch: int, batch_size: int) -> int:
+    """Return a duration in steps, given as KEY_steps, else KEY_examples, else KEY_epochs.
+
+    Args:
+        config: the configuration.
+        key: dotted prefix: "total" or "optimizer.warmup".
+        examples_per_epoch: images in the training data.
+        batch_size: images per step.
+
+    Raises:
+        UserError: if none of the three is given.
+    """
+    values = flat(config)
+    steps, examples, epochs = (values[f"{key}_{unit}"] for unit in ("steps", "examples", "epochs"))
+    if steps is not None:
+        return int(steps)
+    if examples is None:
+        require(epochs is not None, f"{key}_steps: set it, or {key}_examples or {key}_epochs")
+        examples = epochs * examples_per_epoch
+    return round(examples / batch_size)
+
+
+def steps_of_epochs(epochs: float, images: int, batch_size: int) -> int:
+    """Return an interval in steps: at least 1, or 0 for never."""
+    return max(1, round(epochs * images / batch_size)) if epochs else 0
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """Return the dotted keys in which two configurations differ, each with its old and its new value."""
+    before, after = flat(old), flat(new)
+    both = {key: (before.get(key, _ABSENT), after.get(key, _ABSENT)) for key in sorted({*before, *after})}
+    return {key: values for key, values in both.items() if values[0] != values[1]}
+
+
+def to_json(config: ConfigDict) -> str:
+    """Return the resolved configuration as JSON."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def read_config(path: AnyPath) -> ConfigDict:
+    """Read the configuration that a run wrote into its directory.
+
+    Raises:
+        UserError: if the file is not one.
+    """
+    try:
+        return from_json(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not a configuration that umae_jax wrote ({error})") from None
+
+
+def from_json(text: bytes | str) -> ConfigDict:
+    """Return the configuration that `to_json` wrote, in this version or an earlier one.
+
+    Renamed keys take their new names. Keys of other encoders and methods are dropped: earlier versions wrote all of
+    them. Missing keys take their defaults, except those of the model and its images.
+
+    Raises:
+        ValueError: if the text is not a configuration, lacks a key of the model or its images, or has a wrong value.
+    """
+    try:
+        values = flat(ConfigDict(json.loads(text)))
+    except (AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+    values = {
+        RENAMED.get(key, key): tuple(value) if isinstance(value, list) else value for key, value in values.items()
+    }
+    sections = _find_sections(values)
+    keys = by_dotted_key(sections)
+    missing = [
+        key for key in keys if key not in values and (key.startswith("model.") or key in ("image_size", "dtype"))
+    ]
+    require(not missing, f"{listing(missing)} missing")
+    unknown = [key for key in values if key not in all_keys() and key not in REMOVED]
+    require(not unknown, f"{listing(unknown)} unknown")
+    config = build(sections).lock()
+    try:
+        config.update_from_flattened_dict({key: value for key, value in values.items() if key in keys})
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    check_values(config)
+    return config
+
+
+def old_class_names(text: bytes | str) -> tuple[str, ...]:
+    """Return the class names in a configuration that an earlier version wrote; () if it has none.
+
+    Args:
+        text: JSON that `from_json` reads.
+    """
+    return tuple(json.loads(text).get("data", {}).get("class_names", ()))

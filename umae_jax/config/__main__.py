@@ -1,0 +1,66 @@
+"""Print every configuration key as Markdown: `python -m umae_jax.config > docs/configuration.md`."""
+
+from collections.abc import Iterator, Mapping
+
+from umae_jax.config import ENCODERS, METHODS, default_config, flat
+from umae_jax.config.base import Key, by_dotted_key
+from umae_jax.config.common import COMMON
+
+_INTRODUCTION = """# Configuration keys
+
+`umae_jax.default_config(size, method)` returns a configuration with all keys of its encoder and method. The files in
+`configs/` change some of them, and the command line overrides any: `--config.optimizer.clip_norm=1.0`. A run writes its
+resolved configuration to `DIR/config.json`. This page is generated: `python -m umae_jax.config`.
+
+Sections are written as prefixes: `data.source` is `config.data.source`. A duration has three keys, of which one counts:
+steps take precedence over examples, and examples over epochs."""
+
+_SECTIONS = {
+    "": "The run",
+    "model": "Every model",
+    "data": "Training data",
+    "validation": "Validation",
+    "probe": "Probes of frozen features",
+    "optimizer": "Optimiser",
+    "mesh": "Devices",
+}
+
+
+def _table(keys: Mapping[str, Key]) -> str:
+    rows = (f"| `{name}` | `{key.default!r}` | {key.check.wording} | {key.meaning} |" for name, key in keys.items())
+    return "\n".join(["| key | default | value | meaning |", "|---|---|---|---|", *rows])
+
+
+def _changes(size: str, method: str) -> Iterator[str]:
+    """Yield the common keys whose default a method changes."""
+    common = by_dotted_key(COMMON)
+    for key, value in flat(default_config(size, method)).items():
+        sized = key == "image_size" or key.startswith("model.")
+        if key in common and not sized and value != common[key].default:
+            yield f"`{key}` is `{value!r}`"
+
+
+def describe_keys() -> str:
+    """Return all keys as Markdown, each with its default, accepted values and meaning."""
+    parts = [_INTRODUCTION]
+    for section, title in _SECTIONS.items():
+        parts += [f"## {title}", _table(by_dotted_key({section: COMMON[section]}))]
+    for encoder in ENCODERS.values():
+        sizes = ", ".join(f"`{size}`" for size in encoder.sizes)
+        parts += [
+            f"## Encoder {encoder.name}",
+            f"Sizes: {sizes}, for images of {encoder.image_side} x {encoder.image_side} pixels.",
+        ]
+        parts += [_table(by_dotted_key({"model": encoder.keys}))] if encoder.keys else ["It has no further keys."]
+    for name, method in METHODS.items():
+        encoder = ENCODERS[method.encoders[0] if method.encoders else next(iter(ENCODERS))]
+        size = next(iter(encoder.sizes))
+        parts += [f"## Method `{name}`", f"{method.summary[0].upper()}{method.summary[1:]}."]
+        if changes := list(_changes(size, name)):
+            parts += [f"Its defaults differ: {', '.join(changes)}."]
+        parts += [_table(by_dotted_key(method.keys))]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    print(describe_keys(), end="")  # noqa: T201 - the result

@@ -1,0 +1,52 @@
+"""Keys and recipe of classification, fine-tuned or from scratch (SPEC 10)."""
+
+from typing import Any
+
+from umae_jax.config.base import METHODS, Key, Method, integer, number, optional
+
+DROP_PATHS = {"swin_large": 0.2}  # of the other sizes: 0.1
+LAYER_DECAYS = {"swin_large": 0.7, "vit_small": 0.8, "vit_base": 0.8, "vit_large": 0.8, "vit_huge": 0.8}  # else 0.85
+
+_KEYS = {
+    "model": {
+        "classes": Key(1000, "number of classes; None: as many as the training data has", optional(integer(2))),
+        "drop_path": Key(0.1, "drop rate of the last block's path in training; 0.2 in `swin_large`", number("[0, 1)")),
+    },
+    "augment": {
+        "operations": Key(2, "RandAugment operations per image", integer(0)),
+        "magnitude": Key(9.0, "magnitude of RandAugment, 0 to 10", number("[0, 10]")),
+        "magnitude_std": Key(0.5, "standard deviation of the magnitude", number("[0, inf)")),
+        "erase": Key(0.25, "probability that noise replaces a rectangle", number("[0, 1]")),
+        "mixup": Key(0.8, "parameter of the beta distribution of mixup's shares; 0: off", number("[0, inf)")),
+        "cutmix": Key(
+            1.0, "likewise of CutMix's areas; 0: off; where both are on, an image draws one", number("[0, inf)")
+        ),
+        "label_smoothing": Key(0.1, "probability spread evenly over all classes", number("[0, 1)")),
+    },
+    "optimizer": {
+        "layer_decay": Key(
+            0.85,
+            "learning rate of a layer divided by that of the next; 0.7 in `swin_large`, 0.8 in ViTs",
+            number("(0, 1]"),
+        ),
+    },
+}
+
+
+def _recipe(size: str, encoder: str) -> dict[str, Any]:
+    return {
+        "batch_size": 1024,
+        "total_epochs": 100.0,
+        "picture_every": 0,
+        "data.area": 0.08,
+        "validation.crop": 0.875 if encoder == "vit" else 1.0,
+        "optimizer.base_learning_rate": 5e-4,
+        "optimizer.beta2": 0.999,
+        "optimizer.final_learning_rate": 1e-6,
+        "optimizer.warmup_epochs": 5.0,
+        "optimizer.layer_decay": LAYER_DECAYS.get(size, 0.85),
+        "model.drop_path": DROP_PATHS.get(size, 0.1),
+    }
+
+
+METHODS["classifier"] = Method(summary="1000 classes", task="classification", keys=_KEYS, recipe=_recipe)

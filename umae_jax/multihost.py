@@ -1,0 +1,335 @@
+"""Several processes that train together: start, agreement, stop signals and a watchdog, by JAX's coordination service.
+
+On a cluster that JAX knows (Cloud TPU, GKE, SLURM, Open MPI) no flags are needed. JAX ends a process that loses another
+one: at once where a connection breaks, otherwise after --heartbeat_timeout.
+"""
+
+import contextlib
+import faulthandler
+import functools
+import hashlib
+import json
+import os
+import platform
+import secrets
+import signal
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+from jaxlib import _jax
+
+from umae_jax.errors import PreemptionRequested, UserError, listing, require
+from umae_jax.files import AnyPath, explain, write_whole
+
+NOTICE_SECONDS = 10.0  # of waiting for other processes before a line says so
+VISIBLE_SECONDS = 10.0  # within which a shared file system shows a file that another host wrote
+EXIT_SECONDS = 10.0  # for which a failed process waits for the others
+PACKAGES = (
+    *("umae_jax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax", "orbax-checkpoint", "grain"),
+    *("numpy", "pillow"),
+)
+
+
+class ClusterFlags(NamedTuple):
+    """Flags of a command that several processes may run together."""
+
+    coordinator_address: flags.FlagHolder[str | None]
+    num_processes: flags.FlagHolder[int | None]
+    process_id: flags.FlagHolder[int | None]
+    initialization_timeout: flags.FlagHolder[int]
+    heartbeat_timeout: flags.FlagHolder[int]
+    step_timeout: flags.FlagHolder[float]
+
+
+def define_flags() -> ClusterFlags:
+    """Define the flags of a command that several processes may run together."""
+    number, integer = flags.DEFINE_float, flags.DEFINE_integer
+    return ClusterFlags(
+        flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where JAX finds no cluster."),
+        integer("num_processes", None, "Number of processes; 1: ignore the cluster.", lower_bound=1),
+        integer("process_id", None, "Index of this process, from 0.", lower_bound=0),
+        integer("initialization_timeout", 300, "Seconds to wait for all processes to start.", lower_bound=1),
+        integer("heartbeat_timeout", 100, "Seconds of silence after which a process is lost.", lower_bound=1),
+        number("step_timeout", 0, "Seconds a step may take before the process ends; 0: any.", lower_bound=0),
+    )
+
+
+def initialize(cluster: ClusterFlags) -> None:
+    """Connect the processes, as the flags or the cluster say; do nothing for a single process.
+
+    Call it before JAX creates its devices. If a process is missing after --initialization_timeout, JAX aborts all
+    others, with an error that lists the missing ones.
+
+    Raises:
+        UserError: if the flags are wrong or incomplete, or the processes cannot be connected.
+    """
+    address, count, index = cluster.coordinator_address.value, cluster.num_processes.value, cluster.process_id.value
+    if count == 1:
+        return
+    if address is not None and count is not None and index is not None:
+        host, _, port = address.rpartition(":")
+        require(
+            bool(host) and port.isdecimal() and 0 < int(port) < 65536,
+            f"--coordinator_address: {address!r} is not HOST:PORT, such as 10.0.0.1:8476",
+        )
+        require(index < count, f"--process_id: {index} is not in 0..{count - 1}")
+    elif (address, count, index) != (None, None, None):
+        raise UserError("--coordinator_address, --num_processes and --process_id belong together; write all, or none")
+    jax.config.update("jax_enable_preemption_service", True)  # for StopSignal
+    timeout = cluster.initialization_timeout.value
+    try:
+        with _report_missing_processes(timeout), warnings.catch_warnings(action="ignore"):
+            jax.distributed.initialize(
+                address,
+                count,
+                index,
+                cluster_detection_method=None if address is None else "deactivate",
+                initialization_timeout=timeout + 5,  # the service comes first: its error lists the missing processes
+                heartbeat_timeout_seconds=cluster.heartbeat_timeout.value,
+            )
+    except Exception as error:  # from the network, or from any cluster's detection
+        if isinstance(error, ValueError) and "coordinator_address" in str(error):
+            return  # JAX finds no cluster
+        raise UserError(
+            f"the processes cannot be connected ({type(error).__name__}: {str(error).partition(chr(10))[0]}); set "
+            "--coordinator_address, --num_processes and --process_id, or --num_processes=1 to run alone"
+        ) from None
+
+
+@contextlib.contextmanager
+def _report_missing_processes(timeout: int) -> Iterator[None]:
+    """Have JAX's service list the processes that have not connected after `timeout` seconds, and announce the wait.
+
+    JAX gives its initialization timeout to the clients only, whose error names no process. The service's error does,
+    but its own timeout, one hour, has no public setting.
+    """
+    line = (
+        f"still waiting for other processes, up to {timeout} s in all; JAX then aborts, and lists the missing ones as "
+        '"timed out task names"\n'
+    )
+    notice = threading.Timer(NOTICE_SECONDS, os.write, (2, line.encode()))
+    notice.daemon = True
+    notice.start()
+    create = _jax.get_distributed_runtime_service
+    _jax.get_distributed_runtime_service = functools.partial(create, cluster_register_timeout=timeout)
+    try:
+        yield
+    finally:
+        _jax.get_distributed_runtime_service = create
+        notice.cancel()
+
+
+def is_connected() -> bool:
+    """Return whether this process has others, or a cluster that could have started others."""
+    return jax.distributed.is_initialized()
+
+
+def is_primary() -> bool:
+    """Return whether this is process 0, which prints and writes for all."""
+    return not is_connected() or jax.process_index() == 0
+
+
+def _all_gather_bytes(data: bytes) -> list[bytes]:
+    if jax.process_count() == 1:
+        return [data]
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    rows = multihost_utils.process_allgather(np.frombuffer(data.ljust(int(sizes.max()), b"\0"), np.uint8))
+    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
+
+
+def all_gather_json(value: Any) -> list[Any]:  # noqa: ANN401 - any JSON
+    """Return the JSON values of all processes, in order of the process; all must call it, in the same order."""
+    return [json.loads(data) for data in _all_gather_bytes(json.dumps(value).encode())]
+
+
+def broadcast_json(value: Any) -> Any:  # noqa: ANN401 - any JSON
+    """Return the JSON value of process 0; all processes must call it, in the same order."""
+    return all_gather_json(value)[0]
+
+
+def gather_rows(array: np.ndarray) -> np.ndarray:
+    """Concatenate the rows [n_i, ...] of all processes, in order of the process; all must call it, in the same order.
+
+    Args:
+        array: rows of this process; lengths may differ, dtype and other axes may not.
+    """
+    parts = _all_gather_bytes(np.ascontiguousarray(array).tobytes())
+    return np.concatenate([np.frombuffer(data, array.dtype).reshape(-1, *array.shape[1:]) for data in parts])
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the software that decides what a process computes, by name."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    found["source code"] = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
+    return found
+
+
+def check_agreement(fingerprint: dict[str, Any], workdir: AnyPath | None) -> None:
+    """Check that all processes run the same software with the same settings, and share the workdir.
+
+    Args:
+        fingerprint: settings of this process by name, in JSON.
+        workdir: directory that all write to, if any.
+
+    Raises:
+        UserError: on every process, naming the first process that differs.
+    """
+    if jax.process_count() == 1:
+        return
+    hosts = all_gather_json([socket.gethostname(), {**versions(), **fingerprint}])
+    _, reference = hosts[0]
+    for index, (host, values) in enumerate(hosts):
+        keys = [key for key in sorted({*reference, *values}) if reference.get(key) != values.get(key)]
+        different = [f"{key} {values.get(key)} where process 0 has {reference.get(key)}" for key in keys]
+        require(
+            not different,
+            f"process {index} on {host} has {listing(different, 3)}; start all processes with the same software and "
+            "the same command",
+        )
+    if workdir is None:
+        return
+    mark, fault = workdir / f".shared-{secrets.token_hex(8)}", ""
+    if is_primary():
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_whole(mark, b"")
+        except Exception as error:
+            fault = explain(error) or f"{type(error).__name__}: {error}"
+    name, fault = broadcast_json([mark.name, fault])
+    require(not fault, f"--workdir: {fault}")
+    visible = all_gather_json(_appears(workdir / name))
+    if is_primary():
+        mark.unlink(missing_ok=True)
+    if False in visible:
+        index = visible.index(False)
+        raise UserError(
+            f"--workdir: process {index} on {hosts[index][0]} does not see the files of process 0 in {workdir}; choose "
+            "a directory that all processes share"
+        )
+
+
+def _appears(path: AnyPath) -> bool:
+    end = time.monotonic() + VISIBLE_SECONDS
+    while time.monotonic() < end:
+        with contextlib.suppress(Exception):  # any failure to look is a failure to see
+            if path.exists():
+                return True
+        time.sleep(0.1)
+    return False
+
+
+class StopSignal:
+    """Asks a run to save and leave, on SIGTERM or SIGINT; a context manager.
+
+    A single process leaves at the next poll. Several processes leave at the same poll, whichever received the signal:
+    JAX's preemption service handles SIGTERM, from `initialize` on, and SIGINT is passed on to it. A second signal acts
+    as usual; with several processes a second SIGTERM does so once all have agreed.
+
+    Attributes:
+        received: number of the signal, once the run should leave.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._several = jax.process_count() > 1
+        # JAX compares the count of polls, not steps: it agrees on the next count even before the first poll.
+        self._polls = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        self.__exit__()
+        self._announce(number, "after this step")
+        if self._several:
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            self.received = number
+
+    def _announce(self, number: int, when: str) -> None:
+        # Not print: a signal may interrupt one.
+        name = signal.Signals(number).name
+        os.write(2, f"{name}: saving and leaving {when}; repeat it to leave at once\n".encode())
+
+    def poll(self, step: int) -> int | None:
+        """Return the number of the signal if the run should save and leave before the next step, else None.
+
+        Several processes must call `poll` and `check` equally often, in the same order.
+
+        Args:
+            step: number of steps done, for the message.
+        """
+        if self._agreed() and is_primary():
+            self._announce(signal.SIGTERM, f"at step {step}")
+        return self.received
+
+    def check(self) -> None:
+        """Raise PreemptionRequested if the run should save and leave; call it in long evaluations."""
+        self._agreed()
+        if self.received is not None:
+            raise PreemptionRequested
+
+    def _agreed(self) -> bool:
+        """Ask JAX's preemption service; return whether this call is the one at which all processes should leave."""
+        if not self._several or self.received is not None:
+            return False
+        self._polls += 1
+        if not multihost_utils.reached_preemption_sync_point(self._polls):
+            return False
+        self.received = signal.SIGTERM
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return True
+
+
+class Watchdog:
+    """Ends the process, with a traceback of every thread and status 1, when a step takes too long.
+
+    No heartbeat notices a process that is alive but stuck in a collective.
+
+    Args:
+        seconds: that a step may take; None or 0: any.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds = seconds
+
+    def arm(self) -> None:
+        """Start to wait for `seconds`, anew if armed already."""
+        if self.seconds:
+            faulthandler.dump_traceback_later(self.seconds, exit=True, file=2)
+
+    def cancel(self) -> None:
+        """Stop waiting."""
+        if self.seconds:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def limit_exit() -> None:
+    """End this process after EXIT_SECONDS, with status 1, if it has not ended by then.
+
+    A process that fails alone would wait at JAX's shutdown barrier for others, which wait for it in a collective.
+    """
+    if is_connected():
+        faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115

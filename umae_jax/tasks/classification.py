@@ -1,0 +1,320 @@
+"""Classification: fine-tuning of a pre-trained encoder, or training from scratch (SPEC 8, 10)."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from umae_jax import cli
+from umae_jax.config import steps_of_epochs
+from umae_jax.data.augment import RandAugment
+from umae_jax.data.on_device import mix, random_erase, random_flip, sample_keys, smooth_targets
+from umae_jax.data.pipeline import EvalLoader, Sample, abstract_batch, readers
+from umae_jax.data.sources import Source, open_images
+from umae_jax.data.transforms import LoadCrop, LoadWhole, Unreadable
+from umae_jax.errors import UserError, listing, require
+from umae_jax.features import read_encoder
+from umae_jax.files import AnyPath
+from umae_jax.models.classifier import Classifier
+from umae_jax.models.position_table import PositionTable, resize_positions
+from umae_jax.tasks import labelled
+from umae_jax.training.sharding import batch_sharding, replicated
+from umae_jax.training.task import BaseTask, Batch, Hook, Params, Prediction, RunContext
+from umae_jax.weights.stored_run import StoredRun, best_checkpoint
+
+TOP1 = "validation_top1"
+NUM_PREDICTED = 5  # classes named per image
+
+
+class Accuracy(NamedTuple):
+    """Accuracy on a data set.
+
+    Attributes:
+        images: number of readable images; the others do not count.
+        top1, top5: fraction of them whose class is the likeliest, or among the five likeliest.
+        unreadable: number of images that could not be read.
+    """
+
+    images: int
+    top1: float
+    top5: float
+    unreadable: int
+
+
+class Task(BaseTask):
+    """Trains a `Classifier` by cross-entropy on augmented, mixed and smoothed labels."""
+
+    command = "finetune"
+    best_metric = TOP1
+
+    def __init__(self, config: ConfigDict) -> None:
+        super().__init__(config)
+        self.mixes = bool(config.augment.mixup or config.augment.cutmix)
+        self.group_size = 2 if self.mixes else 1  # neighbours are mixed with each other
+
+    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return image uint8 [H, W, C] and label int32 []."""
+        image = (*self.config.image_size, self.config.model.channels)
+        return {"image": jax.ShapeDtypeStruct(image, jnp.uint8), "label": jax.ShapeDtypeStruct((), jnp.int32)}
+
+    def loss(self, model: Classifier, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Flip, normalise, erase, mix and drop paths by each image's own key; then cross-entropy."""
+        augment = self.config.augment
+        keys = jax.vmap(lambda key: jax.random.split(key, 4))(sample_keys(self.config.seed, batch["sample_index"]))
+        flip, erase, mixing, drop = keys.swapaxes(0, 1)
+        images = model.encoder.normalize(random_flip(batch["image"], flip))
+        if augment.erase:
+            images = random_erase(images, erase, augment.erase)
+        targets = smooth_targets(batch["label"], self.config.model.classes, augment.label_smoothing)
+        images, targets = mix(images, targets, mixing, mixup=augment.mixup, cutmix=augment.cutmix)
+        return optax.softmax_cross_entropy(model(images, drop), targets).mean(), {}
+
+    def assume_classes(self, classes: int) -> None:
+        """See `BaseTask.assume_classes`."""
+        if self.config.model.classes is None:
+            self.config.model.classes = classes
+
+    def open(self) -> None:
+        """See `BaseTask.open`; `model.classes` is set to the number of classes of the data."""
+        config = self.config
+        part = config.batch_size // config.grad_accum_steps
+        require(
+            not self.mixes or part % 2 == 0,
+            f"batch_size: mixup and cutmix take images in pairs; {config.batch_size} images in "
+            f"{config.grad_accum_steps} accumulation step(s) leave one over; choose an even number per step",
+        )
+        self.source = labelled.open_training(config)
+        labelled.check_labelled(self.source, "data.source")
+        classes = len(self.source.classes)
+        require(
+            config.model.classes in (None, classes),
+            f"model.classes is {config.model.classes}, but {config.data.source} has {classes} classes; "
+            f"write --config.model.classes={classes}",
+        )
+        config.model.classes = classes
+        self.class_names = tuple(self.source.classes)
+        self.validation = labelled.open_matching_validation(config, self.source)
+        self.measured_last = TOP1 if self.validation and config.validation.every_epochs else None
+
+    @property
+    def num_samples(self) -> int:
+        """Number of training images."""
+        return len(self.source)
+
+    def sample_loader(self) -> Callable[[int, int], Sample]:
+        """Return random resized crops under RandAugment, with labels."""
+        config = self.config
+        augment = RandAugment(
+            config.augment.operations,
+            config.augment.magnitude,
+            config.augment.magnitude_std,
+            tuple(round(255 * mean) for mean in config.data.mean),
+        )
+        return LoadCrop(
+            self.source,
+            config.seed,
+            config.image_size,
+            config.model.channels,
+            config.data.area,
+            augment if augment.operations else None,
+            labels=(config.model.classes, "data.source"),
+        )
+
+    def initial_params(self, abstract: Params) -> Params | None:
+        """Return the pre-trained encoder that `init` names."""
+        config = self.config
+        if config.init is None:
+            cli.say("init is not set: training from scratch")
+            return None
+        pretrained, encoder = read_encoder(config.init, "init")
+        return adapt_pretrained(config, abstract["encoder"], pretrained, encoder, config.init)
+
+    def hooks(self, context: RunContext) -> Sequence[Hook]:
+        """Return the measurement of accuracy."""
+        config = self.config
+        if self.validation is None:
+            cli.say("validation.source is not set: accuracy is not measured")
+            return ()
+        batch_size = config.batch_size // config.grad_accum_steps
+        measure = make_evaluator(
+            config, context.graph, context.params, self.validation, context.mesh, batch_size, context.check
+        )
+
+        def validate(_step: int, params: Params) -> dict[str, float]:
+            accuracy = measure(params)
+            metrics = {TOP1: accuracy.top1, "validation_top5": accuracy.top5, "validation_images": accuracy.images}
+            return metrics | ({"validation_unreadable": accuracy.unreadable} if accuracy.unreadable else {})
+
+        every = steps_of_epochs(config.validation.every_epochs, self.num_samples, config.batch_size)
+        return (Hook(every, validate, metric=TOP1),)
+
+    def result(self, workdir: AnyPath) -> str | None:
+        """Return the best accuracy and where its checkpoint is."""
+        best = best_checkpoint(workdir)
+        return None if best is None else f"best top-1 {best.value:.2%}, in {best.folder}"
+
+    def evaluate(self, run: StoredRun, mesh: Mesh, batch_size: int) -> Prediction:
+        """Return top-1 and top-5 on the validation images.
+
+        Raises:
+            UserError: if none are named, or their classes are not the model's.
+        """
+        config, where = run.config, run.config.validation.source
+        require(where is not None, "--validation is missing; write --validation with folder:PATH or tfds:NAME")
+        source = labelled.open_validation(config, "--validation")
+        require(
+            len(source.classes) == config.model.classes,
+            f"--validation: {where} has {len(source.classes)} classes, the model {config.model.classes}",
+        )
+        unknown = [theirs for ours, theirs in zip(run.classes, source.classes, strict=False) if ours != theirs]
+        require(
+            not unknown,
+            f"--validation: the model was not trained on these classes of {where}: {listing(unknown)}; "
+            "name images of its own classes",
+        )
+        accuracy = make_evaluator(config, run.graph, run.params, source, mesh, batch_size)(run.params)
+        line = f"top-1 {accuracy.top1:.2%}, top-5 {accuracy.top5:.2%} of {accuracy.images:,} images"
+        line += f"; {accuracy.unreadable} unreadable images do not count" if accuracy.unreadable else ""
+        return line, {"step": run.step, **accuracy._asdict()}
+
+    def predict(self, run: StoredRun, path: Path) -> Iterator[Prediction]:
+        """Yield the likeliest classes of each image."""
+        config = run.config
+        source = open_images(path)
+        names = run.classes or tuple(f"class {number}" for number in range(config.model.classes))
+
+        @jax.jit
+        def probabilities(params: Params, images: jax.Array) -> jax.Array:
+            return jax.nn.softmax(nnx.merge(run.graph, params)(images))
+
+        failures = 0
+        load = LoadWhole(source, config.image_size, config.model.channels, config.validation.crop)
+        for index in range(len(source)):
+            loaded = load.try_load(index)
+            if isinstance(loaded, Unreadable):
+                failures += 1
+                cli.say(f"{loaded.name} cannot be read ({loaded.reason})")
+                continue
+            (name, _, _), pixels = loaded
+            likelihoods = np.asarray(probabilities(run.params, jnp.asarray(pixels[None])))[0]
+            classes = {names[k]: float(likelihoods[k]) for k in np.argsort(-likelihoods)[:NUM_PREDICTED]}
+            line = ", ".join(f"{label} {probability:.1%}" for label, probability in classes.items())
+            yield f"{name}: {line}", {"image": name, "classes": classes}
+        require(failures < len(source), f"--images: none of the images in {path} can be read")
+
+
+def rank_of(labels: jax.Array, logits: jax.Array) -> jax.Array:
+    """Count the classes ranked before the right one: labels int32 [B], logits [B, classes] -> int32 [B].
+
+    Among equal logits the lower class ranks first. A NaN never ranks in favour of the right class.
+    """
+    own = jnp.take_along_axis(logits, labels[:, None], axis=1)  # [B, 1]
+    classes = jnp.arange(logits.shape[1])[None]
+    behind = (logits < own) | ((logits == own) & (classes > labels[:, None]))
+    return logits.shape[1] - 1 - behind.sum(1, dtype=jnp.int32)
+
+
+def make_evaluator(
+    config: ConfigDict,
+    graph: nnx.GraphDef,
+    params: Params,
+    source: Source,
+    mesh: Mesh,
+    batch_size: int,
+    check: Callable[[], None] = lambda: None,
+) -> Callable[[Params], Accuracy]:
+    """Compile the evaluation of a classifier on every image of a source, each counted once.
+
+    In bfloat16 another batch size may round logits differently, and change an image whose two best classes are all but
+    equal; in float32 that is as good as never.
+
+    Args:
+        config: of the classifier.
+        graph: of the classifier.
+        params: its parameters, or their shapes with their shardings.
+        source: labelled images.
+        mesh: the devices.
+        batch_size: global.
+        check: called before each batch; may raise to break off.
+    """
+    sharding = batch_sharding(mesh)
+    named: set[str] = set()
+    zeros = jax.jit(lambda: jnp.zeros(3, jnp.int32), out_shardings=replicated(mesh))
+    load = LoadWhole(
+        source,
+        config.image_size,
+        config.model.channels,
+        config.validation.crop,
+        labels=(len(source.classes), "validation.source"),
+    )
+
+    def count(totals: jax.Array, params: Params, batch: Batch) -> jax.Array:
+        valid = batch["valid"]
+        rank = rank_of(jnp.maximum(batch["label"], 0), nnx.merge(graph, params)(batch["image"]))
+        return totals + jnp.stack([valid.sum(), (valid & (rank < 1)).sum(), (valid & (rank < 5)).sum()])
+
+    arrays = Task(config).batch() | {"valid": jax.ShapeDtypeStruct((), jnp.bool_)}
+    totals = jax.ShapeDtypeStruct((3,), jnp.int32, sharding=replicated(mesh))
+    jitted = jax.jit(count, donate_argnums=0, out_shardings=replicated(mesh))
+    compiled = jitted.lower(totals, params, abstract_batch(arrays, batch_size, sharding)).compile()
+
+    def evaluate(params: Params) -> Accuracy:
+        totals = zeros()
+        loader = EvalLoader(
+            len(source), load, batch_size=batch_size, sharding=sharding, named=named, readers=readers(config)
+        )
+        for batch in loader:
+            check()
+            totals = compiled(totals, params, batch)
+        images, top1, top5 = (int(total) for total in jax.device_get(totals))
+        require(images > 0, "validation.source: none of its images can be read; repair them or name another source")
+        return Accuracy(images, top1 / images, top5 / images, len(source) - images)
+
+    return evaluate
+
+
+def adapt_pretrained(config: ConfigDict, wanted: Any, pretrained: ConfigDict, encoder: nnx.State, name: str) -> Params:  # noqa: ANN401
+    """Fit the encoder of another model into the parameters of a classifier, {"encoder": ...}, on the host.
+
+    Position tables are resized where images have another size than in pre-training.
+
+    Args:
+        config: of the classifier.
+        wanted: its own encoder, in shapes; parameters that it lacks, such as a last norm, are left out.
+        pretrained: configuration of the model that the encoder comes from.
+        encoder: the encoder's parameters.
+        name: of the file or directory, for the error message.
+
+    Raises:
+        UserError: naming the sizes that differ.
+    """
+    keys = ["encoder", "channels", "patch", "widths", "depths", "heads", "mlp_ratios"]
+    keys += ["position_width"] if "position_width" in config.model else []
+    different = [
+        f"model.{key} is {pretrained.model[key]} there, {config.model[key]} here"
+        for key in keys
+        if pretrained.model.get(key) != config.model[key]
+    ]
+    if different:
+        raise UserError(
+            f"init: {name} holds an encoder of other sizes ({'; '.join(different)}); "
+            "choose a configuration of its sizes, or set these keys"
+        )
+    variables = dict(nnx.to_flat_state(encoder))
+    shapes = dict(nnx.to_flat_state(wanted))
+    table = ("positions", "table")
+    if table in shapes:
+        side, width = config.model.patch, config.model.widths[0]
+        grids = [(image[0] // side, image[1] // side) for image in (pretrained.image_size, config.image_size)]
+        leading = shapes[table].shape[1] - grids[1][0] * grids[1][1]  # 1 with a class token
+        fixed = PositionTable(width, grids[0], class_token=bool(leading)).fixed()
+        learned = jnp.asarray(variables[table][...] if table in variables else fixed)
+        variables[table] = nnx.Param(np.asarray(resize_positions(learned, *grids, leading=leading)))
+    return nnx.State({"encoder": nnx.from_flat_state([(path, variables[path]) for path in shapes])})

@@ -1,0 +1,52 @@
+"""The main of each training command."""
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from umae_jax import cli, multihost
+from umae_jax.errors import require
+from umae_jax.files import AnyPath, locate
+from umae_jax.multihost import StopSignal
+from umae_jax.tasks import make_task
+from umae_jax.training import run
+
+
+def train(config: ConfigDict, workdir: AnyPath, command: str, step_timeout: float | None = None) -> str | None:
+    """Train what a configuration describes, or continue; SIGTERM and SIGINT save and leave.
+
+    Args:
+        config: of the run; may be completed from the data.
+        workdir: for everything that the run writes.
+        command: name of the command, which must be the task's.
+        step_timeout: as for `run.train`.
+
+    Returns:
+        The line that the finished run ends with, if any.
+
+    Raises:
+        Preempted, UserError: see `run.train`.
+    """
+    with StopSignal() as stop:
+        task = make_task(config)
+        require(
+            task.command == command,
+            f"model.method: {config.model.method} is not trained by {command}; use python -m umae_jax.{task.command}",
+        )
+        run.train(task, workdir, stop, step_timeout)
+    return task.result(workdir)
+
+
+def run_command(command: str) -> None:
+    """Parse the flags of a training command and run it."""
+    config_flag = cli.define_config()
+    workdir_flag = flags.DEFINE_string("workdir", None, "Directory for checkpoints, metrics and everything else.")
+    cluster = multihost.define_flags()
+
+    def main() -> None:
+        config = cli.read_config(config_flag)
+        workdir = locate(cli.required(workdir_flag, "a directory for what the run produces"), "--workdir")
+        cli.join(cluster, config, workdir)
+        if line := train(config, workdir, command, cluster.step_timeout.value or None):
+            cli.result(line)
+
+    cli.run(main)

@@ -1,0 +1,66 @@
+"""Evaluation of a finished run, whatever its task."""
+
+import jax
+
+from umae_jax.errors import require
+from umae_jax.files import AnyPath
+from umae_jax.tasks import make_task, probing
+from umae_jax.training.sharding import make_mesh, replicated
+from umae_jax.training.task import BaseTask, Prediction
+from umae_jax.weights.stored_run import StoredRun, read_run
+
+
+def open_run(
+    workdir: AnyPath,
+    *,
+    best: bool = False,
+    source: str | None = None,
+    validation: str | None = None,
+    stage: int | None = None,
+) -> StoredRun:
+    """Read a run onto every device, with other data or another stage to probe.
+
+    Raises:
+        UserError: if the directory holds no run, or the run has no such stage.
+    """
+    run = read_run(workdir, best=best, sharding=replicated(make_mesh()))
+    config = run.config.unlock()
+    config.data.source = source or config.data.source
+    config.validation.source = validation or config.validation.source
+    if stage is not None:
+        stages = len(config.model.depths)
+        require(-stages <= stage < stages, f"--stage: {stage} is none of the {stages} stages, 0 to {stages - 1}")
+        config.probe.stage = stage
+    return run
+
+
+def evaluate_run(run: StoredRun, *, probe: str | None = None, batch_size: int = 256) -> Prediction:
+    """Return the metrics of a run on its validation data, or of a probe of its features.
+
+    Args:
+        run: from `open_run`.
+        probe: "knn" or "linear"; None: evaluate the task itself.
+        batch_size: global; rounded up to a multiple of the number of devices.
+
+    Returns:
+        A line for people, and the values by name.
+    """
+    devices = jax.device_count()
+    batch_size = -(-batch_size // devices) * devices
+    if probe is not None:
+        return probing.probe_run(run, probe, make_mesh(), batch_size)
+    return task_of(run).evaluate(run, make_mesh(), batch_size)
+
+
+def task_of(run: StoredRun) -> BaseTask:
+    """Return the task of a run that can be evaluated without a probe.
+
+    Raises:
+        UserError: for a pre-training run.
+    """
+    task = make_task(run.config)
+    require(
+        task.best_metric is not None,
+        "--workdir: it holds a pre-training run; add --probe knn or --probe linear, or fine-tune it first",
+    )
+    return task

@@ -1,0 +1,78 @@
+"""Make a run's directory from a weight file."""
+
+import contextlib
+import json
+import shutil
+import time
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from umae_jax.config import CONFIG_FILE, to_json
+from umae_jax.errors import UserError, require
+from umae_jax.files import AnyPath, write_whole
+from umae_jax.tasks import make_task
+from umae_jax.training.checkpoint import Checkpoints
+from umae_jax.training.sharding import make_mesh
+from umae_jax.training.state import abstract_run, initialize
+from umae_jax.weights.exchange import read_model
+from umae_jax.weights.names import from_reference
+from umae_jax.weights.stored_run import CLASSES_FILE
+
+INCOMING = ".incoming"  # the run's files are complete before they move from here to the directory
+
+
+def import_weights(file: AnyPath, workdir: Path, config: ConfigDict | None = None) -> ConfigDict:
+    """Make a run's directory, at step 0, from a weight file; write all of it or nothing.
+
+    Args:
+        file: the weight file.
+        workdir: the directory to make; it must be empty or absent.
+        config: the model's configuration; by default that of the file's metadata, or else inferred from shapes.
+
+    Returns:
+        The run's configuration.
+
+    Raises:
+        UserError: if the file is invalid or does not fit the model, or the directory cannot be used.
+    """
+    workdir = workdir.absolute()
+    incoming = workdir / INCOMING
+    require(
+        not workdir.exists() or (workdir.is_dir() and not set(workdir.iterdir()) - {incoming}),
+        f"--workdir: {workdir} is not empty; choose another directory",
+    )
+    config, tensors, classes = read_model(file, config)
+    task = make_task(config)
+    run = abstract_run(task, make_mesh())
+    params = from_reference(config, run.state.params, tensors, name=str(file))
+    existed = workdir.exists()
+    shutil.rmtree(incoming, ignore_errors=True)  # of an import that was killed
+    incoming.mkdir(parents=True)
+    try:
+        checkpoints = Checkpoints(incoming)
+        try:
+            checkpoints.save(0, initialize(task, run, params), {"samples": 0})
+            checkpoints.wait()
+        finally:
+            with contextlib.suppress(Exception):  # `save` or `wait` raised it already
+                checkpoints.close()
+        if classes:
+            write_whole(incoming / CLASSES_FILE, json.dumps(classes).encode())
+        write_whole(incoming / CONFIG_FILE, to_json(config).encode())
+        for path in sorted(incoming.iterdir(), key=lambda path: path.name == CONFIG_FILE):  # the last makes it a run
+            path.replace(workdir / path.name)
+    except BaseException as error:
+        _remove(incoming if existed else workdir)
+        if isinstance(error, UserError):
+            raise UserError(f"--workdir: cannot write {workdir}; make room or choose another directory") from error
+        raise
+    incoming.rmdir()
+    return config
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder; repeat, because after a failure Orbax goes on writing other arrays for a moment."""
+    for _ in range(10):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)

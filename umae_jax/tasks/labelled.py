@@ -1,0 +1,73 @@
+"""Labelled data for training, validation and probes."""
+
+from ml_collections import ConfigDict
+
+from umae_jax.data.sources import Source, open_source
+from umae_jax.errors import UserError, listing, require
+
+
+def open_training(config: ConfigDict) -> Source:
+    """Open the images that `config.data` names.
+
+    Raises:
+        UserError: if there are none.
+    """
+    return open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
+
+
+def open_validation(config: ConfigDict, key: str = "validation.source") -> Source:
+    """Open the labelled images that `config.validation` names.
+
+    Args:
+        config: of the run.
+        key: the key or flag that named them, for error messages.
+
+    Raises:
+        UserError: if there are none, or they have no labels.
+    """
+    where = config.validation
+    source = open_source(where.source, split=where.split, data_dir=config.data.data_dir, key="validation")
+    check_labelled(source, key)
+    return source
+
+
+def open_matching_validation(
+    config: ConfigDict, training: Source, keys: tuple[str, str] = ("data.source", "validation.source")
+) -> Source | None:
+    """Open the validation images, whose classes must be those of the training images; None if none are named.
+
+    Args:
+        config: of the run.
+        training: the images to train on, or to fit a probe to.
+        keys: the keys or flags that named the two, for error messages.
+
+    Raises:
+        UserError: if either has no labels, or the classes differ.
+    """
+    if config.validation.source is None:
+        return None
+    check_labelled(training, keys[0])
+    source = open_validation(config, keys[1])
+    if source.classes != training.classes:
+        ours, theirs = set(training.classes), set(source.classes)
+        extra, missing = sorted(theirs - ours), sorted(ours - theirs)
+        only = [f"{listing(names)} only in {key}" for names, key in ((extra, "it"), (missing, keys[0])) if names]
+        raise UserError(
+            f"{keys[1]}: its classes differ from those of {keys[0]} ({'; '.join(only) or 'another order'}); "
+            "use the same folders, or labels, in both"
+        )
+    return source
+
+
+def check_labelled(source: Source, key: str) -> None:
+    """Check that a source has labels of at least two classes.
+
+    Raises:
+        UserError: naming the key.
+    """
+    require(
+        bool(source.classes),
+        f"{key}: its images have no labels; put the images of each class into a subfolder named after it "
+        "(and none beside these), or name a TFDS data set with labels",
+    )
+    require(len(source.classes) > 1, f"{key}: there is only one class, {source.classes[0]}; at least two are needed")

@@ -1,0 +1,111 @@
+"""Pre-training by masked image modelling: UM-MAE, MAE and SimMIM."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from umae_jax import pictures
+from umae_jax.config import steps_of_epochs
+from umae_jax.data.on_device import random_flip, sample_keys
+from umae_jax.data.pipeline import Sample
+from umae_jax.data.transforms import LoadCrop, first_readable
+from umae_jax.errors import require
+from umae_jax.files import AnyPath, write_whole
+from umae_jax.models.masked import MaskedImageModel
+from umae_jax.multihost import is_primary
+from umae_jax.tasks import labelled, probing
+from umae_jax.training.sharding import replicated
+from umae_jax.training.task import BaseTask, Batch, Hook, Params, RunContext
+
+PICTURES = "reconstructions"  # folder in a run's directory
+KNN = "knn_top1"
+
+
+class Task(BaseTask):
+    """Trains a `MaskedImageModel` on images without labels; with labels it can probe the features on the way."""
+
+    command = "pretrain"
+
+    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return the image alone, uint8 [H, W, C]."""
+        return {"image": jax.ShapeDtypeStruct((*self.config.image_size, self.config.model.channels), jnp.uint8)}
+
+    def loss(self, model: MaskedImageModel, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Flip and mask each image by its own key; the loss is the model's."""
+        with jax.named_scope("images"):
+            keys = jax.vmap(jax.random.split)(sample_keys(self.config.seed, batch["sample_index"]))
+            images, mask = random_flip(batch["image"], keys[:, 0]), model.sample_mask(keys[:, 1])
+        return model(images, mask)[0], {}
+
+    def open(self) -> None:
+        """See `BaseTask.open`."""
+        require(
+            self.config.init is None,
+            "init: pre-training begins from scratch; to continue from a file of weights, make a run's directory of it "
+            "with python -m umae_jax.convert FILE --workdir DIR, and continue there",
+        )
+        self.source = labelled.open_training(self.config)
+        self.validation = labelled.open_matching_validation(self.config, self.source)
+        self.measured_last = KNN if self.validation and self.config.validation.every_epochs else None
+
+    @property
+    def num_samples(self) -> int:
+        """Number of training images."""
+        return len(self.source)
+
+    def sample_loader(self) -> Callable[[int, int], Sample]:
+        """Return random resized crops."""
+        config = self.config
+        return LoadCrop(self.source, config.seed, config.image_size, config.model.channels, config.data.area)
+
+    def hooks(self, context: RunContext) -> Sequence[Hook]:
+        """Return the pictures of reconstructions, and the kNN probe if there are labelled validation images."""
+        hooks = []
+        if self.config.picture_every:
+            hooks.append(Hook(self.config.picture_every, self._drawing(context)))
+        if self.validation is not None:
+            every = steps_of_epochs(self.config.validation.every_epochs, self.num_samples, self.config.batch_size)
+            hooks.append(Hook(every, self._probe(context), metric=KNN))
+        return hooks
+
+    def _drawing(self, context: RunContext) -> Callable[[int, Params], dict[str, float]]:
+        """Draw the first images of the data, always under the same masks."""
+        config = self.config
+        illustrate = pictures.make_illustrator(
+            context.graph,
+            first_readable(self.source, config.pictures, config.image_size, config.model.channels),
+            seed=config.seed,
+            sharding=replicated(context.mesh),
+        )
+
+        def draw(step: int, params: Params) -> dict[str, float]:
+            picture = illustrate(params, f"step {step}")  # every process computes it
+            if is_primary():
+                (context.workdir / PICTURES).mkdir(exist_ok=True)
+                write_whole(context.workdir / PICTURES / f"{step:07}.png", picture)
+            return {}
+
+        return draw
+
+    def _probe(self, context: RunContext) -> Callable[[int, Params], dict[str, float]]:
+        """Measure the kNN accuracy of the frozen features."""
+        config, validation = self.config, self.validation
+        assert validation is not None
+        batch_size = config.batch_size // config.grad_accum_steps
+        read = probing.make_reader(config, context.graph, context.params, context.mesh, batch_size, context.check)
+
+        def probe(_step: int, params: Params) -> dict[str, float]:
+            bank = read(params, self.source, "data.source", config.probe.images)
+            queries = read(params, validation, "validation.source")
+            options = {"neighbors": config.probe.neighbors, "temperature": config.probe.temperature}
+            accuracy = probing.knn_accuracy(bank, queries, classes=len(self.source.classes), **options)
+            unreadable = bank.unreadable + queries.unreadable
+            return {KNN: accuracy} | ({"knn_unreadable": unreadable} if unreadable else {})
+
+        return probe
+
+    def result(self, workdir: AnyPath) -> str | None:
+        """Return the path of the last picture."""
+        drawn = sorted((workdir / PICTURES).glob("*.png"))
+        return str(drawn[-1]) if drawn else None

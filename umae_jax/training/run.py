@@ -1,0 +1,340 @@
+"""A run on one page, in the order in which things happen: mesh, data, state, restore, compile, loop, evaluate, save."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from itertools import zip_longest
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from umae_jax import cli, startup
+from umae_jax.config import CONFIG_FILE, check, differences, old_class_names, read_config, resolve_steps, to_json
+from umae_jax.data.pipeline import TrainLoader, abstract_batch, readers
+from umae_jax.errors import Preempted, PreemptionRequested, UserError, listing, require
+from umae_jax.files import AnyPath, write_whole
+from umae_jax.multihost import StopSignal, Watchdog, all_gather_json, broadcast_json, is_primary
+from umae_jax.training.checkpoint import Checkpoints
+from umae_jax.training.metrics import Report, metrics_of
+from umae_jax.training.optimizer import learning_rate_schedule
+from umae_jax.training.sharding import batch_sharding, make_mesh, shardings_of
+from umae_jax.training.state import AbstractRun, abstract_run, initialize
+from umae_jax.training.step import TrainStep, lower_step, make_train_step
+from umae_jax.training.task import BaseTask, Batch, Hook, RunContext
+from umae_jax.weights.stored_run import CLASSES_FILE
+
+MAX_SAMPLES = 2**32  # sample indices are 32-bit
+
+
+def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: float | None = None) -> None:
+    """Train to the last step, from the newest whole checkpoint in the directory if there is one.
+
+    Args:
+        task: with the configuration of the run.
+        workdir: for checkpoints, metrics and pictures.
+        stop: asks the run to save and leave.
+        step_timeout: seconds that a step may take before the process is ended; None: any.
+
+    Raises:
+        Preempted: after saving, when asked to leave.
+        UserError: if configuration, data and directory do not fit together, a checkpoint cannot be written, or losses
+            are not finite for `stop_after_bad_steps` steps.
+    """
+    config = task.config
+    check(config)
+    mesh = make_mesh(config.mesh.fsdp)
+    with contextlib.ExitStack() as resources:
+        # Data.
+        task.open()
+        total_steps, warmup_steps = durations(config, task.num_samples)
+        # State: a checkpoint of this run, else the weights that the task names, else new ones.
+        run = abstract_run(task, mesh)
+        checkpoints = open_workdir(task, workdir)
+        resources.callback(checkpoints.close)
+        startup.mark("data and model")
+        restored = checkpoints.restore(run.state)
+        state, data = restored or (initialize(task, run, task.initial_params(run.state.params)), {})
+        startup.mark("the state")
+        first_step, samples = int(state.step), int(data.get("samples", 0))
+        parameters = sum(array.size for array in jax.tree.leaves(state.params))
+        devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
+        cli.say(f"{parameters:,} parameters, {task.num_samples:,} images, {devices}")
+        context = RunContext(run.graph, run.state.params, mesh, workdir, stop.check)
+        done = broadcast_json(sorted(metrics_of(workdir, first_step)))  # measured before a signal ended the run
+        if first_step > total_steps or (first_step == total_steps and not _missing(task, done)):
+            cli.say(f"{workdir} has reached step {first_step} already; set total_steps above that to go on")
+            return
+        if first_step:
+            cli.say(f"continuing at step {first_step} of {total_steps}")
+        # The loader reads ahead while the step compiles.
+        loader = TrainLoader(
+            task.num_samples,
+            task.sample_loader(),
+            batch_size=config.batch_size,
+            sharding=batch_sharding(mesh),
+            seed=config.seed,
+            first_sample=samples,
+            readers=readers(config),
+        )
+        resources.callback(loader.close)
+        train_step = build_step(task, run, warmup_steps, total_steps)
+        compiled = lower_step(train_step, run.state, global_batch(task, mesh), mesh).compile()
+        startup.mark("compiling")
+        hooks = task.hooks(context)
+        report = Report(workdir, first_step, total_steps)
+        resources.callback(report.close)
+        watchdog = Watchdog(step_timeout)
+        resources.callback(watchdog.cancel)
+
+        # Loop. Step N is dispatched before the metrics of step N - 1 are read: the devices never wait for the log.
+        number, saved = first_step, first_step or None
+        skipped_before = int(data.get("skipped_images", 0))  # in all processes, up to the checkpoint
+        clock = Clock()
+        pending: tuple[int, dict[str, jax.Array], int] | None = None  # step, metrics, unreadable images up to it
+
+        def skipped_images(own: int) -> int:
+            return skipped_before + sum(all_gather_json(own))
+
+        def read(step: int, metrics: dict[str, jax.Array], own_skipped: int) -> None:
+            """Read the metrics of a step, waiting for it; stop on bad ones, report them where due."""
+            values = {key: value.item() for key, value in jax.device_get(metrics).items()}
+            clock.count(config.batch_size)
+            report.advance(step)
+            if step == first_step + 1:
+                startup.mark("the step")
+                cli.say(startup.summary())
+            if values["bad_steps"] >= config.stop_after_bad_steps:
+                raise UserError(
+                    f"loss or gradient were not finite in {values['bad_steps']} consecutive steps, up to step {step} "
+                    f"(loss {values['loss']}); lower optimizer.base_learning_rate or set optimizer.clip_norm, and "
+                    f"start again to continue from the newest checkpoint in {workdir}"
+                )
+            if step % config.log_every == 0 or step == total_steps:
+                report.training(step, values | {"skipped_images": skipped_images(own_skipped)} | clock.rates())
+
+        def save(step: int, metrics: dict[str, float] | None = None) -> None:
+            """Save a checkpoint, with the metrics that make it the best one."""
+            report.flush()  # a run that continues from here finds the metrics up to here
+            content = {"samples": samples, "skipped_images": skipped_images(loader.skipped_images)}
+            checkpoints.save(step, state, content, metrics)
+
+        while True:
+            signal = stop.poll(number)
+            last = number == total_steps
+            due = [hook for hook in hooks if _is_due(hook, number, first_step, last, done)] if signal is None else []
+            periodic = number > 0 and (number % config.checkpoint_every == 0 or last)
+            saving = number != saved and (signal is not None or periodic)
+            if pending and (due or saving):
+                read(*pending)  # evaluate and save only a state whose step was good
+                pending = None
+            # Evaluate.
+            try:
+                for hook in due:
+                    watchdog.cancel()
+                    metrics = hook.run(number, state.eval_params)
+                    if number > 0 and checkpoints.improves(metrics):
+                        save(number, metrics)
+                        saved, saving = number, False
+                    if metrics:  # after the checkpoint: a run killed in between evaluates again
+                        report.measured(number, metrics)
+            except PreemptionRequested:  # the hook starts again when the run continues here
+                signal, saving = stop.received, number not in (0, saved)
+            # Save.
+            if saving:
+                watchdog.cancel()
+                save(number)
+                saved = number
+            if signal is not None:
+                checkpoints.wait()
+                raise Preempted(signal, number)
+            if due or saving:
+                clock.restart()
+            if last:
+                break
+            # Next batch, next step.
+            if number == first_step:
+                startup.mark("evaluations before")
+            watchdog.arm()
+            batch = clock.next(loader)
+            if number == first_step:
+                startup.mark("the first batch")
+            state, metrics_of_step = compiled(state, batch)
+            samples += config.batch_size
+            number += 1
+            if pending:
+                read(*pending)
+            pending = (number, metrics_of_step, loader.skipped_images)
+        checkpoints.wait()
+        report.flush()
+        cli.say(f"finished {total_steps} steps; everything is in {workdir}")
+
+
+def _is_due(hook: Hook, step: int, first_step: int, last: bool, done: list[str]) -> bool:
+    """Return whether a hook is called at a step: before the first, after the last, and every so many."""
+    again = step == first_step and hook.metric in done
+    return bool(hook.every) and (step % hook.every == 0 or last) and not again
+
+
+def _missing(task: BaseTask, done: list[str]) -> bool:
+    """Return whether a metric of the last step is still to be measured: a signal may have come before it."""
+    return task.measured_last is not None and task.measured_last not in done
+
+
+class Clock:
+    """Measures images per second, and the fraction of time spent waiting for data, since the last report."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Start anew."""
+        self._start, self._images, self._waited = time.monotonic(), 0, 0.0
+
+    def next(self, batches: Iterator[Batch]) -> Batch:
+        """Return the next batch, counting the time as waiting."""
+        start = time.monotonic()
+        batch = next(batches)
+        self._waited += time.monotonic() - start
+        return batch
+
+    def count(self, images: int) -> None:
+        """Add trained images."""
+        self._images += images
+
+    def rates(self) -> dict[str, float]:
+        """Return `images_per_second` and `data_wait`, and start anew."""
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        rates = {"images_per_second": self._images / seconds, "data_wait": min(1.0, self._waited / seconds)}
+        self.restart()
+        return rates
+
+
+# Before the loop: durations, the directory, the step.
+
+
+def durations(config: ConfigDict, samples: int) -> tuple[int, int]:
+    """Return the steps of the run and of its warm-up.
+
+    Raises:
+        UserError: if there are no steps, or more than can be counted.
+    """
+    total = resolve_steps(config, "total", samples, config.batch_size)
+    require(total > 0, "total_steps: the run has no steps; set total_steps, total_examples or total_epochs")
+    require(
+        total * config.batch_size < MAX_SAMPLES,
+        f"total_steps: {total} steps of {config.batch_size} images exceed the {MAX_SAMPLES} samples of a run",
+    )
+    warmup = resolve_steps(config, "optimizer.warmup", samples, config.batch_size)
+    if warmup > total:
+        cli.say(f"the warm-up of {warmup} steps is cut to the {total} steps of the run")
+    return total, min(warmup, total)
+
+
+def open_workdir(task: BaseTask, workdir: AnyPath) -> Checkpoints:
+    """Open the checkpoints of a directory, check that they are of this model, and write configuration and classes.
+
+    Raises:
+        UserError: if the directory holds checkpoints of another model, batch size or classes.
+        OSError: if it cannot be written.
+    """
+    config = task.config
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoints = Checkpoints(
+        workdir,
+        keep=config.checkpoint_keep,
+        keep_every=config.checkpoint_keep_every,
+        best_metric=task.best_metric,
+    )
+    config_file, classes_file = workdir / CONFIG_FILE, workdir / CLASSES_FILE
+    if checkpoints.any():
+        require(
+            config_file.is_file(),
+            f"{workdir} holds checkpoints but no {CONFIG_FILE} that names their model; choose another --workdir",
+        )
+        check_same_run(read_config(config_file), config, workdir)
+        written = classes_file.is_file()
+        names = json.loads(classes_file.read_bytes()) if written else old_class_names(config_file.read_bytes())
+        check_same_classes(names, task.class_names, workdir)
+    if is_primary():
+        if task.class_names:
+            write_whole(classes_file, json.dumps(task.class_names).encode())
+        write_whole(config_file, to_json(config).encode())
+    return checkpoints
+
+
+def check_same_run(old: ConfigDict, new: ConfigDict, workdir: AnyPath) -> None:
+    """Check that a run may continue in a directory; print the other changes.
+
+    Raises:
+        UserError: if the directory's checkpoints belong to another model or batch size.
+    """
+    changed = differences(old, new)
+    if "batch_size" in changed:
+        before, after = changed["batch_size"]
+        raise UserError(
+            f"batch_size is {before} in {workdir}, {after} here; a run counts its steps in one batch size; set it back "
+            "(grad_accum_steps saves memory) or choose another --workdir"
+        )
+    if "classes" in new.model and new.model.classes is None:
+        changed.pop("model.classes", None)
+    of_model = ("image_size", "optimizer.ema_decay")
+    model = {key: values for key, values in changed.items() if key.startswith("model.") or key in of_model}
+    model = {key: values for key, values in model.items() if key == "model.method"} or model  # it explains the others
+    if model:
+        fields = "; ".join(f"{key} is {before} there, {after} here" for key, (before, after) in model.items())
+        raise UserError(f"{workdir} holds checkpoints of another model ({fields}); choose another --workdir")
+    if changed.pop("init", None):
+        cli.say("init has changed, and is not read again: the run continues from its own checkpoint")
+    for key, (before, after) in changed.items():
+        cli.say(f"continuing with {key} = {after} (was {before})")
+
+
+def check_same_classes(old: tuple[str, ...], new: tuple[str, ...], workdir: AnyPath) -> None:
+    """Check that a run continues with the classes of its checkpoints.
+
+    Raises:
+        UserError: naming the classes that differ.
+    """
+    if old:
+        pairs = zip_longest(old, new, fillvalue="none")
+        different = [f"{before} is {after} here" for before, after in pairs if before != after]
+        require(
+            not different,
+            f"{workdir} holds a classifier of other classes ({listing(different)}); choose another --workdir",
+        )
+
+
+def global_batch(task: BaseTask, mesh: Mesh) -> Batch:
+    """Return the batch of a training step in shapes, dtypes and shardings."""
+    arrays = task.batch() | {"sample_index": jax.ShapeDtypeStruct((), np.uint32)}
+    return abstract_batch(arrays, task.config.batch_size, batch_sharding(mesh))
+
+
+def build_step(task: BaseTask, run: AbstractRun, warmup_steps: int, total_steps: int) -> TrainStep:
+    """Build the training step, not yet compiled.
+
+    Raises:
+        UserError: if it needs a kernel that the devices cannot run.
+    """
+    config = task.config
+    device: Any = next(iter(run.state.step.sharding.device_set))
+    require(
+        device.platform == "tpu" or not config.fused_attention,
+        f"fused_attention: the kernel runs on TPUs, not on {device.platform} devices; set it to False",
+    )
+    return make_train_step(
+        lambda params, batch: task.loss(nnx.merge(run.graph, params), batch),
+        run.optimizer,
+        learning_rate_schedule(
+            config.optimizer, batch_size=config.batch_size, warmup_steps=warmup_steps, total_steps=total_steps
+        ),
+        grad_accum_steps=config.grad_accum_steps,
+        group_size=task.group_size,
+        ema_decay=config.optimizer.ema_decay,
+        shardings=shardings_of(run.state.params),
+    )

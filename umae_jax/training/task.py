@@ -1,0 +1,158 @@
+"""The protocol of a task: what the engine (`run.py`) asks of everything that it trains; `umae_jax/tasks/` answers."""
+
+import abc
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from umae_jax.data.pipeline import Sample
+from umae_jax.files import AnyPath
+from umae_jax.models.build import build_model
+from umae_jax.weights.stored_run import StoredRun
+
+Batch = dict[str, Any]  # arrays [B, ...], sharded over their first axis
+Params = Any  # a pytree of float32 arrays
+Prediction = tuple[str, dict[str, Any]]  # a line for people, and the same as JSON
+
+
+class Hook(NamedTuple):
+    """Something done between steps: an evaluation, or a picture.
+
+    Attributes:
+        every: steps between two calls, with one before the first step and one after the last; 0: never.
+        run: (step, parameters) -> metrics to report; may raise PreemptionRequested.
+        metric: one of these metrics. A run that continues at a step that has it already does not call the hook again.
+    """
+
+    every: int
+    run: Callable[[int, Params], dict[str, float]]
+    metric: str = ""
+
+
+class RunContext(NamedTuple):
+    """What the hooks of a task may use of its run.
+
+    Attributes:
+        graph: the model without its parameters; `nnx.merge(graph, params)` gives the model.
+        params: shapes, dtypes and shardings of the parameters.
+        mesh: the devices.
+        workdir: the run's directory.
+        check: raises PreemptionRequested when the run is asked to leave; call it in long evaluations.
+    """
+
+    graph: nnx.GraphDef
+    params: Params
+    mesh: Mesh
+    workdir: AnyPath
+    check: Callable[[], None]
+
+
+class BaseTask(abc.ABC):
+    """Answers of a task to the engine. A task is made of a configuration alone; `open` adds the data.
+
+    Attributes:
+        command: name of the command that trains it.
+        best_metric: metric whose highest value names the best checkpoint; None: no best checkpoint is kept.
+        measured_last: metric that a run measures at its last step, set by `open`; None: no such metric.
+        group_size: gradient accumulation keeps this many neighbouring samples together in one part.
+        config: the configuration; `open` may complete it from the data.
+        class_names: names of the classes of the training data; () without classes.
+    """
+
+    command: ClassVar[str]
+    best_metric: ClassVar[str | None] = None
+    group_size: int = 1
+
+    def __init__(self, config: ConfigDict) -> None:
+        self.config = config
+        self.class_names: tuple[str, ...] = ()
+        self.measured_last: str | None = None
+
+    # Without data: for the training step, and for plans.
+
+    @abc.abstractmethod
+    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return shape and dtype of each array of a sample, without the batch axis.
+
+        The loader adds "sample_index", uint32 [], the key of every random draw of the sample.
+        """
+
+    @abc.abstractmethod
+    def loss(self, model: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:  # noqa: ANN401
+        """Compute the mean loss of a batch, a float32 scalar, and further scalars to report by name."""
+
+    def build_model(self, rngs: nnx.Rngs) -> nnx.Module:
+        """Build the model, freshly initialised.
+
+        Raises:
+            UserError: if the numbers of the configuration do not fit together.
+        """
+        return build_model(self.config, rngs)
+
+    def layer_index(self, model: Any, name: str) -> tuple[int, int]:  # noqa: ANN401
+        """Return the layer of a parameter, counted from 0 at the input, and the number of the last layer.
+
+        Args:
+            model: from `build_model`, in shapes.
+            name: dotted path of the parameter.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        return model.layer_index(name), model.num_layers
+
+    def assume_classes(self, classes: int) -> None:  # noqa: B027 - a task without classes has nothing to assume
+        """Complete the configuration for a plan whose data set is elsewhere and has this many classes."""
+
+    # With data.
+
+    @abc.abstractmethod
+    def open(self) -> None:
+        """Open the data, check them against the configuration, and complete the configuration from them.
+
+        Raises:
+            UserError: naming the key and what to write.
+        """
+
+    @property
+    @abc.abstractmethod
+    def num_samples(self) -> int:
+        """Number of training samples per epoch."""
+
+    @abc.abstractmethod
+    def sample_loader(self) -> Callable[[int, int], Sample]:
+        """Return the picklable function that loads one training sample on the host, in a thread or a worker.
+
+        It maps (global sample index, record index) to arrays as `batch` states them.
+        """
+
+    def initial_params(self, abstract: Params) -> Params | None:
+        """Return parameters to begin with, on the host: all of `abstract` or some; None: the model draws all.
+
+        Raises:
+            UserError: if the weights that the configuration names do not fit.
+        """
+        return None
+
+    def hooks(self, context: RunContext) -> Sequence[Hook]:
+        """Return the evaluations and pictures of a run."""
+        return ()
+
+    def result(self, workdir: AnyPath) -> str | None:
+        """Return the line that a finished run ends with, such as the path of its last picture."""
+        return None
+
+    # Of a finished run: the command `evaluate`.
+
+    def evaluate(self, run: StoredRun, mesh: Mesh, batch_size: int) -> Prediction:
+        """Evaluate a stored run on its validation data."""
+        raise NotImplementedError(f"{self.config.model.method} has no evaluation")
+
+    def predict(self, run: StoredRun, path: Path) -> Iterator[Prediction]:
+        """Predict for an image file or each image of a folder."""
+        raise NotImplementedError(f"{self.config.model.method} predicts nothing of single images")
