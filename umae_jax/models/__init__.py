@@ -1,1 +1,1 @@
-"""Encoders, and what is trained around them."""
+"""Encoders, and the models around them."""
