@@ -100,7 +100,7 @@ def test_the_drop_path_rate_rises_linearly_over_all_blocks(name, depths):
 
 @pytest.mark.parametrize("name", ["swin_um_window8", "pvt_um", "vit_um", "simmim_vit"])
 def test_nothing_is_dropped_in_pre_training(name):
-    assert set(rates_of(build(name, drop_path=0.2))) == {0.0}
+    assert set(rates_of(build(name))) == {0.0}
 
 
 @pytest.mark.parametrize("name", NAMES)

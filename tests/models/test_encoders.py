@@ -20,7 +20,8 @@ NAMES = tuple(WIDTHS)
 @pytest.mark.parametrize("image_size", [(64, 64), (64, 128), (96, 160)])
 @pytest.mark.parametrize("name", NAMES)
 def test_each_stage_of_a_whole_image_has_half_the_resolution_of_the_one_before(name, image_size):
-    encoder = build(name, sr_ratios=(4, 2, 1, 1)).encoder
+    changes = {"sr_ratios": (4, 2, 1, 1)} if name == "pvt_um" else {}
+    encoder = build(name, **changes).encoder
     features = jax.jit(lambda images: encoder(encoder.embed(images)))(jnp.ones((2, *image_size, 3)))
     sides = [encoder.patch * 2**stage for stage in range(len(WIDTHS[name]))]
     expected = [
