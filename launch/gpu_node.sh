@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Train on the GPUs of this machine, all of them in one process: install into a virtual environment, check, run.
+# Train on all GPUs of this machine, in one process: install into a virtual environment, check, run.
 #
 #   launch/gpu_node.sh [--dry-run] umae_jax.pretrain --config configs/pretrain_swin_tiny.py --workdir DIR ...
 #
-# Started again with the same command it continues. --dry-run prints the commands instead of running them.
-# Settings, by the environment: VENV, the directory of the virtual environment.
+# The same command again continues the run. --dry-run prints the commands instead of running them.
+# Settings, from the environment: VENV (directory of the virtual environment).
 set -euo pipefail
 
 VENV="${VENV:-$HOME/.venvs/umae_jax}"
@@ -32,5 +32,5 @@ do_run() {
 [ -x "$VENV/bin/python" ] || do_run python3 -m venv "$VENV"
 do_run "$VENV/bin/pip" install --quiet -e ".[cuda]"
 do_run "$VENV/bin/python" -m umae_jax.doctor
-[ "$dry" = 1 ] || exec "$VENV/bin/python" -m "$@" # signals reach it
+[ "$dry" = 1 ] || exec "$VENV/bin/python" -m "$@" # exec: signals reach the run
 do_run "$VENV/bin/python" -m "$@"

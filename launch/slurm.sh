@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Train on several nodes of a SLURM cluster, a process for each GPU; JAX finds the others by SLURM's variables.
+# Train on several nodes of a SLURM cluster, one process per GPU; JAX connects them by SLURM's variables.
 #
 #   launch/slurm.sh [--dry-run] umae_jax.pretrain --config configs/pretrain_swin_large.py --workdir DIR ...
 #
-# DIR must be one that all nodes share. SLURM sends SIGTERM two minutes before the time is up or the job is preempted;
-# the run saves, and the job is put back into the queue, where it continues. --dry-run prints the job instead.
-# Settings, by the environment: NODES, GPUS (of a node), CPUS (of a process), TIME, PARTITION, VENV (with umae_jax).
+# All nodes must share DIR. SLURM sends SIGTERM two minutes before the time limit or a preemption; the run saves, and the
+# job is requeued to continue. --dry-run prints the job instead of submitting it.
+# Settings, from the environment: NODES, GPUS (per node), CPUS (per process), TIME, PARTITION, VENV (with umae_jax).
 set -euo pipefail
 
 NODES="${NODES:-2}"
@@ -42,7 +42,7 @@ ${PARTITION:+#SBATCH --partition=$PARTITION}
 cd $(printf '%q' "$PWD")
 status=0
 srun --cpus-per-task=$CPUS --kill-on-bad-exit=0 ${command% } || status=\$?
-# 143: stopped by SIGTERM, with everything saved.
+# 143: stopped by SIGTERM, everything saved.
 if [ "\$status" = 143 ]; then scontrol requeue "\$SLURM_JOB_ID"; fi
 exit "\$status"
 JOB

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Train on a Cloud TPU pod: create it as a queued resource, install on every worker, run, begin again after a
-# preemption, fetch the logs, delete.
+# Train on a Cloud TPU pod: create it as a queued resource, install on every worker, run, start again after a preemption,
+# fetch the log, delete.
 #
 #   launch/tpu_pod.sh [--dry-run] all  -- umae_jax.pretrain --config configs/pretrain_swin_large.py --workdir DIR ...
 #   launch/tpu_pod.sh [--dry-run] up|install|logs|down
 #   launch/tpu_pod.sh [--dry-run] run  -- umae_jax.pretrain ...
 #
-# DIR must be one that all workers share, such as gs://BUCKET/DIR. The same command continues, so a preempted run is
-# begun again where it was. --dry-run prints the commands instead of running them.
+# All workers must share DIR, such as gs://BUCKET/DIR. After a preemption the run continues from its newest checkpoint.
+# --dry-run prints the commands instead of running them.
 #
-# Settings, by the environment: NAME, ZONE, PROJECT, TYPE (v5litepod-16 and the like), RUNTIME, SPOT=1 for spot capacity,
-# POLL (seconds between two looks at the pod).
+# Settings, from the environment: NAME, ZONE, PROJECT, TYPE (such as v5litepod-16), RUNTIME, SPOT=1 (spot capacity),
+# POLL (seconds between two requests for the pod's state).
 set -euo pipefail
 
 NAME="${NAME:-umae}"
@@ -59,7 +59,7 @@ up() {
   while true; do
     case "$(state)" in
       ACTIVE) return ;;
-      FAILED | SUSPENDED | MISSING) die "the pod $NAME could not be had in $ZONE; see gcloud compute tpus queued-resources describe $NAME" ;;
+      FAILED | SUSPENDED | MISSING) die "$ZONE did not provide the pod $NAME; see gcloud compute tpus queued-resources describe $NAME" ;;
       *) sleep "$POLL" ;;
     esac
   done
@@ -87,8 +87,8 @@ logs() {
 
 down() { resources delete "$NAME" --force --quiet; }
 
-# Whether the pod goes away within some minutes: its state lags behind a preemption.
-taken_away() {
+# Succeed if the pod disappears within minutes: its state lags behind a preemption.
+preempted() {
   for _ in 1 2 3 4 5 6 7 8 9 10; do
     [ "$(state)" = ACTIVE ] || return 0
     sleep "$POLL"
@@ -103,8 +103,8 @@ all() {
     if train "$@"; then
       break
     fi
-    taken_away || die "the run failed on a pod that is there; see launch/tpu_pod.sh logs, then mend and run"
-    echo "the pod was taken away; beginning again" >&2
+    preempted || die "the run failed on a pod that still exists; see launch/tpu_pod.sh logs, fix it, then use run"
+    echo "the pod was preempted; starting again" >&2
     down
   done
   logs
@@ -121,7 +121,7 @@ shift || true
 [ "$dry" = 1 ] && PROJECT="${PROJECT:-PROJECT}"
 case "$verb" in
   up | install | logs | down) [ $# = 0 ] || die "$verb takes no command" ;;
-  run | all) [ $# -gt 0 ] || die "write what to run behind --, such as umae_jax.pretrain --config ... --workdir ..." ;;
+  run | all) [ $# -gt 0 ] || die "write the command after --, such as umae_jax.pretrain --config ... --workdir ..." ;;
   *)
     sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0" >&2
     exit 2

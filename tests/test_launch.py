@@ -1,4 +1,4 @@
-"""The launchers print what they would run; none of it is run here."""
+"""The launchers print their commands; nothing runs here but the notebook."""
 
 import os
 import shlex
@@ -36,7 +36,7 @@ def test_scripts_pass_shellcheck(script):
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.glob("*.sh")))
-def test_scripts_say_how_they_are_used(script):
+def test_scripts_print_their_usage(script):
     assert f"launch/{script} [--dry-run]" in launch(script, status=2)
 
 
@@ -54,9 +54,9 @@ def test_a_pod_is_created_installed_used_and_deleted():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("run",), "write what to run behind --"), (("up", "--", "now"), "up takes no command")],
+    [(("run",), "write the command after --"), (("up", "--", "now"), "up takes no command")],
 )
-def test_a_pod_asked_for_wrongly_is_one_clear_sentence(arguments, message):
+def test_wrong_arguments_are_one_sentence(arguments, message):
     errors = launch("tpu_pod.sh", "--dry-run", *arguments, status=2)
     assert errors.startswith(f"error: {message}")
     assert errors.count("\n") == 1
@@ -73,7 +73,7 @@ def test_a_node_installs_checks_and_runs():
     assert commands[-1][2:] == list(RUN)
 
 
-def test_a_slurm_job_has_a_process_a_gpu_and_is_put_back_when_it_saved():
+def test_a_slurm_job_has_one_process_per_gpu_and_is_requeued_after_saving():
     job = launch("slurm.sh", "--dry-run", *RUN, NODES="4", GPUS="2", PARTITION="gpu")
     options = [line.removeprefix("#SBATCH --") for line in job.splitlines() if line.startswith("#SBATCH")]
     wanted = {"nodes=4", "ntasks-per-node=2", "gpus-per-node=2", "partition=gpu", "requeue", "signal=TERM@120"}
@@ -85,7 +85,7 @@ def test_a_slurm_job_has_a_process_a_gpu_and_is_put_back_when_it_saved():
     assert not checked.returncode, checked.stderr
 
 
-def test_the_container_and_the_task_name_what_is_there():
+def test_the_container_and_the_task_name_files_that_exist():
     for line in (LAUNCH / "Dockerfile").read_text().splitlines():
         if line.startswith("COPY"):
             assert all((ROOT / name).exists() for name in line.split()[1:-1])

@@ -148,10 +148,14 @@ with multihost.StopSignal() as stop:
             break
         time.sleep(0.01)
 print(step, stop.received, flush=True)
+if index == 1:
+    time.sleep(60)  # alive, but never in the collective that process 0 waits for
+multihost.Watchdog(3).arm()
+multihost.broadcast_json(0)
 """
 
 
-def test_two_processes_agree(tmp_path):
+def test_two_processes_agree_and_the_watchdog_ends_a_stuck_collective(tmp_path):
     """They find each other by SLURM's variables, without flags."""
     port = commands.free_port()
     started = [python(WORKER, str(tmp_path), **slurm(index, port)) for index in range(2)]
@@ -164,7 +168,8 @@ def test_two_processes_agree(tmp_path):
     started[1].send_signal(signal.SIGINT)
     time.sleep(0.5)
     printed = [process.communicate(timeout=60) for process in started]
-    assert [process.returncode for process in started] == [0, 0], printed
+    assert started[0].returncode == 1, printed  # by the watchdog
+    assert started[1].returncode < 0, printed  # by JAX, which lost process 0
     first, second = results
     assert [result.pop("primary") for result in results] == [True, False]
     assert all(result.pop("apart").startswith("--workdir: process 1 on ") for result in results)
@@ -181,3 +186,4 @@ def test_two_processes_agree(tmp_path):
     assert printed[0][0] == printed[1][0]  # the same step
     assert printed[0][0].endswith(f" {signal.SIGTERM:d}\n")
     assert "saving and leaving" in printed[0][1]
+    assert "in broadcast_json" in printed[0][1]
