@@ -1,6 +1,11 @@
-"""The golden files: the reference's numbers on small models, from the folder that UMAE_JAX_GOLDEN names."""
+"""The golden numbers: outputs and gradients of the PyTorch reference for ten small models.
+
+`golden_numbers/` holds them for parameters and images drawn by the rule of its README. A second set of files, with
+parameters, images and whole gradients, is checked where UMAE_JAX_GOLDEN names their folder.
+"""
 
 import functools
+import json
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -13,18 +18,21 @@ import pytest
 from flax import nnx
 
 from umae_jax.config import default_config
-from umae_jax.masking import RandomMask, UniformMask
+from umae_jax.masking import UniformMask
 from umae_jax.models.build import build_model
+from umae_jax.random_masking import RandomMask
 from umae_jax.weights import names
 
 FILES = (
     *("swin_um_window8", "swin_um_window4_no_secondary", "pvt_um", "vit_random", "vit_um"),
     *("simmim_swin", "simmim_pvt", "swin_classifier", "pvt_classifier", "vit_classifier"),
 )
+FOLDER = Path(__file__).parent / "golden_numbers"
+SEEDS = dict(zip(FILES, range(301, 311), strict=True))
 
 
 def config_of(name):
-    """The model of a golden file, as the README of the files describes it."""
+    """Return the configuration of a golden file's model."""
     kinds = {"simmim": "simmim", "classifier": "classifier", "random": "mae", "um": "um_mae"}
     method = next(method for kind, method in kinds.items() if kind in name.split("_"))
     encoder = next(encoder for encoder in ("swin", "pvt", "vit") if encoder in name)
@@ -51,34 +59,60 @@ def config_of(name):
     return config
 
 
-def path_of(name):
-    """The path of one golden file; skips the test where the folder is not known."""
-    folder = os.environ.get("UMAE_JAX_GOLDEN")
+def load(name, *, large=False):
+    """Return the numbers of a golden file, with its images [2, H, W, 3] and parameters ("param/NAME").
+
+    Args:
+        large: read the file from UMAE_JAX_GOLDEN, with "grad/NAME"; skips the test if that is not set.
+    """
+    folder = os.environ.get("UMAE_JAX_GOLDEN") if large else FOLDER
     if not folder:
-        pytest.skip("UMAE_JAX_GOLDEN does not name the folder of golden files")
-    return Path(folder) / f"{name}.npz"
+        pytest.skip("UMAE_JAX_GOLDEN does not name the folder of large golden files")
+    with np.load(Path(folder) / f"{name}.npz") as archive:
+        numbers = dict(archive)
+    return numbers if large else numbers | draw(name, numbers)
 
 
-def load(name):
-    """The arrays of one golden file."""
-    with np.load(path_of(name)) as archive:
-        return dict(archive)
+def draw(name, numbers):
+    """Draw the images and parameters of a small golden file by the rule of its README."""
+    side = 64 if "vit" in name else 128
+    images = np.random.default_rng(SEEDS[name] + 1000).standard_normal((2, 3, side, side)).astype(np.float32)
+    rng = np.random.default_rng(SEEDS[name])
+    drawn = {"images": images.transpose(0, 2, 3, 1)}
+    for parameter, shape in zip(numbers["param_names"], map(json.loads, numbers["param_shapes"]), strict=True):
+        values = rng.standard_normal(shape).astype(np.float32)
+        if len(shape) == 1:
+            scaled = np.float32(0.1) * values
+            scaled = 1 + scaled if parameter.endswith("weight") else scaled
+        elif "token" in parameter:
+            scaled = np.float32(0.5) * values
+        else:
+            scaled = values / np.float32(np.sqrt(np.prod(shape[1:])))
+        drawn[f"param/{parameter}"] = scaled
+    return drawn
+
+
+def write_state_dict(name, path):
+    """Write the parameters of a golden file as a state dict that the reference would load; return the path."""
+    np.savez(path, **{key: value for key, value in load(name).items() if key.startswith("param/")})
+    return path
 
 
 def part(numbers, kind):
-    """The "param"eters or "grad"ients of a file, by the reference's names."""
+    """Return the "param"eters or "grad"ients among numbers, by the reference's names."""
     return {key.removeprefix(f"{kind}/"): value for key, value in numbers.items() if key.startswith(f"{kind}/")}
 
 
-def model_of(name):
-    """The model of a golden file with the file's parameters."""
+def model_of(name, *, large=False):
+    """Return the model of a golden file with the file's parameters."""
     config = config_of(name)
     graph, params = nnx.split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))), nnx.Param)[:2]
-    return nnx.merge(graph, names.from_reference(config, params, part(load(name), "param"), name=name))
+    parameters = part(load(name, large=large), "param")
+    return nnx.merge(graph, names.from_reference(config, params, parameters, name=name))
 
 
 def mask_of(numbers, model):
-    """A file's boolean masks over the unit grid as the mask that the model takes."""
+    """Return a file's boolean masks over the unit grid as a mask of the model's kind."""
     cells = model.cells
     hidden = numbers.get("secondary", np.zeros_like(numbers["mask"]))
     if model.sampling == "random":
@@ -97,41 +131,57 @@ def mask_of(numbers, model):
 
 
 class Errors(NamedTuple):
-    """How far we are from a golden file: the loss relatively, outputs by the largest difference, gradients by norm."""
+    """Differences from a golden file: relative for the loss, the maximum for outputs, by the norm for gradients."""
 
     loss: float
     latent: float | None  # the encoder's output; not in the classifiers' files
     output: float  # prediction of all units, or logits
-    gradient: float  # the largest over all parameters
-    zero_gradient: float  # the largest entry of gradients that are 0 but for rounding
+    gradient_norm: float  # maximum over all parameters, relative
+    gradient: float  # maximum over all parameters: projections (small files) or whole gradients, over the norm
+    zero_gradient: float  # maximum entry of the gradients that are 0 but for rounding
 
 
 @functools.cache
-def errors(name):
-    """Compute a golden file's numbers with its parameters."""
-    numbers = load(name)
-    model = model_of(name)
+def errors(name, *, large=False):
+    """Compute the numbers of a golden file and compare."""
+    numbers = load(name, large=large)
+    model = model_of(name, large=large)
     images = jnp.asarray(numbers["images"])
     if "logits" in numbers:
         latent, outputs, expected, loss_function = None, *_classifier(model, images, numbers)
     else:
         latent, outputs, expected, loss_function = _masked(model, images, numbers)
+    if outputs.shape != expected.shape:
+        outputs = outputs[..., ::4]  # the channels that small files hold
     graph, params = nnx.split(model, nnx.Param)[:2]
     loss, gradients = jax.jit(jax.value_and_grad(lambda params: loss_function(nnx.merge(graph, params))))(params)
-    # The table that carries parameters carries their gradients too: it only moves numbers.
-    ours, theirs = names.to_reference(config_of(name), gradients), part(numbers, "grad")
-    compared, zero = [], [0.0]
-    for key in theirs:
+    # The table that converts parameters converts their gradients too: it only moves numbers.
+    gradients = names.to_reference(config_of(name), gradients)
+    expected_gradients = part(numbers, "grad")
+    parameters = list(expected_gradients) if large else list(numbers["param_names"])
+    norm_errors, gradient_errors, zero = [], [], [0.0]
+    for index, key in enumerate(parameters):
+        gradient = gradients[key].astype(np.float64)
         if key.endswith("posmlp.2.bias"):  # shifts whole softmax rows: its true gradient is 0
-            zero.append(np.abs(ours[key]).max())
+            zero.append(np.abs(gradient).max())
+            continue
+        if large:
+            norm = np.linalg.norm(expected_gradients[key])
+            difference = np.linalg.norm(gradient - expected_gradients[key])
         else:
-            compared.append(np.linalg.norm(ours[key] - theirs[key]) / np.linalg.norm(theirs[key]))
-    assert len(compared) + len(zero) - 1 == len(jax.tree.leaves(params))
+            directions = np.random.default_rng(list(key.encode())).standard_normal((2, *gradient.shape))
+            norm = numbers["grad_norms"][index]
+            projections = (gradient * directions).reshape(2, -1).sum(-1)
+            difference = np.abs(projections - numbers["grad_projections"][index]).max()
+        norm_errors.append(abs(np.linalg.norm(gradient) - norm) / norm)
+        gradient_errors.append(difference / norm)
+    assert len(parameters) == len(jax.tree.leaves(params))
     return Errors(
         loss=float(np.abs(loss - numbers["loss"]) / numbers["loss"]),
         latent=None if latent is None else float(np.abs(latent - numbers["latent"]).max()),
         output=float(np.abs(outputs - expected).max()),
-        gradient=float(max(compared)),
+        gradient_norm=float(max(norm_errors)),
+        gradient=float(max(gradient_errors)),
         zero_gradient=float(max(zero)),
     )
 
@@ -148,20 +198,20 @@ def _masked(model, images, numbers):
     mask = mask_of(numbers, model)
     count = 4 * model.cells[0] * model.cells[1]
     encode = jax.jit(lambda model: model.encode(images, mask))
-    if hasattr(model, "predict"):  # SimMIM: all units in the order of the grid
+    if hasattr(model, "predict"):  # SimMIM: all units in row-major order
         latent = encode(model)
         outputs = np.asarray(model.predict(latent)).reshape(2, count, -1)
         latent = np.asarray(latent).reshape(numbers["latent"].shape)
         return latent, outputs, numbers["pred"], lambda model: model(images, mask)[0]
 
     features = encode(model)
-    # The prediction of all units, the sampled ones too, which the loss never asks for.
+    # Predict all units, the sampled ones too, which the loss does not need.
     tokens = model.decoder_tokens(features, mask)
     for block in model.decoder_blocks:
         tokens = block(tokens)
     tokens = np.asarray(model.decoder_prediction(model.decoder_norm(tokens)))[:, -count:]
     sampled = tokens[:, : count // 4].reshape(2, *model.cells, -1)
-    # The reference lists the others in row-major order of the full grid, we by their place in the mask's maps.
+    # The reference lists the other units in row-major order of the full grid, we by their place in the mask's maps.
     whole = np.asarray(mask.assemble(sampled, model.decode(features, mask))).reshape(2, count, -1)
     latent = np.asarray(features.maps[-1])
     if features.class_token is not None:  # and a ViT's sampled ones too
@@ -174,11 +224,11 @@ def _masked(model, images, numbers):
 
 
 def main():
-    """Print how far this implementation is from each golden file."""
-    print("| file | loss (relative) | encoder output | prediction or logits | gradients (largest, of their norm) |")
-    print("|---|---|---|---|---|")
+    """Print a table of the differences from each golden file."""
+    print("| file | loss (relative) | encoder output | prediction or logits | gradient norms | gradients |")
+    print("|---|---|---|---|---|---|")
     for name in FILES:
-        cells = ("" if error is None else f"{error:.1e}" for error in errors(name)[:4])
+        cells = ("" if error is None else f"{error:.1e}" for error in errors(name)[:5])
         print(f"| `{name}` | " + " | ".join(cells) + " |")
 
 

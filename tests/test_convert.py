@@ -23,7 +23,7 @@ from umae_jax.weights.stored_run import CLASSES_FILE, read_run
 
 @pytest.mark.parametrize("kind", ["swin_um_window4_no_secondary", "pvt_um", "vit_um", "simmim_pvt", "vit_classifier"])
 def test_an_imported_golden_file_gives_the_numbers_of_the_reference(kind, tmp_path):
-    import_weights(golden.path_of(kind), tmp_path / "run", golden.config_of(kind))
+    import_weights(golden.write_state_dict(kind, tmp_path / "golden.npz"), tmp_path / "run", golden.config_of(kind))
     stored = read_run(tmp_path / "run")
     assert stored.step == 0
     assert stored.config.to_dict() == golden.config_of(kind).to_dict()

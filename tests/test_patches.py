@@ -9,7 +9,7 @@ sizes = st.integers(1, 4)
 
 @settings(max_examples=20, deadline=None)
 @given(sizes, sizes, sizes, sizes)
-def test_patches_hold_their_pixels_by_row_column_and_channel(rows, columns, side, channels):
+def test_patches_order_pixels_by_row_column_and_channel(rows, columns, side, channels):
     x = np.arange(2 * rows * side * columns * side * channels).reshape(2, rows * side, columns * side, channels)
     patches = patchify(x, side)
     last = x[1, -side:, -side:].reshape(-1)

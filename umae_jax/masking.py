@@ -1,8 +1,8 @@
 """Uniform masking (SPEC 2; arXiv 2205.10063, section 3.2): pure functions of arrays and keys.
 
 An image is a grid of *mask units*; a *cell* is a 2 x 2 group of units. Uniform sampling keeps one unit per cell, named
-by its *offset* 0..3 (row-major: dy = offset // 2, dx = offset % 2). An image thus splits into four *compact maps* of half
-its height and width: one of the sampled units side by side, three of the other units.
+by its *offset* 0..3 (row-major: dy = offset // 2, dx = offset % 2). An image thus splits into four *compact maps* of
+half its height and width: one of the sampled units side by side, three of the other units.
 
 Masks work on any map whose height and width are the unit grid times a side k: pixels (k per unit), patches or units
 (k = 1), uint8 too. Selecting one of four units by `where` instead of a gather is dense and cheap on TPU.

@@ -33,7 +33,7 @@ from umae_jax.config.__main__ import describe_keys
 from umae_jax.config.base import integer
 from umae_jax.config.explain import explain_key
 from umae_jax.errors import UserError
-from umae_jax.models import layers
+from umae_jax.models import kernels
 from umae_jax.models.build import build_model
 
 ROOT = Path(__file__).parents[2]
@@ -93,7 +93,7 @@ def test_a_method_defined_elsewhere_brings_its_own_keys(monkeypatch):
 
 
 def test_the_rematerialization_policies_are_those_of_the_layers():
-    assert tuple(layers.REMATERIALIZE) == REMATERIALIZE
+    assert tuple(kernels.REMATERIALIZE) == REMATERIALIZE
 
 
 def test_the_page_of_all_keys_is_up_to_date():

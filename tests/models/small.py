@@ -8,10 +8,12 @@ from flax import nnx
 
 from tests import golden
 from umae_jax.models.build import build_model
+from umae_jax.models.drop_path import NO_DROP
+from umae_jax.models.sizes import Stage
 
 
 def config_of(name, **changes):
-    """A golden file's configuration with fewer blocks, and with the decoder's positions in the right order."""
+    """Return a golden file's configuration with fewer blocks and the decoder's positions in the right order."""
     config = golden.config_of(name)
     fewer = {"swin": {"depths": (2, 1, 1, 1)}, "pvt": {"depths": (1, 1, 1, 1)}, "vit": {}}[config.model.encoder]
     order = {"reference_order": False} if "reference_order" in config.model else {}
@@ -24,6 +26,10 @@ def config_of(name, **changes):
 def build(name, **changes):
     config = config_of(name, **changes)
     return build_model(config, nnx.Rngs(0))
+
+
+def make_stage(width, heads, mlp_ratio):
+    return Stage(None, width, heads, mlp_ratio, [NO_DROP])
 
 
 def random_images(model, batch=2, seed=0):
@@ -48,7 +54,7 @@ def run(model, images, mask):
 
 @jax.jit
 def pixel_gradient(model, images, mask):
-    """Of a random projection of everything that the encoder returns: 0 exactly where no pixel reaches it."""
+    """The gradient of a random projection of the encoder's output: exactly 0 for pixels that do not reach it."""
 
     def project(images):
         leaves = jax.tree.leaves(model.encode(images, mask))

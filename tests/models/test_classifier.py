@@ -1,15 +1,20 @@
 """Classifiers: pooling, the head, learned positions and drop path."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from tests import golden
 from tests.models.small import build
 from umae_jax.errors import UserError
-from umae_jax.models.layers import DropPath, drop_paths
+from umae_jax.models.build import build_model
+from umae_jax.models.drop_path import DropPath, drop_paths
 from umae_jax.positions import sincos_table
+from umae_jax.weights.names import entries
 
 NAMES = ("swin_classifier", "pvt_classifier", "vit_classifier")
 SMALL = {"image_size": (64, 64)}
@@ -31,7 +36,7 @@ def encode(model, images, drop_keys=None):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_the_head_of_the_normed_mean_over_patch_tokens(name):
-    """Of patch tokens alone: a ViT's class token is not among its maps."""
+    """A ViT's class token is not among its maps."""
     model = build(name, **SMALL)
     images = random_images()
     logits = run(model, images)
@@ -56,7 +61,7 @@ def test_bfloat16_follows_float32(name):
     assert 0 < error < 5e-2
 
 
-def test_the_head_starts_from_almost_nothing():
+def test_the_head_starts_near_zero():
     kernel = np.asarray(build("pvt_classifier", classes=1000, **SMALL).head.kernel[...])
     assert kernel.std() == pytest.approx(2e-5, rel=0.02)
     assert kernel.mean() == pytest.approx(0, abs=5 * 2e-5 / kernel.size**0.5)
@@ -106,8 +111,8 @@ def test_without_keys_nothing_is_dropped(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_dropped_belongs_to_the_image_and_its_key(name):
-    """Not to its place in the batch, nor to what else is in it."""
+def test_dropped_branches_depend_only_on_the_key_of_the_image(name):
+    """They do not depend on its place in the batch or on the other images."""
     model = build(name, drop_path=0.5, **SMALL)
     images, keys = random_images(4), jax.random.split(jax.random.key(5), 4)
     together = np.asarray(encode(model, images, keys).maps[-1])
@@ -118,8 +123,8 @@ def test_what_is_dropped_belongs_to_the_image_and_its_key(name):
     assert len({image.round(3).tobytes() for image in same}) > 1
 
 
-def test_a_block_leaves_out_its_two_branches_independently():
-    """Of two blocks the second has the whole rate; its two branches kept or not make four outputs, each as often."""
+def test_a_block_drops_its_two_branches_independently():
+    """The second of two blocks has the whole rate; its two branches make four equally likely outputs."""
     model = build("vit_classifier", drop_path=0.5, **SMALL)
     images = jnp.repeat(random_images(1), 256, axis=0)
     outputs = np.asarray(encode(model, images, jax.random.split(jax.random.key(0), 256)).maps[-1])
@@ -137,7 +142,7 @@ def test_a_block_leaves_out_its_two_branches_independently():
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-def test_what_is_kept_is_scaled_so_that_the_expectation_stays(rate):
+def test_kept_branches_are_scaled_to_keep_the_expectation(rate):
     keys = jax.random.split(jax.random.key(1), 5000)
     x = jnp.broadcast_to(jnp.array([[1.0, -2.0], [3.0, 4.0]]), (5000, 2, 2))
     dropped = np.asarray(DropPath(rate, block=3)(x, keys, 1))
@@ -147,7 +152,7 @@ def test_what_is_kept_is_scaled_so_that_the_expectation_stays(rate):
     assert kept.mean() == pytest.approx(1 - rate, abs=5 * (rate * (1 - rate) / 5000) ** 0.5)
 
 
-def test_blocks_and_branches_draw_for_themselves():
+def test_blocks_and_branches_drop_independently():
     keys = jax.random.split(jax.random.key(1), 2000)
     drops = [drop for stage in drop_paths(0.5, (2, 1)) for drop in stage]
     assert [drop.rate for drop in drops] == [0, 0.25, 0.5]
@@ -176,16 +181,72 @@ def test_other_shapes_compute(name, changes):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("swin_classifier", {"image_size": (100, 64)}, "height 100 is not a multiple of 32.*choose 96 or 128$"),
-        ("pvt_classifier", {"image_size": (64, 40)}, "width 40 is not a multiple of 32.*choose 32 or 64$"),
-        ("vit_classifier", {"image_size": (64, 44)}, "width 44 is not a multiple of 8.*choose 40 or 48$"),
+        ("swin_classifier", {"image_size": (100, 64)}, "image_size.* 100 .*32.*96 or 128$"),
+        ("pvt_classifier", {"image_size": (64, 40)}, "image_size.* 40 .*32.*32 or 64$"),
+        ("vit_classifier", {"image_size": (64, 44)}, "image_size.* 44 .*8.*40 or 48$"),
         (
             "pvt_classifier",
             {"image_size": (96, 64), "sr_ratios": (16, 4, 2, 1)},
-            r"16 does not divide the 24 x 16 tokens of stage 1; choose \(8, 4, 2, 1\)$",
+            r"model.sr_ratios.* 16 .*24 x 16.*\(8, 4, 2, 1\)$",
         ),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_sentence(name, changes, message):
+def test_sizes_that_do_not_fit_raise_an_error_naming_the_key(name, changes, message):
     with pytest.raises(UserError, match=message):
         build(name, **changes)
+
+
+def names_of(model):
+    return [".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_parameter_has_the_layer_of_the_reference_s_block(name):
+    """The reference numbers blocks through all stages; merges belong to a stage's first block (SPEC 10, 13)."""
+    config = golden.config_of(name)
+    model = nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)))
+    theirs = {entry.ours: entry.theirs for entry in entries(config)}
+    last = sum(config.model.depths) + 1
+    assert model.num_layers == last
+    layers = {parameter: model.layer_index(parameter) for parameter in names_of(model)}
+    for parameter, layer in layers.items():
+        if match := re.match(r"blocks\.(\d+)\.", theirs[parameter]):
+            assert layer == int(match[1]) + 1, parameter
+        elif theirs[parameter].startswith(("patch_embed", "pos_embed", "cls_token")):
+            assert layer == 0, parameter
+        else:
+            assert theirs[parameter].startswith(("head", "fc_norm")), parameter
+            assert layer == last, parameter
+    assert set(layers.values()) == set(range(last + 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter", "layer"),
+    [
+        ("swin_classifier", "encoder.patch_norm.scale", 0),
+        ("swin_classifier", "encoder.stages.1.merge.proj.kernel", 3),
+        ("swin_classifier", "encoder.stages.1.blocks.1.position.fc1.bias", 4),
+        ("pvt_classifier", "encoder.positions.table", 0),
+        ("pvt_classifier", "encoder.stages.2.merge.kernel", 4),
+        ("vit_classifier", "encoder.class_token", 0),
+        ("vit_classifier", "encoder.blocks.1.qkv.kernel", 2),
+        ("vit_classifier", "head_norm.scale", 3),
+    ],
+)
+def test_layers_by_name(name, parameter, layer):
+    model = nnx.eval_shape(lambda: build_model(golden.config_of(name), nnx.Rngs(0)))
+    assert parameter in names_of(model)
+    assert model.layer_index(parameter) == layer
+
+
+UNKNOWN = (
+    *("decoder_embed.kernel", "encoder.adapter.kernel", "encoder.norm.scale", "header.kernel"),
+    *("encoder.stages.0.blocks.2.qkv.kernel", "encoder.stages.4.blocks.0.qkv.kernel", "stages.0.blocks.0.qkv.kernel"),
+)
+
+
+@pytest.mark.parametrize("parameter", UNKNOWN)
+def test_an_unknown_parameter_has_no_layer(parameter):
+    model = nnx.eval_shape(lambda: build_model(golden.config_of("swin_classifier"), nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=re.escape(parameter)):
+        model.layer_index(parameter)

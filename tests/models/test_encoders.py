@@ -1,4 +1,4 @@
-"""What all encoders promise: shapes of their maps, positions, and what they make of hidden units."""
+"""Properties of all encoders: shapes of their maps, positions, hidden units, normalisation."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.models.small import build, encode, random_case
-from umae_jax.masking import expand, original_coordinates, sample_random_mask, sample_uniform_mask
-from umae_jax.models.layers import PositionTable
+from tests.models.small import build, encode, random_case, run
+from tests.small import original_coordinates
+from umae_jax.masking import expand, sample_uniform_mask
+from umae_jax.models.positions_table import PositionTable
 from umae_jax.positions import sincos_table
+from umae_jax.random_masking import sample_random_mask
 
 WIDTHS = {"swin_um_window8": (16, 32, 64, 128), "pvt_um": (16, 24, 40, 48), "vit_um": (32,)}
 NAMES = tuple(WIDTHS)
@@ -91,7 +93,7 @@ def test_compacted_positions_are_those_of_the_original_places(own_grid):
     positions = PositionTable(8, own_grid)
     whole = np.asarray(positions(zeros(1, (8, 12), 8), None))[0]
     uniform = sample_uniform_mask(jax.random.key(0), 3, (2, 3), 0.25)
-    rows, columns = np.moveaxis(np.asarray(original_coordinates(uniform.offset, 2)), -1, 0)
+    rows, columns = np.moveaxis(original_coordinates(uniform.offset, 2), -1, 0)
     np.testing.assert_array_equal(positions(zeros(3, (4, 6), 8), uniform), whole[rows, columns])
     chosen = sample_random_mask(jax.random.key(0), 3, (2, 3), 0.25)
     compacted = np.asarray(positions(zeros(3, (4, 6), 8), chosen))
@@ -115,8 +117,8 @@ def test_an_encoder_meets_other_images_as_one_with_the_resized_table_would(name)
     state["positions"]["table"] = state["positions"]["table"].replace(resized)
     nnx.update(theirs, state)
     images = jax.random.normal(jax.random.key(1), (2, *sizes[1], 3))
-    run = jax.jit(lambda encoder: encoder(encoder.embed(images)).maps[-1])
-    np.testing.assert_allclose(run(ours), run(theirs), atol=1e-5)
+    last_map = jax.jit(lambda encoder: encoder(encoder.embed(images)).maps[-1])
+    np.testing.assert_allclose(last_map(ours), last_map(theirs), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["pvt_um", "vit_um"])
@@ -127,3 +129,28 @@ def test_equal_patches_differ_by_their_positions(name):
     tokens = first.reshape(-1, first.shape[-1])
     distances = np.abs(tokens[:, None] - tokens[None]).max(-1) + np.eye(len(tokens))
     assert distances.min() > 1e-3
+
+
+def test_integer_pixels_are_normalised_by_mean_and_std():
+    encoder = build("pvt_um").encoder
+    images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
+    expected = (images / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    np.testing.assert_allclose(encoder.normalize(jnp.asarray(images)), expected, atol=1e-5)
+    patches = encoder.normalize(jnp.asarray(images.reshape(2, 4, 12)))  # four pixels each
+    np.testing.assert_allclose(patches, expected.reshape(2, 4, 12), atol=1e-5)
+
+
+def test_floating_pixels_are_normalised_already():
+    encoder = build("pvt_um").encoder
+    images = jnp.ones((1, 4, 4, 3))
+    assert encoder.normalize(images) is images
+
+
+@pytest.mark.parametrize("name", [*NAMES, "simmim_swin"])
+def test_uint8_images_give_the_loss_of_normalised_ones(name):
+    model = build(name)
+    _, mask = random_case(model)
+    size = [2 * cells * model.unit for cells in model.cells]
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, *size, 3)), jnp.uint8)
+    losses = [float(run(model, x, mask)[0]) for x in (images, model.encoder.normalize(images))]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -1,4 +1,4 @@
-"""What is saved for the backward pass of a block changes memory, and nothing else."""
+"""Rematerialisation changes memory and nothing else."""
 
 import jax
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from tests.models.small import build, random_case
-from umae_jax.models.layers import REMATERIALIZE
+from umae_jax.models.kernels import REMATERIALIZE
 
 
 def loss_and_parameters(name, policy):

@@ -1,4 +1,4 @@
-"""PVT: pooling for keys and values, and what its convolutions start from."""
+"""PVT: pooling for keys and values, and initialisation."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from umae_jax.models.pvt import PooledAttention
 
 
 @pytest.mark.parametrize(("grid", "reduction"), [((4, 6), 2), ((4, 8), 4), ((3, 5), 1)])
-def test_every_token_attends_to_the_averages_of_all_blocks(grid, reduction):
+def test_every_token_attends_to_the_means_of_all_blocks(grid, reduction):
     attention = PooledAttention(8, 2, dtype=jnp.float32, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, *grid, 8))
 

@@ -21,7 +21,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = No
 
 def self_attention(qkv: nnx.Linear, proj: nnx.Linear, x: jax.Array, heads: int, first_query: int = 0) -> jax.Array:
     """Attention among all tokens, queried from token `first_query` on: [B, N, C] -> [B, N - first_query, C]."""
-    return merge_heads(proj, attend(*split_heads(qkv, x, 3, heads, first_query)))
+    q, k, v = split_heads(qkv, x, 3, heads, first_query)
+    return merge_heads(proj, attend(q, k, v))
 
 
 def window_attention(

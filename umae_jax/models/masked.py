@@ -13,7 +13,7 @@ from umae_jax.random_masking import sample_random_mask
 
 
 class MaskedImageModel(nnx.Module):
-    """Samples a quarter of the mask units and predicts the others.
+    """Samples a quarter of the mask units and predicts the others; numbers that do not fit raise a UserError.
 
     Args:
         encoder: any encoder that takes the masks.
@@ -23,8 +23,6 @@ class MaskedImageModel(nnx.Module):
         secondary_ratio: fraction of the sampled units that secondary masking hides.
         norm_pix_loss: predict each unit's pixels normalised by the unit's own mean and variance.
         compact: whether the encoder sees the compact grid or the whole image.
-
-    Numbers that do not fit together raise a UserError.
     """
 
     def __init__(
@@ -62,8 +60,7 @@ class MaskedImageModel(nnx.Module):
         """Compute the loss and the prediction of a batch.
 
         Args:
-            images: [B, H, W, C], uint8, or normalised float32. uint8 pixels are selected and ordered before they become
-                float32, at a quarter of the bytes.
+            images: [B, H, W, C], normalised float32, or uint8, which is selected and ordered before it becomes float32.
             mask: as `sample_mask` draws it.
 
         Returns:

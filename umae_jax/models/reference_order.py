@@ -11,8 +11,8 @@ from umae_jax.models.encoder import uniform
 def in_reference_order(mask: Mask, positions: jax.Array) -> jax.Array:
     """Return positions for the sampled units, in the reference's order instead of `mask.compact(positions)`.
 
-    The reference hands out the positions of the sampled units in row-major order of the full grid, while the units are in
-    row-major order of the cells.
+    The reference hands out the positions of the sampled units in row-major order of the full grid, while the units
+    themselves are in row-major order of the cells.
 
     Args:
         mask: a uniform mask.

@@ -77,9 +77,8 @@ class Windows:
 def _cut(x: jax.Array, size: tuple[int, int]) -> jax.Array:
     """[B, H, W, C] -> [B, windows, N, C], windows and tokens in row-major order."""
     batch, height, width, channels = x.shape
-    rows, columns = size
-    x = x.reshape(batch, height // rows, rows, width // columns, columns, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, rows * columns, channels)
+    x = x.reshape(batch, height // size[0], size[0], width // size[1], size[1], channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size[0] * size[1], channels)
 
 
 def _axis_regions(size: int, shift: int, padding: int) -> np.ndarray:
@@ -102,10 +101,8 @@ def make_windows(grid: tuple[int, int], window: int, *, shifted: bool, offset: j
         offset: `UniformMask.offset`, [B, cell rows, cell columns]; None on a whole image.
     """
     rows, columns = size = (min(window, grid[0]), min(window, grid[1]))
-    shift = (
-        window // 2 if shifted and grid[0] > window else 0,
-        window // 2 if shifted and grid[1] > window else 0,
-    )
+    half = window // 2 if shifted else 0
+    shift = (half if grid[0] > window else 0, half if grid[1] > window else 0)
     padding = (-grid[0] % rows, -grid[1] % columns)
     regions = None
     if any(shift) or any(padding):

@@ -37,7 +37,8 @@ def self_attention(
 
         if pallas_tpu.supports_all(x.shape[1], first_query, x.shape[2], heads):
             return pallas_tpu.self_attention(qkv, proj, x, heads, first_query)
-    return merge_heads(proj, softmax.attend(*split_heads(qkv, x, 3, heads, first_query)))
+    q, k, v = split_heads(qkv, x, 3, heads, first_query)
+    return merge_heads(proj, softmax.attend(q, k, v))
 
 
 def window_attention(

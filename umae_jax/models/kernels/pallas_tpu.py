@@ -1,21 +1,22 @@
-"""Softmax attention as one kernel for TPUs, forward and backward: in windows of a map, or among all tokens.
+"""Softmax attention as one Pallas kernel for TPUs, forward and backward: within windows of a map, or among all tokens.
 
-Nothing as large as the pairs of tokens leaves fast memory. The kernel cuts its windows out of maps [B, H, W, C] by
-indexing, puts the position bias together from its nine cases, and computes the softmax again in the backward pass.
+No array of all pairs of tokens leaves fast memory. The kernel cuts its windows out of maps [B, H, W, C] by indexing,
+selects the position bias from its nine cases, and computes the softmax again in the backward pass.
 
-Inside, keys lie along sublanes and the queries of several heads side by side along lanes. To get there queries are
-repeated, each time with the channels of one head and zeros elsewhere: a product of [K, C] and [heads * Q, C] over up to
-128 channels costs a matrix unit what one over d channels would, and its result fills the lanes where windows are small.
+Keys lie along sublanes, and the queries of several heads side by side along lanes. For that, queries are repeated for
+each head, with the channels of that head and zeros elsewhere: a product of [K, C] and [heads * Q, C] over up to 128
+channels costs a matrix unit the same as one over d channels, and its result fills the lanes even for small windows.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
@@ -24,25 +25,25 @@ from umae_jax.models.kernels.platforms import LANES
 from umae_jax.models.windows import ACROSS_BORDERS, Windows
 from umae_jax.positions import select_by_sign
 
-FAST_MEMORY = 48 * 2**20  # bytes that a kernel may take, of the 64 MiB that a v5p has; others have 128
+VMEM_BYTES = 48 * 2**20  # limit of a kernel's fast memory; a v5p has 64 MiB, other chips 128
 SUBLANES = 8  # of a vector register of float32, by LANES
-WIDE = 256  # lanes that a product's result fills, if windows and heads allow
-MAX_TOKENS = 1024  # of a window: some arrays of all pairs of a product lie in fast memory
-TOKENS_A_STEP = 1024  # of the images that a step of the kernel's grid takes, about
+MAX_LANES = 256  # limit of the lanes of one product's result
+MAX_TOKENS = 1024  # of a window: arrays of all its pairs must fit in fast memory
+TOKENS_PER_STEP = 1024  # approximate number of tokens per step of the kernel's grid
 
-Ref = Any  # of Pallas: an array in fast memory, of which a step sees its block
-Maps = tuple[Any, ...]  # arrays [B, H, W, C], or what stands for them inside the kernel
+Ref = Any  # Pallas: one step's block of an array, in fast memory
+Maps = tuple[Any, ...]  # arrays [B, H, W, C], or Refs to them inside the kernel
 
 
 class Terms(NamedTuple):
-    """What is added to queries, keys and values, and before the softmax, as the kernel reads it.
+    """The terms added to queries, keys and values, and to the logits, in the kernel's layout.
 
     Attributes:
-        biases: float32 [3, C], of the linear layers that make queries, keys and values.
-        tables: float32 [products, 9 or 1, K, heads * Q], the position bias of each case, for the heads that share a
-            product side by side; None: there is none.
-        offsets: float32 [B, windows, 2, heads * N], dy and dx of each token's unit; None where there is one case.
-        regions: float32 [windows, 1, heads * N]: tokens of different regions may not see each other; None: all may.
+        biases: float32 [3, C], of the linear layers of queries, keys and values.
+        tables: float32 [products, 9 or 1, K, heads * Q], the position bias of each case, with the heads of a product
+            side by side; None without position bias.
+        offsets: float32 [B, windows, 2, heads * N], dy and dx of each token's unit; None with a single case.
+        regions: float32 [windows, 1, heads * N]: tokens of different regions do not attend to each other; None: all do.
     """
 
     biases: jax.Array | Ref
@@ -52,14 +53,14 @@ class Terms(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Form:
-    """What is static of a call.
+class _Settings:
+    """Static settings of a call.
 
     Attributes:
-        heads: of the channels.
-        windows: how many there are along rows and columns of a map.
+        heads: number of heads that share the channels.
+        windows: number of windows along the rows and columns of a map.
         shift: rows and columns by which maps are rolled towards the origin before they are cut.
-        interpret: have JAX run the kernel's program step by step, on any device.
+        interpret: let JAX interpret the kernel, on any device.
     """
 
     heads: int
@@ -69,12 +70,12 @@ class _Form:
 
 
 class _Product(NamedTuple):
-    """Heads that share products.
+    """A group of heads computed in one matrix product.
 
     Attributes:
-        number: of all products of a map.
-        masks: for each head, bool [1, channels], which of the channels that are read are its own.
-        scale: of its queries.
+        number: index among the products of a map.
+        masks: for each head, bool [1, channels]: its own channels among those read.
+        scale: of the queries.
     """
 
     number: int
@@ -82,24 +83,24 @@ class _Product(NamedTuple):
     scale: float
 
     def spread(self, x: jax.Array) -> jax.Array:
-        """[N, channels] -> [heads * N, channels], of each head its own channels and zeros."""
+        """[N, channels] -> [heads * N, channels]: each head's own channels, zeros elsewhere."""
         return jnp.concatenate([jnp.where(mask, x, 0) for mask in self.masks])
 
     def collect(self, x: jax.Array) -> jax.Array:
-        """[heads * N, channels] -> [N, channels], of each head its own channels."""
+        """[heads * N, channels] -> [N, channels]: each head's own channels."""
         parts = jnp.split(x, len(self.masks))
         return sum((jnp.where(mask, part, 0) for mask, part in zip(self.masks, parts, strict=True)), jnp.float32(0))
 
 
-def heads_a_product(heads: int, channels: int, queries: int) -> int:
-    """How many heads share products: a divisor of those that are read together, which fill the lanes."""
+def heads_per_product(heads: int, channels: int, queries: int) -> int:
+    """Return the number of heads per product: a divisor of the number of heads that are read together."""
     group = min(heads, LANES * heads // channels)
-    return max(size for size in range(1, group + 1) if group % size == 0 and (size == 1 or size * queries <= WIDE))
+    return max(size for size in range(1, group + 1) if group % size == 0 and (size == 1 or size * queries <= MAX_LANES))
 
 
 def _groups(heads: int, channels: int, queries: int) -> Iterator[tuple[slice, list[_Product]]]:
-    """The channels that are read together, and the products that their heads are computed in."""
-    width, size = channels // heads, heads_a_product(heads, channels, queries)
+    """Yield the channels that are read together, and the products of their heads."""
+    width, size = channels // heads, heads_per_product(heads, channels, queries)
     group = min(heads, LANES // width)
     for first in range(0, heads, group):
         count = min(group, heads - first)
@@ -112,9 +113,9 @@ def _groups(heads: int, channels: int, queries: int) -> Iterator[tuple[slice, li
         yield slice(first * width, (first + count) * width), products
 
 
-def _dot(a: jax.Array, b: jax.Array, axis_of_a: int, axis_of_b: int) -> jax.Array:
-    """A matrix product over one axis of each, float32."""
-    return jax.lax.dot_general(a, b, (((axis_of_a,), (axis_of_b,)), ((), ())), preferred_element_type=jnp.float32)
+def _dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+    """Multiply matrices over one axis of each, in float32."""
+    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def _roll(x: jax.Array, shift: tuple[int, int]) -> jax.Array:
@@ -126,88 +127,88 @@ def _roll(x: jax.Array, shift: tuple[int, int]) -> jax.Array:
 
 
 def _in_windows(
-    form: _Form,
+    settings: _Settings,
     inputs: Maps,
     biases: Ref,
     outputs: Maps,
-    of_biases: Ref | None,
+    grad_biases: Ref | None,
     scratch: tuple[Ref, ...],
     compute: Callable[..., Maps],
 ) -> None:
-    """Compute windows of maps from windows of maps.
+    """Apply a function to each window of maps.
 
     Args:
-        form: of the call.
+        settings: of the call.
         inputs, outputs: maps [images, H, W, C]; the first inputs are queries, keys and values.
-        biases: [3, C], what is added to these.
-        of_biases: [3, C], to which the sums of the first outputs are added.
-        scratch: one an input and output, float32 [H, W, channels that are read together].
-        compute: of image, window, products and the inputs' windows [N, channels], those of the outputs.
+        biases: [3, C], added to the first three inputs.
+        grad_biases: [3, C], accumulates the sums of the first three outputs.
+        scratch: per input and output, float32 [H, W, channels that are read together].
+        compute: image, window, products, windows of the inputs [N, channels] -> windows of the outputs.
     """
 
     def place(ref: Ref, row: jax.Array, column: int) -> tuple[Any, ...]:
-        rows, columns = (size // count for size, count in zip(ref.shape[:2], form.windows, strict=True))
+        rows, columns = (size // count for size, count in zip(ref.shape[:2], settings.windows, strict=True))
         return pl.ds(row * rows, rows), pl.ds(column * columns, columns)
 
-    rolled, made = scratch[: len(inputs)], scratch[len(inputs) :]
+    rolled, results = scratch[: len(inputs)], scratch[len(inputs) :]
     _, height, width, channels = inputs[0].shape
-    queries = height * width // math.prod(form.windows)
+    queries = height * width // math.prod(settings.windows)
 
     @pl.loop(0, inputs[0].shape[0])
-    def of_image(image: jax.Array) -> None:
-        for lanes, products in _groups(form.heads, channels, queries):
-            here = slice(0, lanes.stop - lanes.start)
+    def per_image(image: jax.Array) -> None:
+        for lanes, products in _groups(settings.heads, channels, queries):
+            local = slice(0, lanes.stop - lanes.start)
             for number, (ref, copy) in enumerate(zip(inputs, rolled, strict=True)):
                 x = ref[image, :, :, lanes].astype(jnp.float32)
                 if number < biases.shape[0]:
                     x += biases[number : number + 1, lanes][None]
-                copy[:, :, here] = _roll(x, form.shift)
+                copy[:, :, local] = _roll(x, settings.shift)
 
-            @pl.loop(0, form.windows[0])
-            def of_row(row: jax.Array, here: slice = here, products: list[_Product] = products) -> None:
-                for column in range(form.windows[1]):
-                    windows = [copy[*place(copy, row, column), here].reshape(-1, here.stop) for copy in rolled]
-                    computed = compute(image, row * form.windows[1] + column, products, *windows)
-                    for copy, x in zip(made, computed, strict=True):
+            @pl.loop(0, settings.windows[0])
+            def per_row(row: jax.Array, local: slice = local, products: list[_Product] = products) -> None:
+                for column in range(settings.windows[1]):
+                    windows = [copy[*place(copy, row, column), local].reshape(-1, local.stop) for copy in rolled]
+                    computed = compute(image, row * settings.windows[1] + column, products, *windows)
+                    for copy, x in zip(results, computed, strict=True):
                         at = place(copy, row, column)
-                        copy[*at, here] = x.reshape(at[0].size, at[1].size, here.stop)
+                        copy[*at, local] = x.reshape(at[0].size, at[1].size, local.stop)
 
-            for number, (ref, copy) in enumerate(zip(outputs, made, strict=True)):
-                x = copy[:, :, here]
-                if of_biases is not None:
-                    of_biases[number : number + 1, lanes] += x.sum(axis=(0, 1), keepdims=True)[0]
-                ref[image, :, :, lanes] = _roll(x, (-form.shift[0], -form.shift[1])).astype(ref.dtype)
+            for number, (ref, copy) in enumerate(zip(outputs, results, strict=True)):
+                x = copy[:, :, local]
+                if grad_biases is not None:
+                    grad_biases[number : number + 1, lanes] += x.sum(axis=(0, 1), keepdims=True)[0]
+                ref[image, :, :, lanes] = _roll(x, (-settings.shift[0], -settings.shift[1])).astype(ref.dtype)
 
 
 def _differences(row: jax.Array, keys: int) -> jax.Array:
-    """Of numbers of tokens [1, Q], key minus query: [K, Q]."""
+    """Return the difference of one number per token, key minus query: [1, Q] -> [K, Q]."""
     return _dot(row[:, :keys], jnp.ones_like(row), 0, 0) - row
 
 
 def _steps(offsets: Ref, image: jax.Array, window: jax.Array, shape: tuple[int, ...]) -> list[jax.Array]:
-    """The difference of dy and of dx of all pairs, float32 [K, heads * Q]."""
+    """Return the differences of dy and of dx of all pairs, float32 [K, heads * Q]."""
     rows = (offsets[image, window, axis : axis + 1] for axis in (0, 1))
     return [_differences(row, shape[0])[:, : shape[1]] for row in rows]
 
 
 def _add_to_tables(
-    of_tables: Ref, terms: Terms, image: jax.Array, window: jax.Array, product: _Product, of_logits: jax.Array
+    grad_tables: Ref, terms: Terms, image: jax.Array, window: jax.Array, product: _Product, grad_logits: jax.Array
 ) -> None:
-    """Add the gradient of the logits of all pairs to that of the cases that they are of."""
-    lanes = of_logits.shape[1]
+    """Add the gradient of each pair's logit to the gradient of the pair's case."""
+    lanes = grad_logits.shape[1]
     if terms.offsets is None:
-        of_tables[product.number, 0, :, :lanes] += of_logits
+        grad_tables[product.number, 0, :, :lanes] += grad_logits
         return
-    row, column = _steps(terms.offsets, image, window, of_logits.shape)
+    row, column = _steps(terms.offsets, image, window, grad_logits.shape)
     for case in range(9):
-        here = (row == case // 3 - 1) & (column == case % 3 - 1)
-        of_tables[product.number, case, :, :lanes] += jnp.where(here, of_logits, 0)
+        pairs = (row == case // 3 - 1) & (column == case % 3 - 1)
+        grad_tables[product.number, case, :, :lanes] += jnp.where(pairs, grad_logits, 0)
 
 
 def _weights(
     terms: Terms, image: jax.Array, window: jax.Array, product: _Product, k: jax.Array, q: jax.Array
 ) -> jax.Array:
-    """The softmax over keys, float32 [K, heads * Q], of keys [K, C] and spread queries [heads * Q, C]."""
+    """Compute the softmax over keys, float32 [K, heads * Q], from keys [K, C] and spread queries [heads * Q, C]."""
     logits = _dot(k, q, 1, 1)
     keys, lanes = logits.shape
     if terms.tables is not None:
@@ -225,8 +226,8 @@ def _weights(
     return exponentials * (1 / exponentials.sum(axis=0, keepdims=True))
 
 
-def _forward_kernel(form: _Form, maps: Maps, terms: Terms, made: Maps, _of: None, *scratch: Ref) -> None:
-    """Queries, keys and values to what is attended to."""
+def _forward_kernel(settings: _Settings, maps: Maps, terms: Terms, outputs: Maps, _of: None, *scratch: Ref) -> None:
+    """Compute attention from queries, keys and values."""
     dtype = maps[0].dtype
 
     def compute(image: jax.Array, window: jax.Array, products: list[_Product], *windows: jax.Array) -> Maps:
@@ -238,189 +239,216 @@ def _forward_kernel(form: _Form, maps: Maps, terms: Terms, made: Maps, _of: None
             attended += product.collect(_dot(weights.astype(dtype), v, 0, 0))
         return (attended,)
 
-    _in_windows(form, maps, terms.biases, made, None, scratch, compute)
+    _in_windows(settings, maps, terms.biases, outputs, None, scratch, compute)
 
 
 def _backward_kernel(
-    form: _Form, maps: Maps, terms: Terms, made: Maps, of_terms: tuple[Ref, Ref | None], *scratch: Ref
+    settings: _Settings, maps: Maps, terms: Terms, outputs: Maps, grad_terms: tuple[Ref, Ref | None], *scratch: Ref
 ) -> None:
-    """Queries, keys, values and the gradient of what is attended to, to those of the three, of biases and tables."""
+    """Compute the gradients of queries, keys, values, biases and tables from the gradient of the output."""
     dtype = maps[0].dtype
-    of_biases, of_tables = of_terms
+    grad_biases, grad_tables = grad_terms
 
     @pl.when(pl.program_id(0) == 0)
     def begin() -> None:
-        for of_term in jax.tree.leaves(of_terms):
-            of_term[...] = jnp.zeros_like(of_term)
+        for grad_term in jax.tree.leaves(grad_terms):
+            grad_term[...] = jnp.zeros_like(grad_term)
 
     def compute(image: jax.Array, window: jax.Array, products: list[_Product], *windows: jax.Array) -> Maps:
         q, k, v, gradient = windows
         k, v = k.astype(dtype), v.astype(dtype)
-        of_q, of_k, of_v = jnp.zeros_like(q), jnp.zeros(k.shape), jnp.zeros(v.shape)
+        grad_q, grad_k, grad_v = jnp.zeros_like(q), jnp.zeros(k.shape), jnp.zeros(v.shape)
         for product in products:
             queries = product.spread(q * product.scale).astype(dtype)
             spread = product.spread(gradient).astype(dtype)
             weights = _weights(terms, image, window, product, k, queries)
-            of_weights = _dot(v, spread, 1, 1)
-            of_logits = weights * (of_weights - (weights * of_weights).sum(axis=0, keepdims=True))
-            if of_tables is not None:
-                _add_to_tables(of_tables, terms, image, window, product, of_logits)
-            of_logits = of_logits.astype(dtype)
-            of_v += _dot(weights.astype(dtype), spread, 1, 0)
-            of_k += _dot(of_logits, queries, 1, 0)
-            of_q += product.collect(_dot(of_logits, k, 0, 0)) * product.scale
-        return of_q, of_k, of_v
+            grad_weights = _dot(v, spread, 1, 1)
+            grad_logits = weights * (grad_weights - (weights * grad_weights).sum(axis=0, keepdims=True))
+            if grad_tables is not None:
+                _add_to_tables(grad_tables, terms, image, window, product, grad_logits)
+            grad_logits = grad_logits.astype(dtype)
+            grad_v += _dot(weights.astype(dtype), spread, 1, 0)
+            grad_k += _dot(grad_logits, queries, 1, 0)
+            grad_q += product.collect(_dot(grad_logits, k, 0, 0)) * product.scale
+        return grad_q, grad_k, grad_v
 
-    _in_windows(form, maps, terms.biases, made, of_biases, scratch, compute)
+    _in_windows(settings, maps, terms.biases, outputs, grad_biases, scratch, compute)
 
 
-def _call(kernel: Callable[..., None], form: _Form, maps: Maps, terms: Terms, made: Maps, of_terms: Any) -> Any:  # noqa: ANN401
-    """Run a kernel over all images, some of them a step.
+def _call(
+    kernel: Callable[..., None],
+    settings: _Settings,
+    maps: Maps,
+    terms: Terms,
+    outputs: Maps,
+    grad_terms: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
+    """Run a kernel over all images, several per step.
 
     Args:
-        kernel: one of the two above.
-        form: of the call.
-        maps: that it reads, the queries first.
-        terms: as the kernels read them.
-        made: the maps that it writes are like these.
-        of_terms: what it writes of all images together is like these, in float32.
+        kernel: `_forward_kernel` or `_backward_kernel`.
+        settings: of the call.
+        maps: inputs, the queries first.
+        terms: see `Terms`.
+        outputs: arrays of the shapes and dtypes of the output maps.
+        grad_terms: arrays of the shapes of the gradients summed over images, float32.
 
     Returns:
-        What it writes.
+        The output maps and the summed gradients.
     """
     batch, height, width, channels = maps[0].shape
-    most = max(1, TOKENS_A_STEP // (height * width))
-    images = max(count for count in range(1, most + 1) if batch % count == 0)
+    max_images = max(1, TOKENS_PER_STEP // (height * width))
+    images = max(count for count in range(1, max_images + 1) if batch % count == 0)
     lanes = min(channels, LANES)
 
-    def some(array: jax.Array) -> pl.BlockSpec:
+    def per_step(array: jax.Array) -> pl.BlockSpec:
         return pl.BlockSpec((images, *array.shape[1:]), lambda step: (step, *(0,) * (array.ndim - 1)))
 
     def whole(array: jax.Array) -> pl.BlockSpec:
         return pl.BlockSpec(array.shape, lambda step: (0,) * array.ndim)
 
     return pl.pallas_call(
-        partial(kernel, form),
-        jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), (made, of_terms)),
+        partial(kernel, settings),
+        jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), (outputs, grad_terms)),
         grid=(batch // images,),
-        in_specs=(tuple(map(some, maps)), _for_each_term(terms, some, whole)),
-        out_specs=(tuple(map(some, made)), jax.tree.map(whole, of_terms)),
-        scratch_shapes=[pltpu.VMEM((*array.shape[1:3], lanes), jnp.float32) for array in (*maps, *made)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=FAST_MEMORY),
-        cost_estimate=cost(form, maps, terms, made),
-        interpret=form.interpret,
+        in_specs=(tuple(map(per_step, maps)), _map_terms(terms, per_step, whole)),
+        out_specs=(tuple(map(per_step, outputs)), jax.tree.map(whole, grad_terms)),
+        scratch_shapes=[pltpu.VMEM((*array.shape[1:3], lanes), jnp.float32) for array in (*maps, *outputs)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES),
+        cost_estimate=cost(settings, maps, terms, outputs),
+        interpret=settings.interpret,
         name=kernel.__name__.strip("_"),
     )(maps, terms)
 
 
-def _for_each_term(terms: Terms, some: Callable[[Any], Any], whole: Callable[[Any], Any]) -> Any:  # noqa: ANN401
-    """What holds of terms, by what holds of those that images have, and of those that all share."""
-    return jax.tree.map(whole, terms)._replace(offsets=None if terms.offsets is None else some(terms.offsets))
+def _map_terms(terms: Terms, per_step: Callable[[Any], Any], whole: Callable[[Any], Any]) -> Any:  # noqa: ANN401
+    """Map `per_step` over the terms that belong to images, and `whole` over those that all images share."""
+    return jax.tree.map(whole, terms)._replace(offsets=None if terms.offsets is None else per_step(terms.offsets))
 
 
-def cost(form: _Form, maps: Maps, terms: Terms, made: Maps) -> pl.CostEstimate:
-    """What a call must compute and move at least, forward or backward.
+def cost(settings: _Settings, maps: Maps, terms: Terms, outputs: Maps) -> pl.CostEstimate:
+    """Estimate a lower bound of the operations and bytes of a call, forward or backward.
 
-    Bytes are those of memory, where channels lie in whole lanes. Operations are those of the matrix products,
-    transcendentals the exponentials: a bound, and a loose one. A product over d channels costs a matrix unit what one
-    over 128 would, and each pair takes some ten (forward) to forty (backward, with nine cases) operations of the vector
-    unit, which are what the kernel spends its time on.
+    Bytes count channels in whole lanes, operations the matrix products, transcendentals the exponentials. The bound is
+    loose: a product over d channels costs a matrix unit the same as one over 128, and the kernel spends its time on the
+    vector unit, some ten (forward) to forty (backward, with nine cases) operations per pair.
     """
     (batch, height, width, channels), (_, rows, columns, _) = maps[0].shape, maps[1].shape
-    pairs = batch * height * width * rows * columns // math.prod(form.windows)
+    pairs = batch * height * width * rows * columns // math.prod(settings.windows)
 
     def size(array: jax.Array) -> int:
         return math.prod((*array.shape[:-1], -(-array.shape[-1] // LANES) * LANES)) * array.dtype.itemsize
 
-    products = 2 if len(made) == 1 else 5
+    products = 2 if len(outputs) == 1 else 5
     return pl.CostEstimate(
         flops=2 * products * pairs * channels,
-        transcendentals=pairs * form.heads,
-        bytes_accessed=sum(size(array) for array in jax.tree.leaves((maps, terms, made))),
+        transcendentals=pairs * settings.heads,
+        bytes_accessed=sum(size(array) for array in jax.tree.leaves((maps, terms, outputs))),
     )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(form: _Form, maps: Maps, terms: Terms) -> jax.Array:
-    (attended,), _ = _call(_forward_kernel, form, maps, terms, maps[:1], None)
+def _attend(settings: _Settings, maps: Maps, terms: Terms) -> jax.Array:
+    (attended,), _ = _call(_forward_kernel, settings, maps, terms, maps[:1], None)
     return attended
 
 
-def _forward(form: _Form, maps: Maps, terms: Terms) -> tuple[jax.Array, tuple[Maps, Terms]]:
-    return _attend(form, maps, terms), (maps, terms)
+def _forward(settings: _Settings, maps: Maps, terms: Terms) -> tuple[jax.Array, tuple[Maps, Terms]]:
+    return _attend(settings, maps, terms), (maps, terms)
 
 
-def _backward(form: _Form, residuals: tuple[Maps, Terms], gradient: jax.Array) -> tuple[Maps, Terms]:
+def _backward(settings: _Settings, residuals: tuple[Maps, Terms], gradient: jax.Array) -> tuple[Maps, Terms]:
     maps, terms = residuals
     learned = terms.biases, terms.tables
-    of_maps, (of_biases, of_tables) = _call(_backward_kernel, form, (*maps, gradient), terms, maps, learned)
-    return of_maps, Terms(of_biases, of_tables, None, None)
+    grad_maps, (grad_biases, grad_tables) = _call(_backward_kernel, settings, (*maps, gradient), terms, maps, learned)
+    return grad_maps, Terms(grad_biases, grad_tables, None, None)
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _on_each_device(form: _Form, maps: Maps, terms: Terms) -> jax.Array:
-    """Each device attends in its own images: the compiler cannot split a kernel."""
+def _on_each_device(settings: _Settings, maps: Maps, terms: Terms) -> jax.Array:
+    """Run the kernel on each device for its own images, since the compiler cannot partition a kernel."""
     whole = PartitionSpec()
     images = PartitionSpec(jax.sharding.get_abstract_mesh().axis_names)
-    specs = (images,) * 3, _for_each_term(terms, lambda _: images, lambda _: whole)
-    attend = jax.shard_map(partial(_attend, form), in_specs=specs, out_specs=images, check_vma=False)
+    specs = (images,) * 3, _map_terms(terms, lambda _: images, lambda _: whole)
+    attend = jax.shard_map(partial(_attend, settings), in_specs=specs, out_specs=images, check_vma=False)
     return attend(maps, terms)
 
 
-def takes(tokens: int, channels: int, heads: int) -> bool:
-    """Whether the kernel takes windows of so many tokens side by side in a row, where it can be used at all.
+def _supports(tokens: int, channels: int, heads: int) -> bool:
+    """Return whether the kernel supports this number of tokens in a row of a window.
 
-    That is under a mesh, as a training step is compiled; the few images of pictures and probes take the plain form.
+    It needs a mesh, as in a compiled training step; pictures and probes, with few images, use the plain form.
     """
     width = channels // heads
     fills = LANES % width == 0 or channels <= LANES
     return not jax.sharding.get_abstract_mesh().empty and tokens % SUBLANES == 0 and fills
 
 
-def takes_windows(shape: tuple[int, ...], windows: Windows, heads: int) -> bool:
-    """Whether `attend_in_windows` takes maps of a shape [B, H, W, C].
+def supports_windows(shape: tuple[int, ...], windows: Windows, heads: int) -> bool:
+    """Return whether `attend_in_windows` supports maps of a shape [B, H, W, C].
 
-    It takes those that windows tile without padding, all of which cut the mask units at the same places; windows are of
-    at most MAX_TOKENS tokens, their rows whole sublanes, unless there is one.
+    Windows must tile the maps without padding, cut the mask units at the same places, and have at most MAX_TOKENS
+    tokens. Their rows must be whole sublanes, unless one window covers the map.
     """
     rows, columns = windows.size
     alone = windows.size == shape[1:3]
     return (
-        takes(rows * columns if alone else columns, shape[3], heads)
+        _supports(rows * columns if alone else columns, shape[3], heads)
         and rows * columns <= MAX_TOKENS
         and not any(windows.padding)
         and windows.differences.shape[1] == 1
     )
 
 
-def takes_all(tokens: int, first_query: int, channels: int, heads: int) -> bool:
-    """Whether `attend_to_all` takes so many tokens, of which those from `first_query` on are queries."""
-    return tokens <= MAX_TOKENS and all(takes(count, channels, heads) for count in (tokens, tokens - first_query))
+def supports_all(tokens: int, first_query: int, channels: int, heads: int) -> bool:
+    """Return whether `attend_to_all` supports this number of tokens, with queries from `first_query` on."""
+    counts = (tokens, tokens - first_query)
+    return tokens <= MAX_TOKENS and all(_supports(count, channels, heads) for count in counts)
+
+
+def window_attention(qkv: nnx.Linear, proj: nnx.Linear, x: jax.Array, windows: Windows, tables: jax.Array) -> jax.Array:
+    """Compute `attention.window_attention` where `supports_windows`."""
+    maps, biases = _split_channels(qkv, x)
+    return proj(attend_in_windows(maps, biases, windows, tables[:, 0]))
+
+
+def self_attention(qkv: nnx.Linear, proj: nnx.Linear, x: jax.Array, heads: int, first_query: int) -> jax.Array:
+    """Compute `attention.self_attention` where `supports_all`."""
+    (q, k, v), biases = _split_channels(qkv, x)
+    return proj(attend_to_all((q[:, first_query:], k, v), biases, heads))
+
+
+def _split_channels(qkv: nnx.Linear, x: jax.Array) -> tuple[Maps, jax.Array]:
+    """Return queries, keys and values [..., heads * d] without their biases, and these, float32 [3, heads * d]."""
+    kernels = jnp.split(qkv.kernel[...].astype(qkv.dtype), 3, axis=-1)
+    x = x.astype(qkv.dtype)
+    biases = cast(nnx.Param[jax.Array], qkv.bias)[...].reshape(3, -1)
+    return tuple(jnp.einsum("...c,cd->...d", x, kernel) for kernel in kernels), biases
 
 
 def attend_in_windows(
     maps: Maps, biases: jax.Array, windows: Windows, tables: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """Softmax attention in windows of maps.
+    """Softmax attention within windows of maps.
 
     Args:
-        maps: queries, keys and values [B, H, W, heads * d], to which their biases are still to be added.
-        biases: float32 [3, heads * d].
+        maps: queries, keys and values [B, H, W, heads * d], without their biases.
+        biases: float32 [3, heads * d], of queries, keys and values.
         windows: of the maps.
-        tables: float32 [9 or 1, heads, N keys, N queries], the bias of each case, in the order of `select_case`.
-        interpret: have JAX run the kernels' programs, on any device.
+        tables: float32 [9 or 1, heads, N keys, N queries], the bias of each case, in the order of `select_offset_case`.
+        interpret: let JAX interpret the kernels, on any device.
 
     Returns:
         [B, H, W, heads * d].
     """
     shape = batch, height, width, channels = maps[0].shape
     counts = (height // windows.size[0], width // windows.size[1])
-    if counts == (1, 1):  # tokens need not be cut
+    if counts == (1, 1):  # one row of all tokens
         maps = tuple(x.reshape(batch, 1, height * width, channels) for x in maps)
     cases, heads, tokens, _ = tables.shape
-    together = heads_a_product(heads, channels, tokens)
+    together = heads_per_product(heads, channels, tokens)
     products = -(-heads // together)
     tables = jnp.pad(tables, ((0, 0), (0, products * together - heads), (0, 0), (0, 0)))
     tables = tables.reshape(cases, products, together, tokens, tokens).transpose(1, 0, 3, 2, 4)
@@ -431,21 +459,21 @@ def attend_in_windows(
         None if offsets is None else jnp.tile(offsets.astype(jnp.float32), together),
         None if regions is None else jnp.tile(jnp.asarray(regions, jnp.float32), together)[:, None],
     )
-    form = _Form(heads, counts, windows.shift, interpret)
-    return _on_each_device(form, maps, terms).reshape(shape)
+    settings = _Settings(heads, counts, windows.shift, interpret)
+    return _on_each_device(settings, maps, terms).reshape(shape)
 
 
 def attend_to_all(maps: Maps, biases: jax.Array, heads: int, *, interpret: bool = False) -> jax.Array:
     """Softmax attention among all tokens.
 
     Args:
-        maps: queries [B, Q, heads * d], keys and values [B, K, heads * d], likewise without their biases.
-        biases: float32 [3, heads * d].
-        heads: of the channels.
-        interpret: have JAX run the kernels' programs, on any device.
+        maps: queries [B, Q, heads * d], keys and values [B, K, heads * d], without their biases.
+        biases: float32 [3, heads * d], of queries, keys and values.
+        heads: number of heads.
+        interpret: let JAX interpret the kernels, on any device.
 
     Returns:
         [B, Q, heads * d].
     """
-    form = _Form(heads, (1, 1), (0, 0), interpret)
-    return _on_each_device(form, tuple(x[:, None] for x in maps), Terms(biases, None, None, None))[:, 0]
+    settings = _Settings(heads, (1, 1), (0, 0), interpret)
+    return _on_each_device(settings, tuple(x[:, None] for x in maps), Terms(biases, None, None, None))[:, 0]
