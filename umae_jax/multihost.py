@@ -121,7 +121,7 @@ def _report_missing_processes(timeout: int) -> Iterator[None]:
     notice = threading.Timer(NOTICE_SECONDS, os.write, (2, line.encode()))
     notice.daemon = True
     notice.start()
-    module = getattr(jaxlib, "_jax", None)  # private: without it JAX works, but names no process
+    module: Any = getattr(jaxlib, "_jax", None)  # private: without it JAX works, but names no process
     create = getattr(module, "get_distributed_runtime_service", None)
     try:
         if create:
