@@ -17,7 +17,6 @@ from umae_jax.config import default_config, flat, load_config
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TREES = ("configs", "docs", "launch", "tests", "umae_jax")
 FLAG = re.compile(r"--([a-z][a-z_0-9]*(?:-[a-z]+)?)")
-DEFINITION = re.compile(r"DEFINE_\w+\(\s*\"(\w+)\"")
 OTHER_FLAGS = {"dry-run", "check", "strict", "file_format", "help"}  # of launch/ and of other programs
 SECTIONS = ("augment", "data", "mesh", "model", "optimizer", "probe", "validation")
 
@@ -46,8 +45,13 @@ def imported(file):
 
 
 def flags_of(files):
-    """Return the names of the flags that files define."""
-    names = set(DEFINITION.findall("".join(file.read_text() for file in files)))
+    """Return the names of the flags that files define: first arguments of DEFINE_... and of other names for it."""
+    names = set()
+    for text in (file.read_text() for file in files):
+        if "DEFINE_" in text:
+            calls = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call) and node.args)
+            first = (call.args[0] for call in calls)
+            names |= {node.value for node in first if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     return names | {f"no{name}" for name in names}
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from tests import golden, small
 from tests.runs import store
-from umae_jax.masking import RandomMask
+from umae_jax.random_masking import RandomMask
 from umae_jax.weights.exchange import export_weights
 from umae_jax.weights.files import read_weights
 from umae_jax.weights.huggingface import LAYOUTS, from_huggingface, to_huggingface

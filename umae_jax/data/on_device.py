@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 ERASE_AREA = (0.02, 1 / 3)  # fraction of the image
 ERASE_ASPECT = (0.3, 1 / 0.3)  # height over width
@@ -24,23 +23,6 @@ def random_flip(images: jax.Array, keys: jax.Array) -> jax.Array:
     """Flip each image of [B, H, W, C] left to right with probability 0.5."""
     flip = jax.vmap(jax.random.bernoulli)(keys)
     return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
-
-
-def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """Normalize uint8 [..., C], or patches [..., n * C], to float32 with each channel's `mean` and `std`."""
-    return (images.astype(jnp.float32) / 255 - _per_channel(mean, images)) / _per_channel(std, images)
-
-
-def denormalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """Invert `normalize`, with rounding and clipping: float32 [..., C] to uint8."""
-    pixels = images * _per_channel(std, images) + _per_channel(mean, images)
-    return jnp.clip(jnp.round(pixels * 255), 0, 255).astype(jnp.uint8)
-
-
-def _per_channel(values: Sequence[float], images: jax.Array) -> jax.Array:
-    """Return one float32 per channel, broadcastable to [..., C] or to patches of n pixels, [..., n * C]."""
-    repeated = np.tile(np.asarray(values, np.float32), images.shape[-1] // len(values))
-    return jnp.asarray(repeated).reshape((1,) * (images.ndim - 1) + (-1,))
 
 
 def random_erase(images: jax.Array, keys: jax.Array, probability: float) -> jax.Array:

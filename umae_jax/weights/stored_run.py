@@ -115,7 +115,7 @@ class Scored(NamedTuple):
 
 
 def best_checkpoint(workdir: AnyPath) -> Scored | None:
-    """Return the checkpoint with the highest validation metric, None if there is no metric."""
+    """Return the checkpoint with the highest validation metric, None without one; every process must call it."""
     return next(iter(_best_first(absolute(workdir))), None)
 
 
@@ -216,7 +216,7 @@ def _not_from_orbax(record: std_logging.LogRecord) -> bool:
 class _TolerantLoop(asyncio.SelectorEventLoop):
     """An event loop that ignores callbacks after it was closed: TensorStore's, of the other arrays, when one failed."""
 
-    def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as in asyncio
+    def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # noqa: ANN401
         with contextlib.suppress(RuntimeError):
             return super().call_soon_threadsafe(*args, **kwargs)
 
