@@ -236,7 +236,7 @@ def test_a_run_in_a_bucket_is_the_same_as_one_on_disk(images, on_disk, tmp_path)
     for one, other in zip(ours(image), theirs(image), strict=True):
         np.testing.assert_array_equal(one, other)
     file.write_bytes(b"nonsense")
-    with pytest.raises(UserError, match=r"gs://bucket/weights/out\.safetensors is no whole safetensors file"):
+    with pytest.raises(UserError, match=r"gs://bucket/weights/out\.safetensors is not"):
         load_encoder(str(file))
 
 

@@ -6,10 +6,10 @@ import warnings
 import jax
 import numpy as np
 import pytest
-from umae_jax.weights.stored_run import read_run
 
 from tests import commands
 from umae_jax import startup
+from umae_jax.weights.stored_run import read_run
 
 OPTIONS = ("--config.picture_every=6", "--config.total_steps=6")
 MISS = "PERSISTENT COMPILATION CACHE MISS for 'jit_train_step'"

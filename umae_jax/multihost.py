@@ -1,4 +1,4 @@
-"""Several processes that train together: start, agreement, stop signals and a watchdog, by JAX's coordination service.
+"""Several processes that train together, connected by JAX's coordination service.
 
 On a cluster that JAX knows (Cloud TPU, GKE, SLURM, Open MPI) no flags are needed. JAX ends a process that loses another
 one: at once where a connection breaks, otherwise after --heartbeat_timeout.
@@ -24,10 +24,10 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
+import jaxlib
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
-from jaxlib import _jax
 
 from umae_jax.errors import PreemptionRequested, UserError, listing, require
 from umae_jax.files import AnyPath, explain, write_whole
@@ -111,8 +111,8 @@ def initialize(cluster: ClusterFlags) -> None:
 def _report_missing_processes(timeout: int) -> Iterator[None]:
     """Have JAX's service list the processes that have not connected after `timeout` seconds, and announce the wait.
 
-    JAX gives its initialization timeout to the clients only, whose error names no process. The service's error does,
-    but its own timeout, one hour, has no public setting.
+    JAX passes its initialization timeout only to the clients, whose error names no process. The error of the service
+    does, but its timeout, one hour, has no public setting.
     """
     line = (
         f"still waiting for other processes, up to {timeout} s in all; JAX then aborts, and lists the missing ones as "
@@ -121,17 +121,20 @@ def _report_missing_processes(timeout: int) -> Iterator[None]:
     notice = threading.Timer(NOTICE_SECONDS, os.write, (2, line.encode()))
     notice.daemon = True
     notice.start()
-    create = _jax.get_distributed_runtime_service
-    _jax.get_distributed_runtime_service = functools.partial(create, cluster_register_timeout=timeout)
+    module: Any = getattr(jaxlib, "_jax", None)  # private: without it JAX works, but names no process
+    create = getattr(module, "get_distributed_runtime_service", None)
     try:
+        if create:
+            module.get_distributed_runtime_service = functools.partial(create, cluster_register_timeout=timeout)
         yield
     finally:
-        _jax.get_distributed_runtime_service = create
+        if create:
+            module.get_distributed_runtime_service = create
         notice.cancel()
 
 
 def is_connected() -> bool:
-    """Return whether this process has others, or a cluster that could have started others."""
+    """Return whether `initialize` has connected this process to JAX's coordination service."""
     return jax.distributed.is_initialized()
 
 

@@ -11,7 +11,7 @@ from tests.images import write_folder
 from umae_jax.data.sources import open_source
 from umae_jax.data.transforms import load_whole
 from umae_jax.errors import UserError
-from umae_jax.models.position_table import resize_positions
+from umae_jax.models.positions_table import resize_positions
 from umae_jax.positions import sincos_table
 from umae_jax.tasks.classification import Task, adapt_pretrained, make_evaluator, rank_of
 from umae_jax.tasks.labelled import open_matching_validation

@@ -132,7 +132,7 @@ def test_a_classifier_of_other_classes_is_rejected():
 
 
 def test_another_method_is_rejected():
-    with pytest.raises(UserError, match="model.method is um_mae there, classifier here"):
+    with pytest.raises(UserError, match=r"model.method is um_mae there, classifier here"):
         check_same_run(tiny.get_config(), tiny_classifier.get_config(), DIR)
 
 
@@ -156,5 +156,5 @@ def test_a_warm_up_longer_than_the_run_is_cut(capsys):
 def test_a_kernel_that_the_devices_cannot_run_is_rejected():
     config = tiny.get_config()
     config.fused_attention = True
-    with pytest.raises(UserError, match="fused_attention.*TPU.*cpu"):
+    with pytest.raises(UserError, match=r"fused_attention.*TPU.*cpu"):
         build(config, make_mesh())

@@ -23,7 +23,7 @@ from umae_jax.errors import UserError, listing, require
 from umae_jax.features import read_encoder
 from umae_jax.files import AnyPath
 from umae_jax.models.classifier import Classifier
-from umae_jax.models.position_table import PositionTable, resize_positions
+from umae_jax.models.positions_table import PositionTable, resize_positions
 from umae_jax.tasks import labelled
 from umae_jax.training.sharding import batch_sharding, replicated
 from umae_jax.training.task import BaseTask, Batch, Hook, Params, Prediction, RunContext

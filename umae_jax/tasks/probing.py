@@ -125,7 +125,7 @@ def make_reader(
 def _vote(
     bank: jax.Array, labels: jax.Array, queries: jax.Array, *, classes: int, neighbors: int, temperature: float
 ) -> jax.Array:
-    """Return the class each query's nearest neighbours vote for: bank [N, C], labels [N], queries [Q, C] -> int32 [Q]."""
+    """Return each query's class by its nearest neighbours: bank [N, C], labels [N], queries [Q, C] -> int32 [Q]."""
     similarity = jnp.einsum("qc,nc->qn", queries, bank, precision=jax.lax.Precision.HIGHEST)
     nearest, places = jax.lax.top_k(similarity, neighbors)  # [Q, k]
     votes = jnp.exp((nearest - nearest[:, :1]) / temperature)[..., None] * jax.nn.one_hot(labels[places], classes)

@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from umae_jax.config import CONFIG_FILE, read_config
+from umae_jax.config import CONFIG_FILE, old_class_names, read_config
 from umae_jax.errors import UserError, require
 from umae_jax.files import AnyPath, absolute, explain, from_bucket
 from umae_jax.models.build import build_model
@@ -93,7 +93,7 @@ def read_run(workdir: AnyPath, *, best: bool = False, sharding: jax.sharding.Sha
 def _read_classes(workdir: epath.Path) -> tuple[str, ...]:
     if (path := workdir / CLASSES_FILE).is_file():
         return tuple(json.loads(path.read_bytes()))
-    return tuple(json.loads((workdir / CONFIG_FILE).read_bytes()).get("data", {}).get("class_names", ()))
+    return old_class_names((workdir / CONFIG_FILE).read_bytes())
 
 
 def newest_first(folder: epath.Path) -> list[epath.Path]:
