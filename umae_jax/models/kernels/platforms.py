@@ -7,7 +7,7 @@ LANES = 128  # of a TPU
 
 # The limit of fast memory per operation that XLA:TPU schedules, twice the default: fusions move larger pieces, and less
 # memory remains to keep arrays there between operations. Only for chips on which steps have been compiled both ways; on
-# v6e it changes nothing. See benchmarking/SPEED.md.
+# v6e it changes nothing. See docs/performance.md.
 _MORE_FAST_MEMORY = {"xla_tpu_scoped_vmem_limit_kib": str(32 * 1024)}
 _OPTIONS = {"TPU v5 lite": _MORE_FAST_MEMORY, "TPU v5": _MORE_FAST_MEMORY}  # by kind of device
 
