@@ -5,12 +5,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from umae_jax.training.runs import describe, initialize
 
 from tests import tiny
 from tests.commands import ROOT
-from umae_jax.config import default_config, encoder_of
+from umae_jax.config import default_config
+from umae_jax.tasks import make_task
 from umae_jax.training.sharding import make_mesh, spec_of, state_shardings
+from umae_jax.training.state import abstract_run, initialize
 
 
 @pytest.mark.parametrize(
@@ -25,12 +26,12 @@ from umae_jax.training.sharding import make_mesh, spec_of, state_shardings
         ("step", (), PartitionSpec()),
     ],
 )
-def test_kernels_are_split_on_their_largest_axis_that_divides(name, shape, expected):
+def test_weights_are_sharded_on_their_largest_axis_that_divides(name, shape, expected):
     assert spec_of(name, shape, 4) == expected
     assert spec_of(name, shape, 1) == PartitionSpec()
 
 
-def test_parameters_and_optimiser_are_split_alike():
+def test_parameters_and_optimizer_are_sharded_alike():
     mesh = make_mesh(4)
     params = {"kernel": jax.ShapeDtypeStruct((6, 8), jnp.float32)}
     state = {"params": params, "optimizer": ({"mu": params, "count": jax.ShapeDtypeStruct((), jnp.int32)},)}
@@ -40,20 +41,20 @@ def test_parameters_and_optimiser_are_split_alike():
 
 
 @pytest.mark.parametrize("size", ["swin_tiny", "pvt_small", "vit_base"])
-def test_of_every_model_all_but_a_hundredth_is_split(size):
-    assert encoder_of(size)
-    state = describe(default_config(size), make_mesh(8)).state
+def test_99_percent_of_every_model_is_sharded(size):
+    state = abstract_run(make_task(default_config(size)), make_mesh(8)).state
     leaves = jax.tree.leaves(state)
     whole = sum(leaf.size for leaf in leaves if leaf.sharding.is_fully_replicated)
     assert whole < 0.01 * sum(leaf.size for leaf in leaves)
 
 
-def test_a_state_is_born_in_parts():
-    """No device makes more than its part of it, but for what is small."""
+def test_a_state_is_created_sharded():
+    """No device creates more than its shard of a large array."""
     config = tiny.get_config()
     config.model.widths, config.model.heads = (128, 512), (4, 16)
-    run = describe(config, make_mesh(8))
-    state = initialize(config, run)
+    task = make_task(config)
+    run = abstract_run(task, make_mesh(8))
+    state = initialize(task, run)
     kernels = [leaf for leaf in jax.tree.leaves(state) if not leaf.sharding.is_fully_replicated]
     assert kernels
     for kernel in kernels:
