@@ -95,14 +95,11 @@ def load_encoder(
 
 
 def read_encoder(path: str | os.PathLike[str], name: str = "path") -> tuple[ConfigDict, nnx.State]:
-    """Read an encoder's parameters, and the configuration of the model that it was part of.
+    """Read the configuration of an encoder's whole model, and the encoder's parameters on the host.
 
     Args:
         path: as for `load_encoder`.
         name: the flag or configuration key that gave the path, for error messages.
-
-    Returns:
-        The configuration, and the parameters on the host.
 
     Raises:
         UserError: if there are no such weights.
