@@ -7,9 +7,8 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from tests import golden, small, tiny_classifier
-from tests.images import write_folder
+from tests.images import central_pixels, write_folder
 from umae_jax.data.sources import open_source
-from umae_jax.data.transforms import load_whole
 from umae_jax.errors import UserError
 from umae_jax.models.positions_table import resize_positions
 from umae_jax.positions import sincos_table
@@ -62,7 +61,7 @@ def test_accuracy_is_exact_on_any_devices_and_for_any_batch_size(case, devices, 
     for place in range(len(source)):
         record = source[place]
         if record.data != b"no image":
-            pixels = load_whole(record.data, config.image_size, 3)[None]
+            pixels = central_pixels(record.data, config.image_size)[None]
             logits = np.asarray(apply(nnx.merge(graph, params), jnp.asarray(pixels)))[0]
             ranks.append(list(np.argsort(-logits)).index(record.label))
     ranks = np.array(ranks)

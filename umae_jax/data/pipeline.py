@@ -130,16 +130,10 @@ def _read_ahead(
 def _process_rows(batch_size: int, sharding: jax.sharding.Sharding) -> np.ndarray:
     """Return the rows of a batch that this process's devices hold, ascending."""
     processes = jax.process_count()
-    require(
-        batch_size % processes == 0,
-        f"batch_size: {batch_size} does not divide among {processes} processes; choose a multiple of {processes}",
-    )
+    message = f"batch_size: {batch_size} does not divide among {processes} processes; choose a multiple of {processes}"
+    require(batch_size % processes == 0, message)
     slices = sharding.addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices if index is not None]))
-
-
-def _to_devices(arrays: dict[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in arrays.items()}
 
 
 def _warn_once(unreadable: Sequence[tuple[Unreadable, ...]], named: set[str]) -> None:
@@ -232,7 +226,7 @@ class TrainLoader:
                 f"data.source: {self.skipped_images} of {reads} reads failed; "
                 f"repair or remove the files, among them {listing(sorted(self._named), 3)}"
             )
-        return _to_devices(arrays, self._sharding)
+        return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, self._sharding), arrays)
 
     def close(self) -> None:
         """Stop reading ahead and end the workers."""
@@ -279,11 +273,12 @@ class EvalLoader:
         self._named = set() if named is None else named
 
     def __iter__(self) -> Iterator[dict[str, jax.Array]]:
+        to_devices = functools.partial(jax.make_array_from_process_local_data, self._sharding)
         batches = _read_ahead(self._load, self._records.ravel(), self._records.shape[1], self._readers)
         try:
             for records, (arrays, unreadable) in zip(self._records, batches, strict=True):
                 _warn_once(unreadable, self._named)
                 valid = (records >= 0) & ~np.array([*map(bool, unreadable)])
-                yield _to_devices({**arrays, "valid": valid}, self._sharding)
+                yield jax.tree.map(to_devices, {**arrays, "valid": valid})
         finally:
             batches.close()
