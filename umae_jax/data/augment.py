@@ -1,4 +1,4 @@
-"""RandAugment on the host, with Pillow: timm's `rand-m9-mstd0.5-inc1` (SPEC 10). Imports nothing of JAX."""
+"""RandAugment on the host, with Pillow: timm's `rand-m9-mstd0.5-inc1` (SPEC 10). Does not import JAX."""
 
 import random
 from collections.abc import Callable, Mapping

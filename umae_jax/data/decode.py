@@ -1,4 +1,4 @@
-"""Decode one crop of an image file and resize it to uint8 pixels. Imports nothing of JAX.
+"""Decode one crop of an image file and resize it to uint8 pixels. Does not import JAX.
 
 Most of a JPEG's decoding time is entropy decoding. It is sequential: a row needs every row above it, but none below.
 The same file with a smaller height in its header is a JPEG of its upper rows, so nothing below a crop is decoded.
@@ -38,10 +38,13 @@ class EncodedImage:
     """An image file whose size is known and whose pixels are not decoded yet.
 
     Args:
-        data: contents of the file. Pillow raises OSError, or anything else, for a file that is no image.
+        data: contents of the file.
 
     Attributes:
         size: width and height in pixels, after the Exif orientation is applied.
+
+    Raises:
+        Exception: from Pillow, mostly OSError, if the file is not an image.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -160,7 +163,7 @@ def decode_upper_rows(data: bytes, header: JpegHeader, rows: int, channels: int,
         shrink: divides both sides, rounded up: 1, 2, 4 or 8.
 
     Returns:
-        uint8 [rows / shrink or more, width / shrink, channels]; None for a truncated or damaged file.
+        uint8 [rows / shrink or more, width / shrink, channels]; None if the file is truncated or cannot be decoded.
     """
     if data.rfind(_END_OF_IMAGE, header.scan_offset) < 0:
         return None

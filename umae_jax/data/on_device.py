@@ -62,11 +62,12 @@ def smooth_targets(labels: jax.Array, classes: int, smoothing: float) -> jax.Arr
 def mix(
     images: jax.Array, targets: jax.Array, keys: jax.Array, *, mixup: float, cutmix: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Mix images [B, H, W, C] 2i and 2i + 1, B even, and their targets [B, classes] with the same weights.
+    """Mix images [B, H, W, C] with their neighbours in the batch, and targets [B, classes] with the same weights.
 
-    The shuffle makes these neighbours independent, and they lie on one device if it holds an even number of images.
-    Each image draws its own weight from a beta distribution with the parameter `mixup` or `cutmix`. If neither is 0,
-    it also draws one of the two methods: mixup averages both images, cutmix pastes a rectangle of the other.
+    Images 2i and 2i + 1 are neighbours; B must be even. The shuffle makes them independent, and they lie on one device
+    if it holds an even number of images. Each image draws its own weight from a beta distribution with the parameter
+    `mixup` or `cutmix`. If neither is 0, it also draws one of the two methods: mixup averages both images, cutmix
+    pastes a rectangle of the other.
     """
     if not mixup and not cutmix:
         return images, targets

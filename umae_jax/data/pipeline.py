@@ -25,7 +25,7 @@ from umae_jax.data.transforms import READ_TRIES, Sample, Unreadable
 from umae_jax.errors import UserError, listing, require
 
 MAX_UNREADABLE = 0.5  # a run stops if a larger fraction of its reads fails
-MIN_SAMPLES = 16  # read by this process before that fraction is judged
+MIN_SAMPLES = 16  # that this process reads before it checks that fraction
 CHUNK = 16  # max samples per work item of a thread or worker
 # A process keeps about eight cores busy: 13% of reading a 500 x 375 photograph at 256 x 256 (0.2 of 1.5 ms) holds the
 # interpreter's lock. Workers leave 0.16 ms per image to this process, so about 6,000 images/s per host. Extrapolated
@@ -157,7 +157,7 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 def _read_shuffled(
     load: LoadTrain, source_size: int, seed: int, first_sample: int, batch_size: int, rows: np.ndarray, number: int
 ) -> Sample:
-    """Read this process's n-th sample of the endless, shuffled stream: it takes `rows` of every batch."""
+    """Read sample `number` of this process, which takes `rows` of every batch of the endless, shuffled stream."""
     batch, row = divmod(number, len(rows))
     sample_index = first_sample + batch * batch_size + int(rows[row])
     epoch, position = divmod(sample_index, source_size)
@@ -245,7 +245,7 @@ class EvalLoader:
         sharding: of a batch, over its first axis.
         images: number of records to draw from the source; None for all.
         seed: of that draw.
-        named: unreadable records that were named in a warning already; each pass adds those that it names.
+        named: names of unreadable records that have been warned about; each pass adds its own.
 
     Raises:
         UserError: if processes cannot share the batch evenly.

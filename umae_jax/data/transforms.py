@@ -1,4 +1,4 @@
-"""Choose crops and load samples on the host, as uint8 pixels of one size. Imports nothing of JAX."""
+"""Choose crops and load samples on the host, as uint8 pixels of one size. Does not import JAX."""
 
 import math
 import random
@@ -57,7 +57,7 @@ def central_crop(width: int, height: int, size: tuple[int, int], share: float = 
 
 
 class Unreadable(NamedTuple):
-    """The name of a record that cannot be read or decoded, and the reason for people."""
+    """The name of a record that cannot be read or decoded, and the reason as a phrase for messages."""
 
     name: str
     reason: str
