@@ -150,11 +150,13 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
                 save(number)
                 saved = number
             if signal is not None:
+                watchdog.cancel()
                 checkpoints.wait()
                 raise Preempted(signal, number)
             if due or saving:
                 clock.restart()
             if last:
+                watchdog.cancel()
                 break
             # Next batch, next step.
             if number == first_step:
