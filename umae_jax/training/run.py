@@ -55,8 +55,8 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
         group = config.grad_accum_steps * task.group_size
         require(
             config.batch_size % group == 0,
-            f"batch_size: {config.batch_size} images do not divide into {config.grad_accum_steps} accumulation step(s) of "
-            f"whole groups of {task.group_size} (mixed with each other); choose a multiple of {group}",
+            f"batch_size: {config.batch_size} images do not divide into {config.grad_accum_steps} accumulation "
+            f"step(s) of whole groups of {task.group_size}, which are mixed; choose a multiple of {group}",
         )
         total_steps, warmup_steps = durations(config, task.num_samples)
         # State: a checkpoint of this run, else the weights that the task names, else new ones.
@@ -100,7 +100,8 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
 
         # Loop. Step N is dispatched before the metrics of step N - 1 are read: the devices never wait for the log.
         number, saved = first_step, first_step or None
-        skipped, counted = int(data.get("skipped_images", 0)), 0  # of all processes, and how many of this one's are in it
+        skipped = int(data.get("skipped_images", 0))  # of all processes, up to the last checkpoint
+        counted = 0  # of them, those that this process skipped since its start
         clock = Clock()
         pending: tuple[int, dict[str, jax.Array], int] | None = None  # step, metrics, unreadable images up to it
 

@@ -163,7 +163,7 @@ class BaseTask(abc.ABC):
         Raises:
             UserError: if the task has no evaluation of its own.
         """
-        raise UserError(f"model.method: {self.config.model.method} has only probes to evaluate; choose probe knn or linear")
+        raise UserError(f"model.method: {self.config.model.method} is evaluated by a probe; choose knn or linear")
 
     def predict(self, run: StoredRun, path: Path) -> Iterator[Prediction]:
         """Predict for an image file or each image of a folder.
