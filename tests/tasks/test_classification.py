@@ -144,7 +144,7 @@ def test_a_classifier_takes_the_encoder_and_keeps_its_own_head(pretrained):
     source, config = golden.config_of(pretrained), golden.config_of(PAIRS[pretrained])
     graph, theirs = small.random_model(source)
     classifier, ours = small.random_model(config, seed=1)
-    filled = filled_with(ours, adapt_pretrained(config, ours["encoder"], source, theirs["encoder"], "DIR"))
+    filled = filled_with(ours, adapt_pretrained(config, ours["encoder"], source, theirs["encoder"]))
     images = jax.random.normal(jax.random.key(0), (1, *config.image_size, 3))
 
     @jax.jit
@@ -167,7 +167,7 @@ def test_position_tables_are_resized_to_other_images(pretrained, leading):
     source, config = golden.config_of(pretrained), golden.config_of(PAIRS[pretrained])
     config.image_size = tuple(2 * size for size in source.image_size)
     wanted = small.random_model(config)[1]["encoder"]
-    fitted = adapt_pretrained(config, wanted, source, small.random_model(source)[1]["encoder"], "DIR")
+    fitted = adapt_pretrained(config, wanted, source, small.random_model(source)[1]["encoder"])
     table = np.asarray(fitted["encoder"]["positions"]["table"][...])
     old, new = ([size // source.model.patch for size in image] for image in (source.image_size, config.image_size))
     width = source.model.widths[0]
@@ -192,9 +192,9 @@ def test_sizes_that_do_not_fit_are_named(key, value):
     source, config = golden.config_of("swin_um_window8"), golden.config_of("swin_classifier")
     params = small.random_model(source)[1]["encoder"]
     mine = source.model[key]
-    config.model[key] = value
+    config.model[key], config.init = value, "DIR"
     with pytest.raises(UserError, match=rf"init: DIR holds an encoder of other sizes \(model.{key} is") as error:
-        adapt_pretrained(config, params, source, params, "DIR")
+        adapt_pretrained(config, params, source, params)
     assert str(mine) in str(error.value)
     assert str(value) in str(error.value)
 
