@@ -57,7 +57,8 @@ def import_weights(file: AnyPath, workdir: Path, config: ConfigDict | None = Non
         if classes:
             write_whole(incoming / CLASSES_FILE, json.dumps(classes).encode())
         write_whole(incoming / CONFIG_FILE, to_json(config).encode())
-        for path in sorted(incoming.iterdir(), key=lambda path: path.name == CONFIG_FILE):  # the run exists when its configuration does
+        # The directory is a run once it holds a configuration, so that moves last.
+        for path in sorted(incoming.iterdir(), key=lambda path: path.name == CONFIG_FILE):
             path.replace(workdir / path.name)
     except BaseException as error:
         for _ in range(10):  # after a failure Orbax goes on writing other arrays for a moment
