@@ -11,7 +11,7 @@ from umae_jax.weights.recognize import recognize
 
 
 def shapes_of(config):
-    """Return a state dict with the reference's names whose arrays take no memory."""
+    """Return a state dict with the reference's names, of arrays that take no memory."""
     params = nnx.state(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))), nnx.Param)
     shapes = {".".join(map(str, keys)): variable.shape for keys, variable in nnx.to_flat_state(params)}
     return {

@@ -333,7 +333,7 @@ def _read_pth(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{file} holds no dict with 'model' and 'metadata': {error!r}") from error
 
 
-def load_backbone(file: str | os.PathLike[str], **changes: Any) -> SwinBackbone | PvtBackbone:  # noqa: ANN401 - see Args
+def load_backbone(file: str | os.PathLike[str], **changes: Any) -> SwinBackbone | PvtBackbone:  # noqa: ANN401
     """Load the encoder of an exported weight file, in eval mode.
 
     Args:

@@ -144,27 +144,27 @@ class Task(BaseTask):
         return (Hook(every, validate, metric=TOP1),)
 
     def result(self, workdir: AnyPath) -> str | None:
-        """Return the best accuracy and where its checkpoint is."""
+        """Return the best accuracy and its checkpoint."""
         best = best_checkpoint(workdir)
         return None if best is None else f"best top-1 {best.value:.2%}, in {best.folder}"
 
     def evaluate(self, run: StoredRun, mesh: Mesh, batch_size: int) -> Prediction:
-        """Return top-1 and top-5 on the validation images.
+        """Return top-1 and top-5 accuracy on the validation images.
 
         Raises:
             UserError: if none are named, or their classes are not the model's.
         """
-        config, where = run.config, run.config.validation.source
-        require(where is not None, "--validation is missing; write --validation with folder:PATH or tfds:NAME")
+        config, name = run.config, run.config.validation.source
+        require(name is not None, "--validation is missing; write --validation with folder:PATH or tfds:NAME")
         source = labelled.open_validation(config, "--validation")
         require(
             len(source.classes) == config.model.classes,
-            f"--validation: {where} has {len(source.classes)} classes, the model {config.model.classes}",
+            f"--validation: {name} has {len(source.classes)} classes, the model {config.model.classes}",
         )
         unknown = [theirs for ours, theirs in zip(run.classes, source.classes, strict=False) if ours != theirs]
         require(
             not unknown,
-            f"--validation: the model was not trained on these classes of {where}: {listing(unknown)}; "
+            f"--validation: the model was not trained on these classes of {name}: {listing(unknown)}; "
             "name images of its own classes",
         )
         accuracy = make_evaluator(config, run.graph, run.params, source, mesh, batch_size)(run.params)
@@ -173,9 +173,8 @@ class Task(BaseTask):
         return line, {"step": run.step, **accuracy._asdict()}
 
     def predict(self, run: StoredRun, path: Path) -> Iterator[Prediction]:
-        """Yield the likeliest classes of each image."""
-        config = run.config
-        source = open_images(path)
+        """Yield the likeliest classes of each image and their probabilities."""
+        config, source = run.config, open_images(path)
         names = run.classes or [f"class {number}" for number in range(config.model.classes)]
 
         @jax.jit
@@ -230,24 +229,22 @@ def make_evaluator(
         batch_size: global.
         check: called before each batch; may raise to abandon the evaluation.
     """
-    zeros = jax.jit(lambda: jnp.zeros(3, jnp.int32), out_shardings=replicated(mesh))
     loader = labelled.eval_loader(config, source, "validation.source", mesh, batch_size, None, set())
 
-    def count(totals: jax.Array, params: Params, batch: Batch) -> jax.Array:
+    def count(params: Params, batch: Batch) -> jax.Array:
         valid = batch["valid"]
         rank = rank_of(jnp.maximum(batch["label"], 0), nnx.merge(graph, params)(batch["image"]))
-        return totals + jnp.stack([valid.sum(), (valid & (rank < 1)).sum(), (valid & (rank < 5)).sum()])
+        return jnp.stack([valid.sum(), (valid & (rank < 1)).sum(), (valid & (rank < 5)).sum()])
 
-    totals = jax.ShapeDtypeStruct((3,), jnp.int32, sharding=replicated(mesh))
-    jitted = jax.jit(count, donate_argnums=0, out_shardings=replicated(mesh))
-    compiled = jitted.lower(totals, params, labelled.abstract_eval_batch(config, mesh, batch_size)).compile()
+    jitted = jax.jit(count, out_shardings=replicated(mesh))
+    compiled = jitted.lower(params, labelled.abstract_eval_batch(config, mesh, batch_size)).compile()
 
     def evaluate(params: Params) -> Accuracy:
-        totals = zeros()
+        counts = []
         for batch in loader:
             check()
-            totals = compiled(totals, params, batch)
-        images, top1, top5 = (int(total) for total in jax.device_get(totals))
+            counts.append(compiled(params, batch))
+        images, top1, top5 = np.sum(jax.device_get(counts), axis=0).tolist()
         require(images > 0, "validation.source: none of its images can be read; repair them or name another source")
         return Accuracy(images, top1 / images, top5 / images, len(source) - images)
 

@@ -113,12 +113,9 @@ def _read_pth(file: BinaryIO, path: AnyPath) -> Weights:
         isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values()),
         f"{path} holds no dict of tensors, neither at the top nor under 'model' or 'state_dict'",
     )
-    odd = [
-        str(name)
-        for name, value in state.items()
-        if value.layout != torch.strided or value.device.type != "cpu" or value.is_complex()
-    ]
-    require(not odd, f"{path} holds sparse or complex tensors, or tensors without values: {', '.join(odd)}")
+    for name, value in state.items():
+        plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_complex()
+        require(plain, f"{path}: {name} is complex, sparse or without values")
     tensors = {str(name): value.detach().to(torch.float32).numpy() for name, value in state.items()}
     strings = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     return Weights(tensors, metadata if strings else {})

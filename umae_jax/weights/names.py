@@ -30,12 +30,11 @@ def _convolution(side: int) -> Layout:
 
 SAME = Layout(lambda weight: weight, lambda array: array)
 TRANSPOSED = Layout(np.transpose, np.transpose)  # linear [out, in]
-POINTWISE, HALVING = _convolution(1), _convolution(2)
 
 # A module's parameters: our name, the reference's name, layout.
 LINEAR = (("kernel", "weight", TRANSPOSED), ("bias", "bias", SAME))
-POINTWISE_CONVOLUTION = (("kernel", "weight", POINTWISE), ("bias", "bias", SAME))
-HALVING_CONVOLUTION = (("kernel", "weight", HALVING), ("bias", "bias", SAME))
+POINTWISE_CONVOLUTION = (("kernel", "weight", _convolution(1)), ("bias", "bias", SAME))
+HALVING_CONVOLUTION = (("kernel", "weight", _convolution(2)), ("bias", "bias", SAME))
 PATCH_CONVOLUTION = (("kernel", "weight", None), ("bias", "bias", SAME))  # the patch sets the layout
 NORM = (("scale", "weight", SAME), ("bias", "bias", SAME))
 PARAMETER = (("", "", SAME),)
