@@ -203,8 +203,6 @@ def from_reference(config: ConfigDict, params: nnx.State, tensors: Tensors, *, n
     missing, wrong, unexpected = [], [], set(tensors)
     for entry in entries(config):
         if entry.ours not in ours:
-            if not entry.ours.startswith(only):
-                unexpected.discard(entry.theirs)
             continue
         if entry.theirs not in tensors:
             missing.append(entry.theirs)
