@@ -38,7 +38,7 @@ def test_every_preset_is_recognized_from_its_shapes(size, method):
 def test_image_sizes_follow_position_tables():
     config = golden.config_of("swin_um_window8")
     tensors = to_reference(config, small.random_model(config)[1])
-    with pytest.raises(UserError, match=r"weights .*decoder of width 32.* heads .*--config"):
+    with pytest.raises(UserError, match=r"weights .*decoder of width 32.* heads.*--config"):
         recognize(tensors, "weights")
     config = default_config("vit_small", "classifier")
     config.image_size = (96, 96)
