@@ -96,7 +96,7 @@ class Task(BaseTask):
         config, validation = self.config, self.validation
         assert validation is not None
         batch_size = config.batch_size // config.grad_accum_steps
-        read = probing.make_reader(config, context.graph, context.params, context.mesh, batch_size, context.check)
+        read = probing.FeatureReader(config, context.graph, context.params, context.mesh, batch_size, context.check)
 
         def probe(_step: int, params: Params) -> dict[str, float]:
             bank = read(params, self.source, "data.source", config.probe.images)

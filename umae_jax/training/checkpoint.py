@@ -25,11 +25,11 @@ from umae_jax.multihost import all_gather_json
 from umae_jax.training.state import TrainState
 from umae_jax.weights.stored_run import (
     BEST,
+    DATA_FILE,
     FOLDER,
     OLD_BEST,
     best_checkpoint,
     checkpoints_in,
-    data_file,
     first_whole,
     newest_first,
     quiet,
@@ -138,7 +138,7 @@ class Checkpoints:
             items = ocp.args.Composite(state=state_item, data=data_item)
             self._guard(lambda: self._manager.save(step, args=items, force=True))
         elif BEST in content and jax.process_index() == 0:
-            file = data_file(self._folder / str(step))
+            file = self._folder / str(step) / DATA_FILE
             self._guard(lambda: write_whole(file, json.dumps(content).encode()))
 
     def wait(self) -> None:
