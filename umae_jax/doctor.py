@@ -35,7 +35,7 @@ GIB = 2**30
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The directory that the run would write to.")
-_CLUSTER = multihost.define_flags()
+_CLUSTER = multihost.ClusterFlags()
 
 
 def inspect_process(config: ConfigDict | None, workdir: AnyPath | None) -> dict[str, Any]:
