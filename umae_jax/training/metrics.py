@@ -174,7 +174,9 @@ class Report:
         """Report the metrics of an evaluation."""
         if self._writer is not None:
             self._writer.write(step, values)
-            formatted = {key: f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for key, value in values.items()}
+            formatted = {
+                key: f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for key, value in values.items()
+            }
             self._print(step, [f"{key} {value}" for key, value in formatted.items()])
 
     def _print(self, step: int, parts: list[str]) -> None:
