@@ -36,8 +36,8 @@ def explain(error: BaseException) -> str | None:
         return str(error)
     if from_bucket(error):
         return (
-            f"the bucket cannot be reached ({first_line(error)}); check its name, the network and your permissions, and "
-            "log in with gcloud auth application-default login"
+            f"the bucket cannot be reached ({first_line(error)}); check its name, the network and your permissions, "
+            "and log in with gcloud auth application-default login"
         )
     if isinstance(error, OSError) and error.errno in _FIXABLE:
         return f"{error.filename or 'a file'}: {error.strerror}; fix that or choose another path"
