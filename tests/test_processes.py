@@ -6,7 +6,6 @@ import signal
 import time
 
 import numpy as np
-import pytest
 
 import umae_jax
 from tests import commands, tiny, tiny_classifier
@@ -36,33 +35,29 @@ def overrides(values):
     return [f"--config.{key}={value}" for key, value in values.items()]
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A run of this process with eight devices."""
+def test_two_processes_train_as_one_and_one_process_continues_their_run(tmp_path, monkeypatch):
+    options, alone, workdir = {"picture_every": 6, "total_steps": 7}, tmp_path / "alone", tmp_path / "run"
     config = tiny.get_config()
-    config.update(OPTIONS)
-    workdir = tmp_path_factory.mktemp("alone")
-    umae_jax.pretrain(config, workdir)
-    return workdir
-
-
-OPTIONS = {"picture_every": 6, "total_steps": 7}
-
-
-def test_two_processes_train_as_one_and_one_process_continues_their_run(alone, tmp_path):
-    ((output, errors), (_, others)) = commands.end(start(tmp_path, *overrides(OPTIONS), "--config.mesh.fsdp=8"))
-    np.testing.assert_allclose(commands.losses(tmp_path), commands.losses(alone), rtol=1e-5)
-    assert output.splitlines()[-1] == str(tmp_path / "reconstructions" / "0000007.png")
+    config.update(options)
+    umae_jax.pretrain(config, alone)  # with eight devices
+    with monkeypatch.context() as patch:
+        patch.delenv("JAX_COMPILATION_CACHE_DIR")
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+        started = start(workdir, *overrides(options), "--config.mesh.fsdp=8")
+    ((output, errors), (_, others)) = commands.end(started)
+    assert not list(tmp_path.rglob("*-cache"))  # programs of several processes on CPUs have a new key each time
+    np.testing.assert_allclose(commands.losses(workdir), commands.losses(alone), rtol=1e-5)
+    assert output.splitlines()[-1] == str(workdir / "reconstructions" / "0000007.png")
     assert "8 cpu device(s)" in errors
     assert lines(others) == []
     for folder in (".", "reconstructions"):
-        together, expected = ({path.name for path in (workdir / folder).iterdir()} for workdir in (tmp_path, alone))
-        assert together == expected
+        written, expected = ({path.name for path in (where / folder).iterdir()} for where in (workdir, alone))
+        assert written == expected
     # With two devices instead of eight.
-    shutil.rmtree(tmp_path / "checkpoints" / "7")
-    _, errors = commands.pretrain(tmp_path, *overrides(OPTIONS), devices=2)
+    shutil.rmtree(workdir / "checkpoints" / "7")
+    _, errors = commands.pretrain(workdir, *overrides(options), devices=2)
     assert "continuing at step 5" in errors
-    np.testing.assert_allclose(commands.losses(tmp_path), commands.losses(alone), rtol=1e-5)
+    np.testing.assert_allclose(commands.losses(workdir), commands.losses(alone), rtol=1e-5)
 
 
 def test_a_signal_to_one_process_makes_all_save_and_leave(tmp_path):

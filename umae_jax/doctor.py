@@ -40,16 +40,13 @@ _CLUSTER = multihost.ClusterFlags()
 
 
 def inspect_process(config: ConfigDict | None, workdir: AnyPath | None) -> dict[str, Any]:
-    """Return the host, devices, data and faults of this process."""
+    """Return a description of this process, the facts that must be equal in all, and the faults."""
     device = jax.local_devices()[0]
-    findings: dict[str, Any] = {
-        "host": socket.gethostname(),
-        "device kind": device.device_kind,
-        "devices": jax.local_device_count(),
-        "device memory": (device.memory_stats() or {}).get("bytes_limit", 0),
-        "cores": host_cores(),
-        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    }
+    equal: dict[str, Any] = {"devices": f"{jax.local_device_count()} x {device.device_kind}"}
+    limit = (device.memory_stats() or {}).get("bytes_limit", 0)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    description = equal["devices"] + (f" of {limit / GIB:.1f} GiB" if limit else "")
+    description += f"; {host_cores()} cores, {memory / GIB:.0f} GiB"
     faults: list[str] = []
 
     @contextlib.contextmanager
@@ -67,7 +64,8 @@ def inspect_process(config: ConfigDict | None, workdir: AnyPath | None) -> dict[
     if config is not None:
         with attempt("data.source"):
             source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
-            findings |= {"images": len(source), "first image": source[0].name}
+            equal["images"] = len(source)
+            description += f", {len(source):,} images, the first {source[0].name}"
         with attempt(""):
             check(config)
     if workdir is not None:
@@ -76,7 +74,7 @@ def inspect_process(config: ConfigDict | None, workdir: AnyPath | None) -> dict[
             path = workdir / f".doctor-{jax.process_index()}"
             write_whole(path, b"written by umae_jax.doctor")
             path.unlink()
-    return {**findings, "faults": faults}
+    return {"host": socket.gethostname(), "description": description, "equal": equal, "faults": faults}
 
 
 def time_sum() -> tuple[bool, float]:
@@ -95,39 +93,31 @@ def time_sum() -> tuple[bool, float]:
     return correct, statistics.median(seconds[1:])  # the first compiles
 
 
-def report(
-    processes: list[dict[str, Any]], clocks: list[float], correct: bool, seconds: float
-) -> list[tuple[bool, str]]:
-    """Return the findings of all processes as (whether it is fine, line)."""
-    lines = [(True, "software: " + ", ".join(f"{name} {version}" for name, version in multihost.versions().items()))]
-    for index, process in enumerate(processes):
-        memory = f" of {process['device memory'] / GIB:.1f} GiB" if process["device memory"] else ""
-        images = f", {process['images']:,} images, the first {process['first image']}" if "images" in process else ""
-        name = f"process {index} on {process['host']}"
-        devices = f"{process['devices']} x {process['device kind']}{memory}"
-        host = f"{process['cores']} cores, {process['memory'] / GIB:.0f} GiB{images}"
-        lines += [(True, f"{name}: {devices}; {host}"), *((False, f"{name}: {fault}") for fault in process["faults"])]
-    for key in ("device kind", "devices", "images"):
-        values = sorted({str(process.get(key)) for process in processes})
-        lines += [(False, f"{key} differs between processes: {', '.join(values)}")] if len(values) > 1 else []
-    if len(processes) > 1:
-        difference = max(clocks) - min(clocks)
-        lines.append((difference < MAX_CLOCK_DIFFERENCE, f"clocks differ by {difference:.2f} s"))
-        lines.append((True, f"{len(processes)} processes share software, configuration and workdir"))
-    size = FLOATS * 4
-    speed = f"{seconds * 1e3:.1f} ms, {size / seconds / 1e9:.2f} GB/s"
-    return [*lines, (correct, f"sum over {jax.device_count()} devices, {size >> 20} MiB each: {speed}")]
-
-
 def main() -> None:
     """Inspect all processes, and print the page."""
     workdir = locate(_WORKDIR.value, "--workdir") if _WORKDIR.value else None
     cli.join(_CLUSTER, _CONFIG.value, workdir)
     processes = multihost.all_gather_json(inspect_process(_CONFIG.value, workdir))
     clocks = multihost.all_gather_json(time.time())
-    lines = report(processes, clocks, *time_sum())
-    cli.result("\n".join(f"{'ok   ' if good else 'WRONG'}  {line}" for good, line in lines))
-    require(all(good for good, _ in lines), "the lines above that begin with WRONG need fixing")
+    correct, seconds = time_sum()
+    software = ", ".join(f"{name} {version}" for name, version in multihost.versions().items())
+    findings = [(True, f"software: {software}")]
+    for index, process in enumerate(processes):
+        name = f"process {index} on {process['host']}"
+        findings.append((True, f"{name}: {process['description']}"))
+        findings += [(False, f"{name}: {fault}") for fault in process["faults"]]
+    for key in ("devices", "images"):
+        values = sorted({str(process["equal"].get(key)) for process in processes})
+        if len(values) > 1:
+            findings.append((False, f"{key} differ between processes: {', '.join(values)}"))
+    if len(processes) > 1:
+        difference = max(clocks) - min(clocks)
+        findings.append((difference < MAX_CLOCK_DIFFERENCE, f"clocks differ by {difference:.2f} s"))
+        findings.append((True, f"{len(processes)} processes share software, configuration and workdir"))
+    speed = f"{seconds * 1e3:.1f} ms, {FLOATS * 4 / seconds / 1e9:.2f} GB/s"
+    findings.append((correct, f"sum over {jax.device_count()} devices, {FLOATS * 4 >> 20} MiB each: {speed}"))
+    cli.result("\n".join(f"{'ok   ' if good else 'WRONG'}  {line}" for good, line in findings))
+    require(all(good for good, _ in findings), "the lines above that begin with WRONG need fixing")
 
 
 if __name__ == "__main__":

@@ -45,20 +45,19 @@ def default_config(size: str = "swin_tiny", method: str = "um_mae") -> ConfigDic
     return config.lock()
 
 
-def _sections(encoder: str, method: str) -> dict[str, dict[str, Key]]:
-    """Return all keys of a configuration, by section."""
+def _sections(encoder: Any, method: Any) -> dict[str, dict[str, Key]]:  # noqa: ANN401
+    """Return the keys of a configuration, by section.
+
+    Raises:
+        UserError: if there is no such encoder or method.
+    """
+    for key, value, known in (("model.encoder", encoder, ENCODERS), ("model.method", method, METHODS)):
+        require(value in known, f"{key} must be one of {', '.join(known)}, not {value!r}")
     sections = {name: dict(keys) for name, keys in COMMON.items()}
     for part in ({"model": ENCODERS[encoder].keys}, METHODS[method].keys):
         for name, keys in part.items():
             sections.setdefault(name, {}).update(keys)
     return sections
-
-
-def _sections_of(values: dict[str, Any]) -> dict[str, dict[str, Key]]:
-    """Return the keys of the encoder and the method that a configuration names, by section."""
-    for key, known in (("model.encoder", ENCODERS), ("model.method", METHODS)):
-        require(values.get(key) in known, f"{key} must be one of {', '.join(known)}, not {values.get(key)!r}")
-    return _sections(values["model.encoder"], values["model.method"])
 
 
 def check(config: ConfigDict, devices: int | None = None) -> None:
@@ -94,7 +93,7 @@ def check_values(config: ConfigDict) -> None:
         UserError: naming the key and the accepted values.
     """
     values = flat(config)
-    keys = by_dotted_key(_sections_of(values))
+    keys = by_dotted_key(_sections(config.model.encoder, config.model.method))
     start = "start from umae_jax.default_config(size, method)"
     missing = [key for key in keys if key not in values]
     require(not missing, f"{listing(missing)}: missing; {start}")
@@ -166,7 +165,7 @@ def from_json(text: bytes | str) -> ConfigDict:
     except (AttributeError, TypeError, RecursionError) as error:
         raise ValueError(str(error)) from None
     values = {RENAMED.get(key, key): tuple(value) if type(value) is list else value for key, value in values.items()}
-    sections = _sections_of(values)
+    sections = _sections(values.get("model.encoder"), values.get("model.method"))
     keys = by_dotted_key(sections)
     needed = [key for key in keys if key.startswith("model.") or key in ("image_size", "dtype")]
     missing = [key for key in needed if key not in values]

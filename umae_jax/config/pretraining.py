@@ -12,7 +12,9 @@ _NORM_PIX = "predict pixels normalised by the mean and variance of their unit"
 
 def _autoencoder_keys(secondary_ratio: float) -> dict[str, Key]:
     return {
-        "secondary_ratio": Key(secondary_ratio, "fraction of the sampled units that is hidden", number("[0, 1)")),
+        "secondary_ratio": Key(
+            secondary_ratio, "fraction of sampled units that secondary masking hides", number("[0, 1)")
+        ),
         "decoder_factor": _FACTOR,
         "decoder_width": Key(512, "channels of the decoder", integer(1)),
         "decoder_depth": Key(2, "decoder blocks; 8 in `swin_large`, `vit_large` and `vit_huge`", integer(1)),

@@ -74,7 +74,7 @@ class Checkpoints:
 
     Args:
         workdir: the run's directory.
-        keep: number of newest checkpoints to keep, None for all.
+        keep: number of newest checkpoints to keep.
         keep_every: also keep each step that this number divides; 0 for none.
         best_metric: the metric whose highest value makes the best checkpoint.
 
@@ -82,9 +82,7 @@ class Checkpoints:
         OSError: if the folder cannot be created.
     """
 
-    def __init__(
-        self, workdir: AnyPath, *, keep: int | None = 1, keep_every: int = 0, best_metric: str | None = None
-    ) -> None:
+    def __init__(self, workdir: AnyPath, *, keep: int = 1, keep_every: int = 0, best_metric: str | None = None) -> None:
         self._workdir = absolute(workdir)
         self._folder = self._workdir / FOLDER
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -94,12 +92,10 @@ class Checkpoints:
         self._writing = contextlib.ExitStack()
         self._best_step = _Step()
         policies = [LatestN(keep), self._best_step, *([EveryNSteps(keep_every)] if keep_every else [])]
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True
-        )
-        arrays = ocp.type_handlers.ArrayHandler(
-            min_slice_bytes_for_replica_parallel=_MIN_SLICED_BYTES // jax.device_count()
-        )
+        policy = AnyPreservationPolicy(policies)
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
+        slice_bytes = _MIN_SLICED_BYTES // jax.device_count()
+        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=slice_bytes)
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
         handlers = {
             "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
@@ -121,8 +117,8 @@ class Checkpoints:
         The step that the run continues from is on disk already: only its metrics are added.
 
         Args:
-            step: of the state.
-            state: to save.
+            step: number of steps done.
+            state: the training state.
             data: the position in the data, as JSON; "skipped_images" is 0 if absent.
             metrics: measured at this step; only a new best value of `best_metric` is stored.
 
