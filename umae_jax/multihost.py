@@ -43,18 +43,16 @@ PACKAGES = (
 
 
 class ClusterFlags:
-    """Defines the flags of a command that several processes may run together, and holds them under their names."""
+    """The flags of a command that several processes may run together."""
 
     def __init__(self) -> None:
         integer = flags.DEFINE_integer
-        address = "HOST:PORT of process 0, where JAX finds no cluster."
-        self.coordinator_address = flags.DEFINE_string("coordinator_address", None, address)
+        self.coordinator_address = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
         self.num_processes = integer("num_processes", None, "Number of processes; 1: ignore the cluster.", 1)
         self.process_id = integer("process_id", None, "Index of this process, from 0.", 0)
         self.initialization_timeout = integer("initialization_timeout", 300, "Seconds to wait for all processes.", 1)
         self.heartbeat_timeout = integer("heartbeat_timeout", 100, "Seconds of silence that end a process.", 1)
-        step_timeout = "Seconds a step may take before the process ends; 0: any."
-        self.step_timeout = flags.DEFINE_float("step_timeout", 0, step_timeout, 0)
+        self.step_timeout = flags.DEFINE_float("step_timeout", 0, "Seconds that a step may take; 0: any.", 0)
 
 
 def initialize(cluster: ClusterFlags) -> None:

@@ -283,6 +283,7 @@ def test_a_wrong_value_is_named_with_its_key_and_the_accepted_values(key, value,
             "def get_config():\n  config = default_config('vit_base')\n  config.model.window = 8",
             r"model\.window .*swin",
         ),
+        ("def get_config(): return default_config().sede", "unknown key sede; .*seed"),
         ("import no_such_module", "no_such_module"),
     ],
 )

@@ -102,7 +102,8 @@ def explain_failure(error: Exception) -> str:
     text = str(error)
     if isinstance(error, UserError):
         return text
-    # A ConfigDict raises 'Key "x" does not exist ...' where a key is set, and 'x' where it is read.
-    if isinstance(error, AttributeError | KeyError) and (key := re.match(r"""\W*Key "(\w+)"|\W*(\w+)\W*$""", text)):
+    # A ConfigDict raises 'Key "x" does not exist ...' where a key is set, and 'x' where it is read; a guess may follow.
+    pattern = r"""\W*Key "(\w+)"|\W*(\w+)\W*(?:n?Did you mean .*)?$"""
+    if isinstance(error, AttributeError | KeyError) and (key := re.match(pattern, text)):
         return explain_key(key[1] or key[2])
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"

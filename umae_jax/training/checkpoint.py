@@ -69,8 +69,8 @@ class _Step(PreservationPolicy):
 class Checkpoints:
     """The checkpoints of one run: its newest, those of every `keep_every`-th step, and the best.
 
-    Each holds the training state, the position in the data and, if it is the best so far, its validation metric. As the
-    best is an ordinary one, a run never continues from a step before its best.
+    Each holds the training state, the position in the data and, if it is the best so far, its validation metric. The
+    best is one of them, not a copy, so that a run never continues from a step before it.
 
     Args:
         workdir: the run's directory.
