@@ -40,12 +40,15 @@ class Task(BaseTask):
 
     def open(self) -> None:
         """See `BaseTask.open`."""
+        self.source = labelled.open_training(self.config)
+
+    def prepare(self) -> None:
+        """See `BaseTask.prepare`."""
         require(
             self.config.init is None,
             "init: pre-training begins from scratch; to continue from a file of weights, make a run's directory of it "
             "with python -m umae_jax.convert FILE --workdir DIR, and continue there",
         )
-        self.source = labelled.open_training(self.config)
         self.validation = labelled.open_matching_validation(self.config, self.source)
         self.measured_last = KNN if self.validation and self.config.validation.every_epochs else None
 
