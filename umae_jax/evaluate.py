@@ -25,7 +25,7 @@ _SOURCE = flags.DEFINE_string("source", None, "Labelled training images for a pr
 _VALIDATION = flags.DEFINE_string("validation", None, "Labelled images to evaluate on: folder:PATH or tfds:NAME.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images per step, over all devices.", lower_bound=1)
 _JSON = flags.DEFINE_boolean("json", False, "Print JSON.")
-_CLUSTER = multihost.define_flags()
+_CLUSTER = multihost.ClusterFlags()
 
 
 def main() -> None:

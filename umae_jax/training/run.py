@@ -131,7 +131,7 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
             checkpoints.save(step, state, {"samples": samples, "skipped_images": skipped}, metrics)
 
         while True:
-            signal = stop.poll(number)
+            signal = stop.poll()
             last = number == total_steps
             due = [hook for hook in hooks if _is_due(hook, number, first_step, last, done)] if signal is None else []
             periodic = number > 0 and (number % config.checkpoint_every == 0 or last)
