@@ -5,10 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from umae_jax.config.base import METHODS, Method
 from umae_jax.data.pipeline import EvalLoader, Readers, Sample
 from umae_jax.multihost import gather_rows
 from umae_jax.training.sharding import batch_sharding, local_rows
 from umae_jax.training.task import BaseTask, Hook
+
+METHODS["toy"] = Method(summary="mean colours", task=__name__, keys={})
 
 
 def load(index, record=None):
@@ -25,7 +28,7 @@ class Model(nnx.Module):
 
 
 class Task(BaseTask):
-    command, best_metric, num_samples = "toy", "negative_error", 20
+    command, best_metric, measured_last, num_samples = "toy", "negative_error", "negative_error", 20
 
     def batch(self):
         return {"image": jax.ShapeDtypeStruct((4, 4, 3), jnp.uint8), "colour": jax.ShapeDtypeStruct((3,), jnp.float32)}
@@ -38,21 +41,20 @@ class Task(BaseTask):
         return error.mean(), {"red_error": error[:, 0].mean()}
 
     def open(self):
-        self.measured_last = self.best_metric
+        pass
 
     def sample_loader(self):
         return load
 
     def hooks(self, context):
-        predict = jax.jit(lambda params, images: nnx.merge(context.graph, params)(images))
+        return [Hook(4, lambda _, params: self.measure(context.graph, params, context.mesh, 16), self.best_metric)]
 
-        def evaluate(step, params):
-            errors, sharding = [], batch_sharding(context.mesh)
-            for batch in EvalLoader(20, load, batch_size=16, sharding=sharding, readers=Readers(1, 0)):
-                context.check()
-                error = jnp.abs(predict(params, batch["image"]) - batch["colour"]).mean(-1)
-                errors.append(local_rows(error)[local_rows(batch["valid"])])
-            errors = gather_rows(np.concatenate(errors))  # a different number per process
-            return {"negative_error": -float(errors.mean()), "evaluated": len(errors)}
+    def evaluate(self, run, mesh, batch_size):
+        return "mean colours", self.measure(run.graph, run.params, mesh, batch_size)
 
-        return [Hook(4, evaluate, self.best_metric)]
+    def measure(self, graph, params, mesh, batch_size):
+        loader = EvalLoader(20, load, batch_size=batch_size, sharding=batch_sharding(mesh), readers=Readers(1))
+        error = jax.jit(lambda params, batch: jnp.abs(nnx.merge(graph, params)(batch["image"]) - batch["colour"]))
+        errors = [local_rows(error(params, batch))[local_rows(batch["valid"])] for batch in loader]
+        errors = gather_rows(np.concatenate(errors))  # a different number per process
+        return {"negative_error": -float(errors.mean()), "evaluated": len(errors)}

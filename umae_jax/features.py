@@ -87,7 +87,7 @@ def load_encoder(
     require(window is None or isinstance(window, int), f"window must be a whole number of tokens, not {window!r}")
     config, params = read_encoder(path)
     if window is not None:
-        require(config.model.encoder == "swin", f"window: a {config.model.encoder} has no windows; leave it out")
+        require("window" in config.model, f"window: a {config.model.encoder} has no windows; leave it out")
         config.model.window = window
     config.dtype = dtype
     graph, _ = _abstract_encoder(config, final_norm="norm" in params)

@@ -39,7 +39,7 @@ def describe(size: str, method: str) -> tuple[str, ...]:
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
     compiled = jax.jit(forward).lower(model, images, keys).compile()
     patches = config.image_size[0] * config.image_size[1] // config.model.patch**2
-    tokens = patches // (4 if method in ("um_mae", "mae") else 1) + (config.model.encoder == "vit")
+    tokens = patches // (4 if "decoder_width" in config.model else 1) + (len(config.model.depths) == 1)
     flops = (compiled.cost_analysis() or {})["flops"] / 1e9
     image = "{} x {}".format(*config.image_size)
     return size, method, image, f"{parameters:,}", f"{tokens:,}", f"{flops:.2f}"

@@ -9,21 +9,24 @@ import numpy as np
 import pytest
 
 from tests import tiny, tiny_classifier, toy
+from umae_jax.config import default_config
 from umae_jax.errors import Preempted, UserError
 from umae_jax.multihost import StopSignal
 from umae_jax.planning.assembly import build
-from umae_jax.training.run import check_same_classes, check_same_run, durations, train
+from umae_jax.tasks import evaluation, make_task
+from umae_jax.training.run import build_step, check_same_classes, check_same_run, durations, train
 from umae_jax.training.sharding import make_mesh
+from umae_jax.training.state import abstract_run
 from umae_jax.weights.stored_run import best_checkpoint
 
 DIR = Path("DIR")
 
 
 def toy_task(**changes):
-    config = tiny.get_config()
-    config.optimizer.base_learning_rate = 0.5
-    config.update({"total_steps": 10, "checkpoint_every": 3, "log_every": 1, **changes})
-    return toy.Task(config)
+    config = default_config("swin_tiny", "toy")
+    config.optimizer.update(base_learning_rate=0.5, warmup_steps=2)
+    config.update({"batch_size": 16, "total_steps": 10, "checkpoint_every": 3, "log_every": 1, **changes})
+    return make_task(config)
 
 
 def run(workdir, task=None, **changes):
@@ -57,6 +60,16 @@ def test_a_task_from_outside_trains_and_evaluates(finished):
     assert {-best[1], 9, 10} <= {int(path.name) for path in (finished / "checkpoints").iterdir()}
 
 
+def test_a_finished_run_of_a_task_from_outside_can_be_evaluated(finished):
+    last = lines(finished)[-1]
+    run = evaluation.open_run(finished)
+    assert run.step == last["step"] == 10
+    for batch_size in (8, 24):
+        values = evaluation.evaluate_run(run, batch_size=batch_size)[1]
+        assert values["evaluated"] == 20
+        assert values["negative_error"] == pytest.approx(last["negative_error"], rel=1e-6)
+
+
 class Stops(toy.Task):
     """Asks to stop, as a signal would, in the loss of a step or in an evaluation."""
 
@@ -70,6 +83,7 @@ class Stops(toy.Task):
         def evaluate(step, params):
             if step == self.evaluation:
                 self.stop.received = signal.SIGTERM
+            context.check()
             return hook.run(step, params)
 
         return [hook._replace(run=evaluate)]
@@ -151,6 +165,13 @@ def test_a_warm_up_longer_than_the_run_is_cut(capsys):
     config.optimizer.warmup_steps = 100
     assert durations(config, 50) == (12, 12)
     assert "warm-up of 100 steps is cut to the 12" in capsys.readouterr().err
+
+
+def test_a_batch_that_does_not_divide_into_groups_is_rejected():
+    task = toy_task(grad_accum_steps=2)
+    task.group_size = 3
+    with pytest.raises(UserError, match=r"batch_size: 16 .* multiple of 6"):
+        build_step(task, abstract_run(task, make_mesh()), 1, 2)
 
 
 def test_a_kernel_that_the_devices_cannot_run_is_rejected():

@@ -96,12 +96,16 @@ class Encoder(NamedTuple):
         keys: keys of `config.model` that only this encoder has.
         sizes: values of keys of `config.model`, by the name of the size.
         image_side: height and width of the paper's images, in pixels.
+        eval_crop: fraction of the shorter side that a classifier's central crop keeps.
+        decoder_factor: mask units along the side of an encoder token.
     """
 
     name: str
     keys: Mapping[str, Key]
     sizes: Mapping[str, Mapping[str, Any]]
     image_side: int
+    eval_crop: float = 1.0
+    decoder_factor: int = 2
 
 
 class Method(NamedTuple):
@@ -109,7 +113,7 @@ class Method(NamedTuple):
 
     Attributes:
         summary: one phrase for lists of methods.
-        task: module of `umae_jax.tasks` that trains it.
+        task: module whose class `Task` trains it.
         keys: keys that only this method has, by section.
         recipe: returns values by dotted key that replace defaults, given the size and the name of the encoder.
         encoders: names of the encoders that it can train; None: all.

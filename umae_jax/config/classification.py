@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from umae_jax.config.base import METHODS, Key, Method, integer, number, optional
+from umae_jax.config.base import ENCODERS, METHODS, Key, Method, integer, number, optional
 
 DROP_PATHS = {"swin_large": 0.2}  # of the other sizes: 0.1
 LAYER_DECAYS = {"swin_large": 0.7, "vit_small": 0.8, "vit_base": 0.8, "vit_large": 0.8, "vit_huge": 0.8}  # else 0.85
@@ -33,7 +33,7 @@ def _recipe(size: str, encoder: str) -> dict[str, Any]:
         "total_epochs": 100.0,
         "picture_every": 0,
         "data.area": 0.08,
-        "validation.crop": 0.875 if encoder == "vit" else 1.0,
+        "validation.crop": ENCODERS[encoder].eval_crop,
         "optimizer.base_learning_rate": 5e-4,
         "optimizer.beta2": 0.999,
         "optimizer.final_learning_rate": 1e-6,
@@ -43,4 +43,4 @@ def _recipe(size: str, encoder: str) -> dict[str, Any]:
     }
 
 
-METHODS["classifier"] = Method(summary="1000 classes", task="classification", keys=_KEYS, recipe=_recipe)
+METHODS["classifier"] = Method(summary="1000 classes", task="umae_jax.tasks.classification", keys=_KEYS, recipe=_recipe)

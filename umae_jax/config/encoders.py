@@ -67,4 +67,6 @@ ENCODERS["vit"] = Encoder(
         "vit_huge": _vit(1280, 32, 16, patch=14),
     },
     image_side=224,
+    eval_crop=0.875,
+    decoder_factor=1,
 )

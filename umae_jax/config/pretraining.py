@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from umae_jax.config.base import BOOLEAN, METHODS, Key, Method, integer, number
+from umae_jax.config.base import BOOLEAN, ENCODERS, METHODS, Key, Method, integer, number
 
 DECODER_DEPTHS = {"swin_large": 8, "vit_large": 8, "vit_huge": 8}  # of the other sizes: 2
 
@@ -25,7 +25,7 @@ def _autoencoder_keys(secondary_ratio: float) -> dict[str, Key]:
 
 
 def _simmim_recipe(size: str, encoder: str) -> dict[str, Any]:
-    return {"model.decoder_factor": 1 if encoder == "vit" else 2}
+    return {"model.decoder_factor": ENCODERS[encoder].decoder_factor}
 
 
 def _autoencoder_recipe(size: str, encoder: str) -> dict[str, Any]:
@@ -34,20 +34,20 @@ def _autoencoder_recipe(size: str, encoder: str) -> dict[str, Any]:
 
 METHODS["um_mae"] = Method(
     summary="uniform sampling, secondary masking, light decoder",
-    task="pretraining",
+    task="umae_jax.tasks.pretraining",
     keys={"model": _autoencoder_keys(secondary_ratio=0.25)},
     recipe=_autoencoder_recipe,
 )
 METHODS["mae"] = Method(
     summary="random sampling, light decoder (ViT)",
-    task="pretraining",
+    task="umae_jax.tasks.pretraining",
     keys={"model": _autoencoder_keys(secondary_ratio=0.0)},
     recipe=_autoencoder_recipe,
     encoders=("vit",),  # random sampling leaves no grid for a pyramid
 )
 METHODS["simmim"] = Method(
     summary="random masking of the whole image, one linear layer",
-    task="pretraining",
+    task="umae_jax.tasks.pretraining",
     keys={"model": {"decoder_factor": _FACTOR, "norm_pix_loss": Key(False, _NORM_PIX, BOOLEAN)}},
     recipe=_simmim_recipe,
 )

@@ -68,6 +68,7 @@ def _build(config: ConfigDict, rngs: nnx.Rngs) -> MaskedImageModel | Classifier:
     shared |= {key: model[key] for key in ("decoder_factor", "norm_pix_loss")}
     if model.method == "simmim":
         return SimMIM(encoder, **shared)
+    require("decoder_width" in model, f"model.method: {model.method} has no model here; its task builds it")
     keys = ("secondary_ratio", "decoder_width", "decoder_depth", "decoder_heads", "reference_order")
     shared |= {key: model[key] for key in keys}
     return MaskedAutoencoder(encoder, sampling="random" if model.method == "mae" else "uniform", **shared)

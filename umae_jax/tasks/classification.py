@@ -50,8 +50,8 @@ class Task(BaseTask):
 
     def __init__(self, config: ConfigDict) -> None:
         super().__init__(config)
-        self.mixes = bool(config.augment.mixup or config.augment.cutmix)
-        self.group_size = 2 if self.mixes else 1  # neighbours are mixed with each other
+        mixes = bool(config.augment.mixup or config.augment.cutmix)
+        self.group_size = 2 if mixes else 1  # neighbours are mixed with each other
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return image uint8 [H, W, C] and label int32 []."""
@@ -77,12 +77,6 @@ class Task(BaseTask):
     def open(self) -> None:
         """See `BaseTask.open`; `model.classes` is set to the number of classes of the data."""
         config = self.config
-        part = config.batch_size // config.grad_accum_steps
-        require(
-            not self.mixes or part % 2 == 0,
-            f"batch_size: mixup and cutmix take images in pairs; {config.batch_size} images in "
-            f"{config.grad_accum_steps} accumulation step(s) leave one over; choose an even number per step",
-        )
         self.source = labelled.open_training(config)
         labelled.check_labelled(self.source, "data.source")
         classes = len(self.source.classes)
@@ -93,6 +87,10 @@ class Task(BaseTask):
         )
         config.model.classes = classes
         self.class_names = tuple(self.source.classes)
+
+    def prepare(self) -> None:
+        """See `BaseTask.prepare`."""
+        config = self.config
         self.validation = labelled.open_matching_validation(config, self.source)
         self.measured_last = TOP1 if self.validation and config.validation.every_epochs else None
 

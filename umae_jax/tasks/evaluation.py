@@ -23,7 +23,12 @@ def open_run(
     Raises:
         UserError: if the directory holds no run, or the run has no such stage.
     """
-    run = read_run(workdir, best=best, sharding=replicated(make_mesh()))
+    run = read_run(
+        workdir,
+        best=best,
+        sharding=replicated(make_mesh()),
+        build=lambda config, rngs: make_task(config).build_model(rngs),
+    )
     config = run.config.unlock()
     config.data.source = source or config.data.source
     config.validation.source = validation or config.validation.source

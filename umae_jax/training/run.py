@@ -52,12 +52,6 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
         # Data.
         task.open()
         task.prepare()
-        group = config.grad_accum_steps * task.group_size
-        require(
-            config.batch_size % group == 0,
-            f"batch_size: {config.batch_size} images do not divide into {config.grad_accum_steps} accumulation "
-            f"step(s) of whole groups of {task.group_size}, which are mixed; choose a multiple of {group}",
-        )
         total_steps, warmup_steps = durations(config, task.num_samples)
         # State: a checkpoint of this run, else the weights that the task names, else new ones.
         run = abstract_run(task, mesh)
@@ -326,13 +320,19 @@ def build_step(task: BaseTask, run: AbstractRun, warmup_steps: int, total_steps:
     """Build the training step, not yet compiled.
 
     Raises:
-        UserError: if it needs a kernel that the devices cannot run.
+        UserError: if it needs a kernel that the devices cannot run, or the batch does not divide into whole groups.
     """
     config = task.config
     device: Any = next(iter(run.state.step.sharding.device_set))
     require(
         device.platform == "tpu" or not config.fused_attention,
         f"fused_attention: the kernel runs on TPUs, not on {device.platform} devices; set it to False",
+    )
+    group = config.grad_accum_steps * task.group_size
+    require(
+        config.batch_size % group == 0,
+        f"batch_size: {config.batch_size} images do not divide into {config.grad_accum_steps} accumulation "
+        f"step(s) of whole groups of {task.group_size}, which are mixed; choose a multiple of {group}",
     )
     return make_train_step(
         lambda params, batch: task.loss(nnx.merge(run.graph, params), batch),

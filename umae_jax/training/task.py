@@ -68,11 +68,11 @@ class BaseTask(abc.ABC):
     command: ClassVar[str]
     best_metric: ClassVar[str | None] = None
     group_size: int = 1
+    measured_last: str | None = None
 
     def __init__(self, config: ConfigDict) -> None:
         self.config = config
         self.class_names: tuple[str, ...] = ()
-        self.measured_last: str | None = None
 
     # Without data: for the training step, and for plans.
 

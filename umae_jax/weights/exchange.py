@@ -83,7 +83,7 @@ def export_weights(workdir: AnyPath, output: Path, layout: str = REFERENCE, *, b
         _check_transformers(config, layout, output)
         tensors = to_huggingface(layout, tensors)
         beside = transformers_files(layout, config)
-    elif config.model.encoder != "vit":
+    elif len(config.model.depths) > 1:  # a pyramid
         beside[BACKBONE.name] = BACKBONE.read_bytes()
     output.parent.mkdir(parents=True, exist_ok=True)
     readme = output.with_name("README.md")
@@ -108,11 +108,11 @@ def _check_transformers(config: ConfigDict, layout: str, output: Path) -> None:
     """Check that transformers can compute this model, and that writing its files overwrites nothing."""
     model = config.model
     require(
-        model.encoder == "vit" and model.method != "classifier",
+        len(model.depths) == 1 and "classes" not in model,
         f"--layout: transformers has no model for a {model.encoder} with {model.method}; write --layout reference",
     )
     if layout == "vit_mae":
-        require(model.method != "simmim", "--layout: vit_mae needs a decoder, which SimMIM lacks; choose vit")
+        require("decoder_width" in model, "--layout: vit_mae needs a decoder, which SimMIM lacks; choose vit")
         require(
             config.image_size[0] == config.image_size[1],
             f"--layout: vit_mae needs square images, not {config.image_size}; choose vit",

@@ -5,18 +5,13 @@ import json
 from ml_collections import ConfigDict
 
 import umae_jax
+from umae_jax.config import ENCODERS, METHODS
 from umae_jax.models.autoencoder import DECODER_MLP_RATIO
 
 GENERATED = "<!-- umae_jax wrote this card"  # marks a card that may be overwritten
 MARKER = f"{GENERATED} and overwrites it; remove this line to keep your own text. -->"
 WRITER = "umae_jax"  # the key of a config.json that may be overwritten
 ARCHITECTURES = {"vit_mae": "ViTMAEForPreTraining", "vit": "ViTModel"}  # of transformers, by layout
-METHODS = {
-    "um_mae": "UM-MAE (uniform masking, arXiv 2205.10063)",
-    "mae": "MAE (random sampling)",
-    "simmim": "SimMIM",
-    "classifier": "supervised classification",
-}
 
 _LOAD_JAX = """```python
 import umae_jax
@@ -60,7 +55,7 @@ def model_card(config: ConfigDict, *, file: str, layout: str, step: int, paramet
         "encoder": ", ".join(
             [model.encoder, *(f"{key} {model[key]}" for key in ("patch", "widths", "depths", "heads"))]
         ),
-        "trained by": METHODS[model.method],
+        "trained by": f"{model.method}: {METHODS[model.method].summary}",
         "images": f"{config.image_size[0]} x {config.image_size[1]}, {model.channels} channels",
         "normalisation": f"mean {data.mean}, std {data.std}, for pixels in [0, 1]",
         "parameters in the file": f"{parameters:,}",
@@ -68,7 +63,7 @@ def model_card(config: ConfigDict, *, file: str, layout: str, step: int, paramet
     }
     if step:
         rows["training"] = f"{step} steps of {config.batch_size} images from {data.source}"
-    if model.method == "classifier":
+    if "classes" in model:
         rows["classes"] = str(model.classes)
     loading = [_LOAD_JAX.format(file=file)]
     if layout in ARCHITECTURES:
@@ -78,21 +73,21 @@ def model_card(config: ConfigDict, *, file: str, layout: str, step: int, paramet
         if layout == "vit_mae" and model.secondary_ratio:
             names += " That model has no token for secondary masking, so the file leaves it out."
     else:
-        if model.encoder != "vit":
+        if len(model.depths) > 1:  # a pyramid
             loading.append(_LOAD_TORCH.format(file=file))
         names = "Parameter names are those of the PyTorch reference of UM-MAE"
-        names += ", which loads the file strictly, decoder included." if model.method != "classifier" else "."
+        names += ", which loads the file strictly, decoder included." if "classes" not in model else "."
     examples = "\n\n".join(loading)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---
 library_name: umae_jax
-pipeline_tag: {"image-classification" if model.method == "classifier" else "image-feature-extraction"}
+pipeline_tag: {"image-classification" if "classes" in model else "image-feature-extraction"}
 tags:
 - masked-image-modeling
 - {model.encoder}
 ---
 
-# {model.encoder.upper() if model.encoder != "swin" else "Swin"}, {METHODS[model.method]}
+# {ENCODERS[model.encoder].name}, {model.method}
 
 | | |
 |---|---|

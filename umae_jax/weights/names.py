@@ -153,7 +153,7 @@ def _by_path(params: nnx.State) -> dict[str, Any]:
 def _fixed_tables(config: ConfigDict) -> dict[str, np.ndarray]:
     """Compute the reference's fixed position tables, which are not parameters of our models."""
     model = config.model
-    class_tokens = int(model.encoder == "vit")
+    class_tokens = int(len(model.depths) == 1)  # only a ViT has one
 
     def table(width: int, side: int) -> np.ndarray:
         rows, columns = (size // side for size in config.image_size)
@@ -161,9 +161,9 @@ def _fixed_tables(config: ConfigDict) -> dict[str, np.ndarray]:
         return np.pad(flat, ((0, 0), (class_tokens, 0), (0, 0)))
 
     tables = {}
-    if model.encoder != "swin" and model.method != "classifier":
+    if "window" not in model and "classes" not in model:
         tables["pos_embed"] = table(model.widths[0], model.patch)
-    if model.method in ("um_mae", "mae"):
+    if "decoder_width" in model:
         unit = model.patch * 2 ** (len(model.depths) - 1) // model.decoder_factor
         tables["decoder_pos_embed"] = table(model.decoder_width, unit)
     return tables

@@ -48,13 +48,20 @@ class StoredRun(NamedTuple):
     classes: tuple[str, ...]  # class names, () if unknown
 
 
-def read_run(workdir: AnyPath, *, best: bool = False, sharding: jax.sharding.Sharding | None = None) -> StoredRun:
+def read_run(
+    workdir: AnyPath,
+    *,
+    best: bool = False,
+    sharding: jax.sharding.Sharding | None = None,
+    build: Callable[[ConfigDict, nnx.Rngs], nnx.Module] = build_model,
+) -> StoredRun:
     """Read a run and its newest whole checkpoint; try older ones if that cannot be read.
 
     Args:
         workdir: the run's directory; it is not changed.
         best: read the checkpoint with the best validation metric instead.
         sharding: of every parameter; the default copies them to all devices.
+        build: builds the model.
 
     Raises:
         UserError: if there is no such checkpoint.
@@ -63,7 +70,7 @@ def read_run(workdir: AnyPath, *, best: bool = False, sharding: jax.sharding.Sha
     config_file = workdir / CONFIG_FILE
     require(config_file.is_file(), f"{workdir} holds no run: there is no {CONFIG_FILE} in it")
     config = read_config(config_file)
-    graph, params = nnx.split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))), nnx.Param)
+    graph, params = nnx.split(nnx.eval_shape(lambda: build(config, nnx.Rngs(0))), nnx.Param)
     if sharding is None:
         mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
         sharding = NamedSharding(mesh, PartitionSpec())
