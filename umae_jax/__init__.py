@@ -4,16 +4,15 @@
 """
 
 import importlib
-import time
 from typing import TYPE_CHECKING, Any
+
+from umae_jax.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from umae_jax.api import default_config, evaluate, finetune, list_models, pretrain
     from umae_jax.features import load_encoder
 
-__version__ = "0.2.0"
 __all__ = ["default_config", "evaluate", "finetune", "list_models", "load_encoder", "pretrain"]
-START_TIME = time.monotonic()  # read by startup.py, which is imported later
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - one of the functions of the API

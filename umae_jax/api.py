@@ -29,6 +29,7 @@ def pretrain(config: ConfigDict | _Path, workdir: _Path) -> None:
 
     Raises:
         UserError: naming the key of the configuration that is wrong.
+        Preempted: after saving, on SIGTERM or SIGINT (the stop button of a notebook).
     """
     _train("pretrain", config, workdir)
 
@@ -42,8 +43,10 @@ def finetune(config: ConfigDict | _Path, workdir: _Path) -> None:
 
 
 def _train(command: str, config: ConfigDict | _Path, workdir: _Path) -> None:
-    from umae_jax.tasks.command import train  # here, as loading an encoder needs no training
+    from umae_jax import startup  # here, as loading an encoder needs no training
+    from umae_jax.tasks.command import train
 
+    startup.restart()
     train(copy.deepcopy(load_config(config)), locate(workdir, "workdir"), command)
 
 

@@ -37,15 +37,17 @@ def define_config() -> flags.FlagHolder[ConfigDict | None]:
     return holder
 
 
-def join(cluster: ClusterFlags, config: ConfigDict | None, workdir: AnyPath | None) -> None:
+def join(
+    cluster: ClusterFlags, config: ConfigDict | None, workdir: AnyPath | None, *, preemption: bool = False
+) -> None:
     """Connect to the other processes, if any, and check that all are about to do the same in the same directory.
 
-    Call it before JAX creates its devices.
+    Call it before JAX creates its devices. `preemption` is that of `multihost.initialize`.
 
     Raises:
         UserError: if the processes cannot be connected, or differ.
     """
-    multihost.initialize(cluster)
+    multihost.initialize(cluster, preemption=preemption)
     if not jax.distributed.is_initialized():
         return
     ignored = {"config", "workdir", *vars(cluster)}

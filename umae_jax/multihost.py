@@ -52,14 +52,17 @@ class ClusterFlags:
         self.process_id = integer("process_id", None, "Index of this process, from 0.", 0)
         self.initialization_timeout = integer("initialization_timeout", 300, "Seconds to wait for all processes.", 1)
         self.heartbeat_timeout = integer("heartbeat_timeout", 100, "Seconds of silence that end a process.", 1)
-        self.step_timeout = flags.DEFINE_float("step_timeout", 0, "Seconds that a step may take; 0: any.", 0)
 
 
-def initialize(cluster: ClusterFlags) -> None:
+def initialize(cluster: ClusterFlags, *, preemption: bool = False) -> None:
     """Connect the processes, as the flags or the cluster say; do nothing for a single process.
 
     Call it before JAX creates its devices. If a process is missing after --initialization_timeout, JAX aborts all
     others, with an error that lists the missing ones.
+
+    Args:
+        cluster: the flags.
+        preemption: have JAX handle SIGTERM, for a `StopSignal`; otherwise the signal ends the process as usual.
 
     Raises:
         UserError: if the flags are wrong or incomplete, or the processes cannot be connected.
@@ -78,7 +81,7 @@ def initialize(cluster: ClusterFlags) -> None:
             f"--coordinator_address: {address!r} is not HOST:PORT, such as 10.0.0.1:8476",
         )
         require(index < count, f"--process_id: {index} is not in 0..{count - 1}")
-    jax.config.update("jax_enable_preemption_service", True)  # for StopSignal
+    jax.config.update("jax_enable_preemption_service", preemption)
     timeout = cluster.initialization_timeout.value
     try:
         with _report_missing_processes(timeout), warnings.catch_warnings(action="ignore"):

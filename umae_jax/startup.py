@@ -9,8 +9,8 @@ from pathlib import Path
 
 import jax
 
-import umae_jax
 from umae_jax.files import AnyPath, in_bucket
+from umae_jax.version import START_TIME
 
 CACHE_FOLDER = "compiled"  # in the directory of a run that several processes share
 MAX_CACHE_BYTES = 2 * 2**30
@@ -18,7 +18,7 @@ MIN_FREE_BYTES = 2**30  # JAX keeps, and reads later, a program that a full disk
 MIN_COMPILE_SECONDS = 0.2
 
 _phases: dict[str, float] = {}
-_last = umae_jax.START_TIME
+_last = START_TIME
 
 
 def mark(phase: str) -> None:
@@ -27,6 +27,13 @@ def mark(phase: str) -> None:
     now = time.monotonic()
     _phases[phase] = _phases.get(phase, 0.0) + now - _last
     _last = now
+
+
+def restart() -> None:
+    """Start anew, for another run of the same process."""
+    global _last
+    _phases.clear()
+    _last = time.monotonic()
 
 
 def summary() -> str:

@@ -40,13 +40,14 @@ def run_command(command: str) -> None:
     """Parse the flags of a training command and run it."""
     config_flag = cli.define_config()
     workdir_flag = flags.DEFINE_string("workdir", None, "Directory for checkpoints, metrics and everything else.")
+    step_timeout = flags.DEFINE_float("step_timeout", 0, "Seconds that a training step may take; 0: any.", 0)
     cluster = multihost.ClusterFlags()
 
     def main() -> None:
         config = cli.read_config(config_flag)
         workdir = locate(cli.required(workdir_flag, "a directory for what the run produces"), "--workdir")
-        cli.join(cluster, config, workdir)
-        if line := train(config, workdir, command, cluster.step_timeout.value or None):
+        cli.join(cluster, config, workdir, preemption=True)
+        if line := train(config, workdir, command, step_timeout.value or None):
             cli.result(line)
 
     cli.run(main)

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-import umae_jax
 from umae_jax import export
 from umae_jax.config import from_json, old_class_names, to_json
 from umae_jax.errors import UserError, require
 from umae_jax.files import AnyPath, write_together
+from umae_jax.version import __version__
 from umae_jax.weights.files import Weights, check_output, encode_weights, read_weights
 from umae_jax.weights.hub import GENERATED, WRITER, model_card, transformers_files
 from umae_jax.weights.huggingface import WEIGHTS_FILE, from_huggingface, to_huggingface
@@ -96,7 +96,7 @@ def export_weights(workdir: AnyPath, output: Path, layout: str = REFERENCE, *, b
     beside[readme.name] = card.encode()
     if layout != REFERENCE and "secondary_ratio" in config.model:
         config.model.secondary_ratio = 0.0  # these layouts have no token for secondary masking
-    metadata = {"format": "pt", "config": to_json(config), "step": str(run.step), "umae_jax": umae_jax.__version__}
+    metadata = {"format": "pt", "config": to_json(config), "step": str(run.step), "umae_jax": __version__}
     if run.classes:
         metadata["classes"] = json.dumps(run.classes)
     weights = encode_weights(output.suffix, Weights(tensors, metadata))

@@ -4,9 +4,9 @@ import json
 
 from ml_collections import ConfigDict
 
-import umae_jax
 from umae_jax.config import ENCODERS, METHODS
 from umae_jax.models.autoencoder import DECODER_MLP_RATIO
+from umae_jax.version import __version__
 
 GENERATED = "<!-- umae_jax wrote this card"  # marks a card that may be overwritten
 MARKER = f"{GENERATED} and overwrites it; remove this line to keep your own text. -->"
@@ -59,7 +59,7 @@ def model_card(config: ConfigDict, *, file: str, layout: str, step: int, paramet
         "images": f"{config.image_size[0]} x {config.image_size[1]}, {model.channels} channels",
         "normalisation": f"mean {data.mean}, std {data.std}, for pixels in [0, 1]",
         "parameters in the file": f"{parameters:,}",
-        "written by": f"umae_jax {umae_jax.__version__}",
+        "written by": f"umae_jax {__version__}",
     }
     if step:
         rows["training"] = f"{step} steps of {config.batch_size} images from {data.source}"
@@ -121,7 +121,7 @@ def transformers_files(layout: str, config: ConfigDict) -> dict[str, bytes]:
         "image_size": image_height if image_height == image_width else [image_height, image_width],
         "patch_size": model.patch,
         "num_channels": model.channels,
-        WRITER: umae_jax.__version__,
+        WRITER: __version__,
     }
     if layout == "vit_mae":
         architecture |= {

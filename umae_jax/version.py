@@ -1,0 +1,6 @@
+"""The version, and the time at which the package was imported."""
+
+import time
+
+__version__ = "0.2.0"
+START_TIME = time.monotonic()  # the first phase that `startup` reports begins here
