@@ -10,7 +10,7 @@ from tests.models.small import build, make_stage
 from tests.small import original_coordinates
 from umae_jax import masking
 from umae_jax.errors import UserError
-from umae_jax.models.drop_path import NO_DROP
+from umae_jax.models.layers import NO_DROP
 from umae_jax.models.swin import PositionBias, SwinBlock
 from umae_jax.models.windows import ACROSS_BORDERS, make_windows
 

@@ -20,7 +20,6 @@ class Vit(Encoder):
         grid: rows and columns of patches of the images that its position table is made for.
         learned_positions: make the position table a parameter (fine-tuning).
         sizes: of its one stage; several raise a UserError.
-        final_norm, dtype: see `Encoder`.
     """
 
     def __init__(
