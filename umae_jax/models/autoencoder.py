@@ -23,9 +23,7 @@ class MaskedAutoencoder(MaskedImageModel):
     """Masked autoencoder around any encoder: UM-MAE, or MAE with random sampling.
 
     Args:
-        decoder_width, decoder_depth, decoder_heads: of the decoder's blocks.
         reference_order: give sampled units the reference's decoder positions, not their own (the fault in SPEC 6).
-        dtype: of the linear layers' computation.
         shared: see `MaskedImageModel`. Without secondary masking the encoder has no mask token.
     """
 

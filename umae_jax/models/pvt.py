@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from umae_jax.errors import UserError, require
+from umae_jax.errors import require
 from umae_jax.masking import Mask
 from umae_jax.models import kernels, layers
 from umae_jax.models.attention import merge_heads, split_heads
@@ -78,10 +78,9 @@ class Pvt(Encoder):
     """PVT with average pooling for keys and values.
 
     Args:
-        grid: rows and columns of patches of the images that its position table is made for.
         sr_ratios: for each stage, the side of the blocks pooled for keys and values on a whole image; half that, but
             at least 1, on the compact grid. Another number than of stages raises a UserError.
-        learned_positions: make the position table a parameter (fine-tuning).
+        grid, learned_positions: of its `PositionTable`.
     """
 
     def __init__(
@@ -109,12 +108,10 @@ class Pvt(Encoder):
         """Raise a UserError unless sr_ratios divide the grid at every stage."""
         for stage, reduction in enumerate(self._reductions(compact)):
             rows, columns = (size // 2**stage for size in grid)
-            if rows % reduction or columns % reduction:
-                raise UserError(
-                    f"model.sr_ratios: {reduction} does not divide the {rows} x {columns} tokens of stage {stage + 1}"
-                    f"{' on the compact grid (half of model.sr_ratios)' if compact else ''}; "
-                    f"choose {tuple(2 ** (len(self.widths) - 1 - stage) for stage in range(len(self.widths)))}"
-                )
+            where = f"stage {stage + 1}{' on the compact grid (half of model.sr_ratios)' if compact else ''}"
+            message = f"model.sr_ratios: {reduction} does not divide the {rows} x {columns} tokens of {where}"
+            fitting = tuple(2**halvings for halvings in reversed(range(len(self.widths))))
+            require(rows % reduction == columns % reduction == 0, f"{message}; choose {fitting}")
 
     def __call__(self, tokens: jax.Array, mask: Mask | None = None, drop_keys: jax.Array | None = None) -> Features:
         """See `Encoder.__call__`."""

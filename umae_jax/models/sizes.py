@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from umae_jax.errors import UserError, nearest_multiples, require
+from umae_jax.errors import nearest_multiples, require
 from umae_jax.models.layers import DropPath
 
 
@@ -66,19 +66,16 @@ def check_windows(window: int, grid: tuple[int, int], *, stages: int) -> None:
     """Raise a UserError naming the nearest windows unless half of `window` tiles a compact grid, or covers it.
 
     Args:
-        window: side of a window on a whole image, in tokens.
         grid: rows and columns of the compact grid's patches, halved from stage to stage.
-        stages: number of stages.
     """
     sides = [size // 2**stage for size in grid for stage in range(stages)]
 
     def fits(window: int) -> bool:
         return all(side <= window // 2 or side % (window // 2) == 0 for side in sides)
 
-    if not fits(window):
-        nearest = sorted(filter(fits, range(4, 2 * max(grid) + 1, 2)), key=lambda other: abs(other - window))
-        raise UserError(
-            f"model.window: windows of {window // 2} tokens (half of model.window on the compact grid) do not tile "
-            f"stages of {' x '.join(map(str, grid))} tokens, halved from stage to stage; choose "
-            + " or ".join(map(str, sorted(nearest[:2])))
-        )
+    nearest = sorted(filter(fits, range(4, 2 * max(grid) + 1, 2)), key=lambda other: abs(other - window))
+    message = (
+        f"model.window: windows of {window // 2} tokens (half of model.window on the compact grid) do not tile stages "
+        f"of {grid[0]} x {grid[1]} tokens, halved from stage to stage"
+    )
+    require(fits(window), f"{message}; choose {' or '.join(map(str, sorted(nearest[:2])))}")

@@ -19,26 +19,31 @@ TOLERANCES = {"float32": 1e-5, "bfloat16": 4e-2}  # relative to the maximum
 
 
 def compare(ours, plain, heads, width, dtype, *arrays):
-    """Compare values and all gradients of two functions of linear layers and arrays."""
-    channels = heads * width
-    rngs, dtype = nnx.Rngs(0), jnp.dtype(dtype)
-    layers = [nnx.Linear(channels, features, dtype=dtype, rngs=rngs) for features in (3 * channels, channels)]
-    for layer in layers:
-        layer.bias[...] = jax.random.normal(rngs.params(), layer.bias.shape)
-    graph, state = nnx.split(layers)
+    """Compare values and all gradients with the plain form's in float32.
 
-    def both(function):
+    Args:
+        ours, plain: functions of two linear layers and arrays, the first of which is cast to `dtype`.
+    """
+
+    def both(function, dtype):
+        rngs, channels = nnx.Rngs(0), heads * width
+        qkv = nnx.Linear(channels, 3 * channels, dtype=dtype, rngs=rngs)
+        qkv.bias[...] = jax.random.normal(rngs.params(), qkv.bias.shape)
+        graph, state = nnx.split((qkv, nnx.Linear(channels, channels, dtype="float32", rngs=rngs)))
+
         @jax.jit
         def run(state, *arrays):
-            values, pull = jax.vjp(lambda state, *arrays: function(*nnx.merge(graph, state), *arrays), state, *arrays)
+            def apply(state, x, *tables):
+                return function(*nnx.merge(graph, state), x.astype(dtype), *tables)
+
+            values, pull = jax.vjp(apply, state, *arrays)
             return values, pull(jnp.cos(values))
 
         return jax.tree.leaves(run(state, *arrays))
 
-    for our, their in zip(both(ours), both(plain), strict=True):
-        assert our.dtype == their.dtype
+    for our, their in zip(both(ours, dtype), both(plain, "float32"), strict=True):
         our, their = (np.asarray(x, np.float32) for x in (our, their))
-        np.testing.assert_allclose(our, their, atol=TOLERANCES[dtype.name] * max(1, np.abs(their).max()))
+        np.testing.assert_allclose(our, their, atol=TOLERANCES[dtype] * max(1, np.abs(their).max()))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -55,7 +60,7 @@ def compare(ours, plain, heads, width, dtype, *arrays):
 )
 def test_attention_within_windows_equals_the_plain_form_s(grid, cells, window, shifted, heads, width, dtype):
     keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (16, *grid, heads * width), dtype)
+    x = jax.random.normal(keys[0], (16, *grid, heads * width))
     offset = None if cells is None else masking.sample_uniform_mask(keys[1], 16, cells, 0.25).offset
     windows = make_windows(grid, window, shifted=shifted, offset=offset)
     cases, _, keys_per_window, queries, _ = windows.differences.shape
@@ -72,7 +77,7 @@ def test_attention_within_windows_equals_the_plain_form_s(grid, cells, window, s
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(("queries", "heads", "width"), [(24, 2, 4), (16, 5, 32), (8, 3, 128)])
 def test_attention_among_all_tokens_equals_the_plain_form_s(queries, heads, width, dtype):
-    x, first = jax.random.normal(jax.random.key(0), (8, 24, heads * width), dtype), 24 - queries
+    x, first = jax.random.normal(jax.random.key(0), (8, 24, heads * width)), 24 - queries
     with jax.set_mesh(make_mesh()):
         assert pallas_tpu.supports_all(24, first, heads * width, heads)
         compare(

@@ -36,20 +36,19 @@ Maps = tuple[Any, ...]  # arrays [B, H, W, C], or Refs to them inside the kernel
 
 
 class Terms(NamedTuple):
-    """The terms added to queries, keys and values, and to the logits, in the kernel's layout.
+    """The terms added to queries, keys and values, and to the logits, in the kernel's layout; all float32.
 
     Attributes:
-        biases: float32 [3, C], of the linear layers of queries, keys and values.
-        tables: float32 [products, 9 or 1, K, heads * Q], the position bias of each case, with the heads of a product
-            side by side; None without position bias.
-        offsets: float32 [B, windows, 2, heads * N], dy and dx of each token's unit; None with a single case.
-        regions: float32 [windows, 1, heads * N]: tokens of different regions do not attend to each other; None: all do.
+        biases: [3, C], of the linear layers of queries, keys and values.
+        tables: [products, 9 or 1, K, heads * Q], the position bias of each case, with the heads of a product together.
+        offsets: [B, windows, 2, heads * N], dy and dx of each token's unit; None with a single case.
+        regions: [windows, 1, heads * N]: tokens of different regions do not attend to each other; None: all do.
     """
 
     biases: jax.Array | Ref
-    tables: jax.Array | Ref | None
-    offsets: jax.Array | Ref | None
-    regions: jax.Array | Ref | None
+    tables: jax.Array | Ref | None = None
+    offsets: jax.Array | Ref | None = None
+    regions: jax.Array | Ref | None = None
 
 
 @dataclass(frozen=True)
@@ -304,11 +303,10 @@ def _map_terms(terms: Terms, per_step: Callable[[Any], Any], whole: Callable[[An
 
 
 def _cost(settings: _Settings, maps: Maps, terms: Terms, outputs: Maps) -> pl.CostEstimate:
-    """Estimate a lower bound of the operations and bytes of a call, forward or backward.
+    """Estimate a loose lower bound of a call: matrix products, exponentials, and bytes of channels in whole lanes.
 
-    Bytes count channels in whole lanes, operations the matrix products, transcendentals the exponentials. The bound is
-    loose: a product over d channels costs a matrix unit the same as one over 128, and the kernel spends its time on the
-    vector unit, some ten (forward) to forty (backward, with nine cases) operations per pair.
+    The kernel spends its time on the vector unit, some ten (forward) to forty (backward, with nine cases) operations
+    per pair.
     """
     (batch, height, width, channels), (_, rows, columns, _) = maps[0].shape, maps[1].shape
     pairs = batch * height * width * rows * columns // math.prod(settings.windows)
@@ -338,7 +336,7 @@ def _backward(settings: _Settings, residuals: tuple[Maps, Terms], gradient: jax.
     maps, terms = residuals
     learned = terms.biases, terms.tables
     grad_maps, (grad_biases, grad_tables) = _call(_backward_kernel, settings, (*maps, gradient), terms, maps, learned)
-    return grad_maps, Terms(grad_biases, grad_tables, None, None)
+    return grad_maps, Terms(grad_biases, grad_tables)
 
 
 _attend.defvjp(_forward, _backward)
@@ -417,7 +415,7 @@ def self_attention(
     (q, k, v), biases = _split_channels(qkv, x)
     settings = _Settings(heads, (1, 1), (0, 0), interpret)
     maps = tuple(x[:, None] for x in (q[:, first_query:], k, v))
-    return proj(_on_each_device(settings, maps, Terms(biases, None, None, None))[:, 0])
+    return proj(_on_each_device(settings, maps, Terms(biases))[:, 0])
 
 
 def _split_channels(qkv: nnx.Linear, x: jax.Array) -> tuple[Maps, jax.Array]:
