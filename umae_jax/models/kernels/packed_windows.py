@@ -20,18 +20,11 @@ def windows_per_tile(windows: int, tokens: int) -> int:
 
 
 def window_attention(
-    qkv: nnx.Linear,
-    proj: nnx.Linear,
-    x: jax.Array,
-    windows: Windows,
-    tables: jax.Array,
-    heads: int,
-    packed: int | None = None,
+    qkv: nnx.Linear, proj: nnx.Linear, x: jax.Array, windows: Windows, tables: jax.Array, heads: int
 ) -> jax.Array:
-    """Compute `attention.window_attention`; `packed` overrides `windows_per_tile`."""
+    """Compute `attention.window_attention`."""
     cut = windows.cut(x)
-    if packed is None:
-        packed = windows_per_tile(*cut.shape[1:3])
+    packed = windows_per_tile(*cut.shape[1:3])
     q, k, v = split_heads(qkv, cut, 3, heads) if packed == 1 else _split_packed(qkv, cut, heads, packed)
     attended = attend(q, k, v, tables, lambda tables: _bias_of_pairs(tables, windows, packed), packed)
     return windows.join(merge_heads(proj, attended), x.shape[1:3])
