@@ -259,13 +259,8 @@ def _backward_kernel(
 
 
 def _call(
-    kernel: Callable[..., None],
-    settings: _Settings,
-    maps: Maps,
-    terms: Terms,
-    outputs: Maps,
-    grad_terms: Any,  # noqa: ANN401
-) -> Any:  # noqa: ANN401
+    kernel: Callable[..., None], settings: _Settings, maps: Maps, terms: Terms, outputs: Maps, grad_terms: Maps | None
+) -> tuple[Maps, Maps]:
     """Run a kernel over all images, several per step -> the output maps, and gradients summed over images.
 
     Args:
