@@ -67,7 +67,7 @@ up() {
 
 install() {
   on_workers 'mkdir -p ~/umae_jax'
-  do_run gcloud compute tpus tpu-vm scp --recurse configs umae_jax pyproject.toml README.md "$NAME:umae_jax/" \
+  do_run gcloud compute tpus tpu-vm scp --recurse configs docs umae_jax pyproject.toml README.md "$NAME:umae_jax/" \
     --worker=all "${place[@]}"
   # The image's own Python may be older than 3.11.
   on_workers 'pip install --quiet uv && cd ~/umae_jax && python3 -m uv venv --quiet --allow-existing --python 3.12 ~/venv &&

@@ -1,7 +1,7 @@
-"""A server that answers as Google Cloud Storage does, with one bucket, "bucket", in memory: `python FILE PORT`.
+"""A server that emulates Google Cloud Storage, with one bucket, "bucket", in memory: `python FILE PORT`.
 
-The emulator's answer to a download lacks its generation, without which TensorStore takes no file; and what it has not
-got, moving an object, it calls a failure of its own, which is tried again and again.
+It corrects the emulator: a download states its generation, which TensorStore requires; and moving an object, which the
+emulator lacks, is forbidden instead of failing with an error that gcsfs retries.
 """
 
 import sys
@@ -16,8 +16,8 @@ download = objects.download
 def download_with_generation(request, response, storage, *arguments, **options):
     download(request, response, storage, *arguments, **options)
     if response.status < 300:
-        found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
-        response["x-goog-generation"] = found["generation"]
+        stored = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+        response["x-goog-generation"] = stored["generation"]
 
 
 def refuse(request, response, storage):

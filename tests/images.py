@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from umae_jax.data.decode import EncodedImage
+from umae_jax.data.transforms import central_crop
+
 
 def picture(seed=0, height=60, width=80):
     """Draw a smooth colourful picture: uint8 [height, width, 3]."""
@@ -19,6 +22,12 @@ def encode(image, kind="PNG", **options):
     data = io.BytesIO()
     image.save(data, kind, **options)
     return data.getvalue()
+
+
+def central_pixels(data, size):
+    """Decode the central crop of an image file: uint8 [*size, 3]."""
+    image = EncodedImage(data)
+    return image.crop(central_crop(*image.size, size), size, 3)
 
 
 def write_folder(folder: Path, count=12, classes=(), height=60, width=80):

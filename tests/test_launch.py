@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import tomllib
 
 import nbformat
 import pytest
@@ -126,3 +127,12 @@ def test_the_notebook_keeps_its_outputs_with_pictures(notebook):
     pictures = [output for output in outputs if {"image/png", "image/jpeg"} & set(output.get("data", ()))]
     assert len(pictures) >= 5
     assert all(cell.execution_count for cell in cells)
+
+
+def test_every_folder_of_the_package_is_copied_to_where_it_is_installed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    folders = {folder for folder in project["tool"]["setuptools"]["package-dir"].values() if folder != "umae_jax"}
+    assert folders
+    for place in ("tpu_pod.sh", "Dockerfile"):
+        lines = [line for line in (LAUNCH / place).read_text().splitlines() if "scp" in line or line.startswith("COPY")]
+        assert folders <= set(shlex.split(" ".join(lines))), place

@@ -19,8 +19,9 @@ from umae_jax.multihost import StopSignal, Watchdog
 
 
 def cluster(address=None, count=None, index=None):
-    values = (address, count, index, 2, 10, 0)
-    return multihost.ClusterFlags(*(SimpleNamespace(value=value) for value in values))
+    values = {"coordinator_address": address, "num_processes": count, "process_id": index}
+    values |= {"initialization_timeout": 2, "heartbeat_timeout": 10}
+    return SimpleNamespace(**{name: SimpleNamespace(value=value) for name, value in values.items()})
 
 
 @pytest.mark.parametrize(
@@ -60,8 +61,8 @@ def slurm(index, port):
 def test_a_single_process_connects_to_nothing():
     program = (
         "import sys; from absl import flags; from umae_jax import multihost\n"
-        "cluster = multihost.define_flags(); flags.FLAGS(sys.argv); multihost.initialize(cluster)\n"
-        "print(multihost.is_connected(), multihost.is_primary())"
+        "cluster = multihost.ClusterFlags(); flags.FLAGS(sys.argv); multihost.initialize(cluster)\n"
+        "print(multihost.jax.distributed.is_initialized(), multihost.is_primary())"
     )
     pod = python(program, KUBERNETES_SERVICE_HOST="10.0.0.1")  # outside of any job
     ignored = python(program, "--num_processes=1", **slurm(0, 1))
@@ -81,10 +82,10 @@ def test_the_first_signal_asks_and_the_second_acts():
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore it
     try:
         with StopSignal() as stop:
-            assert stop.poll(1) is None
+            assert stop.poll() is None
             stop.check()
             os.kill(os.getpid(), signal.SIGINT)
-            assert stop.poll(2) == stop.received == signal.SIGINT
+            assert stop.poll() == stop.received == signal.SIGINT
             with pytest.raises(PreemptionRequested):
                 stop.check()
             with pytest.raises(KeyboardInterrupt):
@@ -117,7 +118,7 @@ import numpy as np
 from absl import flags
 from umae_jax import multihost
 from pathlib import Path
-cluster = multihost.define_flags()
+cluster = multihost.ClusterFlags()
 flags.FLAGS(sys.argv[:1])
 multihost.initialize(cluster)
 import jax
@@ -144,7 +145,7 @@ with multihost.StopSignal() as stop:
     print(json.dumps(result), flush=True)
     time.sleep(2.5 * (1 - index))  # a signal may come before the first poll
     for step in range(1000, 1000000):
-        if stop.poll(step):
+        if stop.poll():
             break
         time.sleep(0.01)
 print(step, stop.received, flush=True)
@@ -187,3 +188,50 @@ def test_two_processes_agree_and_the_watchdog_ends_a_stuck_collective(tmp_path):
     assert printed[0][0].endswith(f" {signal.SIGTERM:d}\n")
     assert "saving and leaving" in printed[0][1]
     assert "in broadcast_json" in printed[0][1]
+
+
+CONNECT = """
+import sys, time
+from absl import flags
+from umae_jax import multihost
+cluster = multihost.ClusterFlags()
+flags.FLAGS(sys.argv)
+multihost.NOTICE_SECONDS = 1
+multihost.initialize(cluster)
+multihost.broadcast_json(0)
+print("connected", flush=True)
+while True:
+    multihost.broadcast_json(0)
+    time.sleep(0.1)
+"""
+
+
+def connect(processes, *options, count=2):
+    address = f"--coordinator_address=localhost:{commands.free_port()}"
+    return [
+        python(CONNECT, address, f"--num_processes={count}", f"--process_id={index}", *options)
+        for index in range(processes)
+    ]
+
+
+def test_missing_processes_are_listed():
+    for process in connect(2, "--initialization_timeout=5", count=3):
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode not in (0, 143)
+        assert errors.startswith("still waiting for other processes, up to 5 s")
+        assert "timed out task names:\n2\n" in errors
+
+
+def test_a_silent_process_ends_the_others_after_the_heartbeat_timeout():
+    silent, other = connect(2, "--heartbeat_timeout=10")
+    for process in (silent, other):
+        while process.stdout.readline() != "connected\n":
+            pass
+    silent.send_signal(signal.SIGSTOP)
+    begin = time.monotonic()
+    _, errors = other.communicate(timeout=60)
+    assert time.monotonic() - begin < 40  # on a busy machine
+    silent.kill()
+    silent.communicate()
+    assert other.returncode not in (0, 2, 143)
+    assert errors

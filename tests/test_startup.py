@@ -11,9 +11,6 @@ from tests import commands
 from umae_jax import startup
 from umae_jax.weights.stored_run import read_run
 
-OPTIONS = ("--config.picture_every=6", "--config.total_steps=6")
-MISS = "PERSISTENT COMPILATION CACHE MISS for 'jit_train_step'"
-
 
 @pytest.fixture
 def unset(monkeypatch):
@@ -27,51 +24,31 @@ def unset(monkeypatch):
         jax.config.update(name, value)
 
 
-def environment(home):
-    return {
-        **{name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"},
-        "XDG_CACHE_HOME": str(home),
-        "JAX_EXPLAIN_CACHE_MISSES": "1",
-    }
-
-
 def programs(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("*-cache")}
 
 
-def test_a_second_run_compiles_no_step_and_ends_with_the_same_bits(tmp_path, monkeypatch):
-    for name, value in environment(tmp_path / "home").items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    _, compiled = commands.pretrain(tmp_path / "compiled", *OPTIONS)
+def test_a_run_compiles_everything_once_and_a_second_run_reads_the_same_program(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("JAX_EXPLAIN_CACHE_MISSES", "1")
+    monkeypatch.setenv("JAX_LOG_COMPILES", "1")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    options = ("--config.picture_every=3", "--config.checkpoint_every=4", "--config.total_steps=9")
+    _, compiled = commands.pretrain(tmp_path / "compiled", *options)
+    before, _, after = compiled.partition("step 5/9 ")  # by then it has done everything once
+    assert "XLA compilation" in before
+    assert "step 9/9 " in after
+    assert "XLA compilation" not in after
+    miss = "PERSISTENT COMPILATION CACHE MISS for 'jit_train_step'"
+    assert miss in compiled
     kept = programs(tmp_path / "home" / "umae_jax")
     assert any(name.startswith("jit_train_step-") for name in kept)
-    assert MISS in compiled
-    _, read = commands.pretrain(tmp_path / "read", *OPTIONS)
-    assert MISS not in read
+    _, read = commands.pretrain(tmp_path / "read", *options)
+    assert miss not in read
     assert programs(tmp_path / "home" / "umae_jax") == kept
     assert commands.lines(tmp_path / "read") == commands.lines(tmp_path / "compiled")
     states = (jax.device_get(read_run(tmp_path / name).params) for name in ("compiled", "read"))
     jax.tree.map(np.testing.assert_array_equal, *states)
-
-
-def test_several_processes_on_cpus_keep_nothing(tmp_path, monkeypatch):
-    """Their programs have a different key each time."""
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    environments = [environment(tmp_path / "home")] * 2
-    options = ("--config=tests/tiny.py", "--workdir", tmp_path / "run", *OPTIONS)
-    commands.end(commands.start_together("pretrain", *options, environments=environments))
-    assert not list(tmp_path.rglob("*-cache"))
-
-
-def test_a_run_compiles_nothing_after_it_has_done_everything_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_LOG_COMPILES", "1")
-    options = ("--config.picture_every=3", "--config.checkpoint_every=4", "--config.total_steps=9")
-    _, errors = commands.pretrain(tmp_path, *options)
-    before, _, after = errors.partition("step 5/9 ")
-    assert "XLA compilation" in before
-    assert "step 9/9 " in after
-    assert "XLA compilation" not in after
 
 
 def test_the_oldest_programs_are_deleted_first(tmp_path, unset, monkeypatch):

@@ -36,12 +36,7 @@ def pretrain(config: ConfigDict | _Path, workdir: _Path) -> None:
 def finetune(config: ConfigDict | _Path, workdir: _Path) -> None:
     """Fine-tune a classifier on pre-trained weights, `config.init`, or continue the run in `workdir`.
 
-    Args:
-        config: a configuration, the path of a file such as those in configs/, or the name of a bundled one.
-        workdir: directory of the run, on this machine or in a bucket.
-
-    Raises:
-        UserError: naming the key of the configuration that is wrong.
+    Arguments and errors are those of `pretrain`.
     """
     _train("finetune", config, workdir)
 

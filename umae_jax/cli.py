@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_flags
 
 from umae_jax import multihost, startup
 from umae_jax.config import explain_failure, flat, load_config
-from umae_jax.errors import Preempted, UserError, require
+from umae_jax.errors import Preempted, UserError
 from umae_jax.files import AnyPath, explain
 from umae_jax.multihost import ClusterFlags
 
@@ -30,7 +30,7 @@ class _ConfigParser(flags.ArgumentParser):
         return "configuration"
 
 
-def define_config() -> flags.FlagHolder[ConfigDict]:
+def define_config() -> flags.FlagHolder[ConfigDict | None]:
     """Define `--config FILE_OR_NAME` and its overrides `--config.KEY=VALUE`."""
     holder = config_flags.DEFINE_config_file("config", None, "A Python file, or a bundled configuration: quickstart.")
     flags.FLAGS[holder.name].parser = _ConfigParser()
@@ -38,59 +38,51 @@ def define_config() -> flags.FlagHolder[ConfigDict]:
 
 
 def join(cluster: ClusterFlags, config: ConfigDict | None, workdir: AnyPath | None) -> None:
-    """Connect to the other processes, if any, and check that all are about to do the same.
+    """Connect to the other processes, if any, and check that all are about to do the same in the same directory.
 
     Call it before JAX creates its devices.
-
-    Args:
-        cluster: flags of `multihost.define_flags`.
-        config: must be equal on all processes.
-        workdir: must be shared by all processes.
 
     Raises:
         UserError: if the processes cannot be connected, or differ.
     """
     multihost.initialize(cluster)
-    if not multihost.is_connected():
+    if not jax.distributed.is_initialized():
         return
-    ignored = {"config", "workdir", *(flag.name for flag in cluster)}
+    ignored = {"config", "workdir", *vars(cluster)}
     settings: dict[str, Any] = {"command": Path(sys.argv[0]).stem}
     for module, module_flags in flags.FLAGS.flags_by_module_dict().items():
         if module.startswith("umae_jax") or module == sys.argv[0]:
             chosen = [flag for flag in module_flags if flag.name.partition(".")[0] not in ignored]
             settings |= {f"--{flag.name}": str(flag.value) for flag in chosen}
-    settings |= {} if config is None else {key: str(value) for key, value in flat(config).items()}
+    if config is not None:
+        settings |= {key: str(value) for key, value in flat(config).items()}
     multihost.check_agreement(settings, workdir)
     # All processes must find the same programs in their cache, or some wait for others to compile with them. On CPUs,
     # programs of several processes never have the same key twice.
-    shared = None if workdir is None or jax.default_backend() == "cpu" else workdir / startup.CACHE_FOLDER
-    startup.use_cache(shared)
+    startup.use_cache(workdir / startup.CACHE_FOLDER if workdir and jax.default_backend() != "cpu" else None)
     startup.mark("connecting the processes")
 
 
 def required(flag: flags.FlagHolder[T | None], value: str) -> T:
     """Return the value of a flag that must be given.
 
-    Args:
-        flag: the flag.
-        value: its meaning, for the error message, such as "the directory of a run".
-
     Raises:
-        UserError: if it was not given.
+        UserError: if it was not; it says what `value` to write, such as "the directory of a run".
     """
     if flag.value is None or flag.value == "":
         raise UserError(f"--{flag.name} is missing; write --{flag.name} with {value}")
     return flag.value
 
 
+def read_config(flag: flags.FlagHolder[ConfigDict | None]) -> ConfigDict:
+    """Return the configuration that --config and its overrides give, which must be given."""
+    return required(flag, "a file or a name such as quickstart")
+
+
 def say(line: str) -> None:
     """Print a line for the user on the terminal, from process 0 only."""
     if multihost.is_primary():
-        _print_error(line)
-
-
-def _print_error(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201 - the terminal
+        print(line, file=sys.stderr, flush=True)  # noqa: T201 - the terminal
 
 
 def result(line: object) -> None:
@@ -100,7 +92,7 @@ def result(line: object) -> None:
 
 
 def _leave(message: str, status: int) -> NoReturn:
-    _print_error(f"error: {message}")
+    print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201 - the terminal
     multihost.limit_exit()
     sys.exit(status)
 
@@ -116,16 +108,6 @@ def _parse(argv: Sequence[str], max_arguments: int) -> list[str]:
     if len(rest) > 1 + max_arguments:
         _leave(f"unexpected argument {rest[1 + max_arguments]!r}; write options as --name value", 2)
     return rest
-
-
-def read_config(flag: flags.FlagHolder[ConfigDict]) -> ConfigDict:
-    """Return the configuration that --config and its overrides give.
-
-    Raises:
-        UserError: if --config was not given.
-    """
-    require(bool(flag.present), "--config is missing; write --config with a file or a name such as quickstart")
-    return flag.value
 
 
 def run(main: Callable[..., None], *, arguments: int = 0) -> None:
@@ -153,7 +135,7 @@ def run(main: Callable[..., None], *, arguments: int = 0) -> None:
         except Exception as error:
             if sentence := explain(error):
                 _leave(sentence, 2 if isinstance(error, UserError) else 1)
-            if not multihost.is_connected():
+            if not jax.distributed.is_initialized():
                 raise
             traceback.print_exc()
             _leave("this process failed; if it lost a connection, another one failed first: see the other logs", 1)

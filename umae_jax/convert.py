@@ -28,7 +28,7 @@ _LAYOUT = flags.DEFINE_enum(
     "layout",
     REFERENCE,
     [REFERENCE, *LAYOUTS],
-    "Export: parameter names; vit_mae and vit are ViTMAEForPreTraining and ViTModel of transformers.",
+    "Export: parameter names; vit_mae and vit are those of ViTMAEForPreTraining and ViTModel of transformers.",
 )
 _BEST = flags.DEFINE_boolean("best", False, "Export: the checkpoint with the best validation metric, not the newest.")
 

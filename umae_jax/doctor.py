@@ -6,17 +6,18 @@
 Start it like the run, in every process. Process 0 prints one page of findings. The exit status is 2 if one is WRONG.
 """
 
+import contextlib
+import functools
 import os
 import socket
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
@@ -26,7 +27,7 @@ from umae_jax.config import check
 from umae_jax.data.pipeline import host_cores
 from umae_jax.data.sources import open_source
 from umae_jax.errors import require
-from umae_jax.files import AnyPath, locate, reason, write_whole
+from umae_jax.files import AnyPath, explain, locate, write_whole
 
 FLOATS = 1 << 22  # summed per device: 16 MiB
 ROUNDS = 5
@@ -35,102 +36,88 @@ GIB = 2**30
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The directory that the run would write to.")
-_CLUSTER = multihost.define_flags()
+_CLUSTER = multihost.ClusterFlags()
 
 
 def inspect_process(config: ConfigDict | None, workdir: AnyPath | None) -> dict[str, Any]:
-    """Return the host, devices, data and faults of this process."""
+    """Return a description of this process, the facts that must be equal in all, and the faults."""
     device = jax.local_devices()[0]
-    findings: dict[str, Any] = {
-        "host": socket.gethostname(),
-        "device kind": device.device_kind,
-        "devices": jax.local_device_count(),
-        "device memory": (device.memory_stats() or {}).get("bytes_limit", 0),
-        "cores": host_cores(),
-        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    }
+    equal: dict[str, Any] = {"devices": f"{jax.local_device_count()} x {device.device_kind}"}
+    limit = (device.memory_stats() or {}).get("bytes_limit", 0)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    description = equal["devices"] + (f" of {limit / GIB:.1f} GiB" if limit else "")
+    description += f"; {host_cores()} cores, {memory / GIB:.0f} GiB"
     faults: list[str] = []
 
-    def attempt(name: str, work: Callable[[], object]) -> None:
+    @contextlib.contextmanager
+    def attempt(name: str) -> Iterator[None]:
         try:
-            work()
+            yield
         except Exception as error:
-            fault = reason(error)
-            faults.append(fault if fault.startswith(("data.", name)) or not name else f"{name}: {fault}")
-
-    def read_first(config: ConfigDict) -> None:
-        source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
-        findings["images"], findings["first image"] = len(source), source[0].name
-
-    def write_and_remove(workdir: AnyPath) -> None:
-        workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / f".doctor-{jax.process_index()}"
-        write_whole(path, b"written by umae_jax.doctor")
-        path.unlink()
+            fault = explain(error) or (str(error) if isinstance(error, OSError) else "")
+            if not fault:
+                raise
+            faults.append(fault if fault.startswith(("data.", name)) else f"{name}: {fault}")
 
     if device.platform == "cpu" and Path("/dev/nvidia0").exists():
         faults.append('this host has a GPU that JAX does not find; install with pip install -e ".[cuda]"')
     if config is not None:
-        attempt("data.source", lambda: read_first(config))
-        attempt("", lambda: check(config))
+        with attempt("data.source"):
+            source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
+            equal["images"] = len(source)
+            description += f", {len(source):,} images, the first {source[0].name}"
+        with attempt(""):
+            check(config)
     if workdir is not None:
-        attempt("--workdir", lambda: write_and_remove(workdir))
-    return {**findings, "faults": faults}
+        with attempt("--workdir"):
+            workdir.mkdir(parents=True, exist_ok=True)
+            path = workdir / f".doctor-{jax.process_index()}"
+            write_whole(path, b"written by umae_jax.doctor")
+            path.unlink()
+    return {"host": socket.gethostname(), "description": description, "equal": equal, "faults": faults}
 
 
 def time_sum() -> tuple[bool, float]:
     """Sum an array over all devices; return whether the sum is right, and the seconds it takes."""
     devices = jax.device_count()
-    mesh = jax.make_mesh((devices,), ("devices",), axis_types=(AxisType.Auto,))
-    values = np.arange(devices, dtype=np.float32)  # one per device
-    array = jax.make_array_from_callback(
-        (devices, FLOATS),
-        NamedSharding(mesh, PartitionSpec("devices")),
-        lambda index: np.repeat(values[index[0] if index else slice(None)][:, None], FLOATS, axis=1),
-    )
-    add = jax.jit(lambda array: array.sum(0), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    sharding = NamedSharding(jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Auto,)), PartitionSpec("x"))
+    numbers = functools.partial(jax.lax.broadcasted_iota, jnp.float32, (devices, FLOATS), 0)  # per device, its index
+    array = jax.jit(numbers, out_shardings=sharding)()
+    add = jax.jit(lambda array: array.sum(0), out_shardings=sharding.update(spec=PartitionSpec()))
     seconds = []
     for _ in range(ROUNDS + 1):
         start = time.perf_counter()
         total = jax.block_until_ready(add(array))
         seconds.append(time.perf_counter() - start)
-    return bool(jnp.all(total.addressable_data(0) == values.sum())), statistics.median(seconds[1:])  # first: compiles
-
-
-def report(
-    processes: list[dict[str, Any]], clocks: list[float], correct: bool, seconds: float
-) -> list[tuple[bool, str]]:
-    """Return the findings of all processes as (whether it is fine, line)."""
-    lines = [(True, "software: " + ", ".join(f"{name} {version}" for name, version in multihost.versions().items()))]
-    for index, process in enumerate(processes):
-        memory = f" of {process['device memory'] / GIB:.1f} GiB" if process["device memory"] else ""
-        images = f", {process['images']:,} images, the first {process['first image']}" if "images" in process else ""
-        name = f"process {index} on {process['host']}"
-        devices = f"{process['devices']} x {process['device kind']}{memory}"
-        host = f"{process['cores']} cores, {process['memory'] / GIB:.0f} GiB{images}"
-        lines += [(True, f"{name}: {devices}; {host}"), *((False, f"{name}: {fault}") for fault in process["faults"])]
-    for key in ("device kind", "devices", "images"):
-        values = sorted({str(process.get(key)) for process in processes})
-        lines += [(False, f"{key} differs between processes: {', '.join(values)}")] if len(values) > 1 else []
-    if len(processes) > 1:
-        difference = max(clocks) - min(clocks)
-        lines.append((difference < MAX_CLOCK_DIFFERENCE, f"clocks differ by {difference:.2f} s"))
-        lines.append((True, f"{len(processes)} processes share software, configuration and workdir"))
-    devices, size = sum(process["devices"] for process in processes), FLOATS * 4
-    speed = f"{seconds * 1e3:.1f} ms, {size / seconds / 1e9:.2f} GB/s"
-    return [*lines, (correct, f"sum over {devices} devices, {size >> 20} MiB each: {speed}")]
+    correct = bool((total.addressable_data(0) == sum(range(devices))).all())
+    return correct, statistics.median(seconds[1:])  # the first compiles
 
 
 def main() -> None:
     """Inspect all processes, and print the page."""
-    config = cli.read_config(_CONFIG) if flags.FLAGS["config"].present else None
     workdir = locate(_WORKDIR.value, "--workdir") if _WORKDIR.value else None
-    cli.join(_CLUSTER, config, workdir)
-    processes = multihost.all_gather_json(inspect_process(config, workdir))
+    cli.join(_CLUSTER, _CONFIG.value, workdir)
+    processes = multihost.all_gather_json(inspect_process(_CONFIG.value, workdir))
     clocks = multihost.all_gather_json(time.time())
-    lines = report(processes, clocks, *time_sum())
-    cli.result("\n".join(f"{'ok   ' if good else 'WRONG'}  {line}" for good, line in lines))
-    require(all(good for good, _ in lines), "the lines above that begin with WRONG need fixing")
+    correct, seconds = time_sum()
+    software = ", ".join(f"{name} {version}" for name, version in multihost.versions().items())
+    findings = [(True, f"software: {software}")]
+    for index, process in enumerate(processes):
+        name = f"process {index} on {process['host']}"
+        findings.append((True, f"{name}: {process['description']}"))
+        findings += [(False, f"{name}: {fault}") for fault in process["faults"]]
+    for key in ("devices", "images"):
+        values = sorted({str(process["equal"].get(key)) for process in processes})
+        if len(values) > 1:
+            findings.append((False, f"{key} differ between processes: {', '.join(values)}"))
+    if len(processes) > 1:
+        difference = max(clocks) - min(clocks)
+        findings.append((difference < MAX_CLOCK_DIFFERENCE, f"clocks differ by {difference:.2f} s"))
+        findings.append((True, f"{len(processes)} processes share software, configuration and workdir"))
+    speed = f"{seconds * 1e3:.1f} ms, {FLOATS * 4 / seconds / 1e9:.2f} GB/s"
+    findings.append((correct, f"sum over {jax.device_count()} devices, {FLOATS * 4 >> 20} MiB each: {speed}"))
+    cli.result("\n".join(f"{'ok   ' if good else 'WRONG'}  {line}" for good, line in findings))
+    require(all(good for good, _ in findings), "the lines above that begin with WRONG need fixing")
 
 
 if __name__ == "__main__":

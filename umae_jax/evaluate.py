@@ -14,7 +14,7 @@ from absl import flags
 from umae_jax import cli, multihost
 from umae_jax.errors import require
 from umae_jax.files import locate, locate_here
-from umae_jax.tasks import evaluation, probing
+from umae_jax.tasks import evaluation, make_task, probing
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run.")
 _BEST = flags.DEFINE_boolean("best", False, "Use the checkpoint with the best validation metric, not the newest.")
@@ -25,7 +25,7 @@ _SOURCE = flags.DEFINE_string("source", None, "Labelled training images for a pr
 _VALIDATION = flags.DEFINE_string("validation", None, "Labelled images to evaluate on: folder:PATH or tfds:NAME.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images per step, over all devices.", lower_bound=1)
 _JSON = flags.DEFINE_boolean("json", False, "Print JSON.")
-_CLUSTER = multihost.define_flags()
+_CLUSTER = multihost.ClusterFlags()
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
         workdir, best=_BEST.value, source=_SOURCE.value, validation=_VALIDATION.value, stage=_STAGE.value
     )
     if _IMAGES.value:
-        predictions = evaluation.task_of(run).predict(run, locate_here(_IMAGES.value, "--images"))
+        predictions = make_task(run.config).predict(run, locate_here(_IMAGES.value, "--images"))
     else:
         predictions = iter([evaluation.evaluate_run(run, probe=_PROBE.value, batch_size=_BATCH_SIZE.value)])
     for line, values in predictions:

@@ -36,9 +36,7 @@ class PretrainedEncoder:
     """
 
     def __init__(self, module: Encoder, config: ConfigDict) -> None:
-        self.module = module
-        self.config = config
-        self.widths = module.widths
+        self.module, self.config, self.widths = module, config, module.widths
         self.strides = tuple(module.patch * 2**stage for stage in range(len(module.widths)))
         self.mean, self.std = module.mean, module.std
 
@@ -97,14 +95,11 @@ def load_encoder(
 
 
 def read_encoder(path: str | os.PathLike[str], name: str = "path") -> tuple[ConfigDict, nnx.State]:
-    """Read an encoder's parameters.
+    """Read the configuration of an encoder's whole model, and the encoder's parameters on the host.
 
     Args:
         path: as for `load_encoder`.
         name: the flag or configuration key that gave the path, for error messages.
-
-    Returns:
-        The configuration of the model that the encoder was part of, and the encoder's parameters on the host.
 
     Raises:
         UserError: if there are no such weights.

@@ -36,7 +36,7 @@ def explain(error: BaseException) -> str | None:
         return str(error)
     if from_bucket(error):
         return (
-            f"the bucket cannot be reached ({_first_line(error)}); check its name, the network and your permissions, "
+            f"the bucket cannot be reached ({first_line(error)}); check its name, the network and your permissions, "
             "and log in with gcloud auth application-default login"
         )
     if isinstance(error, OSError) and error.errno in _FIXABLE:
@@ -44,23 +44,8 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-def reason(error: Exception) -> str:
-    """Return one sentence for any failure to read or write.
-
-    Raises:
-        Exception: the error itself, if it is no such failure.
-    """
-    sentence = explain(error) or (str(error) if isinstance(error, OSError) else "")
-    if not sentence:
-        raise error
-    return sentence
-
-
 def from_bucket(error: BaseException | None) -> bool:
-    """Return True if gcsfs raised the error or one of its causes.
-
-    The traceback decides: the types (OSError, ValueError, errors of aiohttp, google.auth and requests) do not.
-    """
+    """Return whether gcsfs raised the error or one of its causes; the traceback decides, as types are too many."""
     while error is not None:
         modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
         if any(module.partition(".")[0] == "gcsfs" for module in modules):
@@ -69,12 +54,13 @@ def from_bucket(error: BaseException | None) -> bool:
     return False
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the type of an error and the first line of its message."""
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
 
 
 def in_bucket(path: str | os.PathLike[str]) -> bool:
-    """Return True if the path begins with gs://."""
+    """Return whether the path begins with gs://."""
     return os.fspath(path).startswith(BUCKETS)
 
 
@@ -91,7 +77,7 @@ def locate(text: str | os.PathLike[str], name: str) -> epath.Path:
         name: the flag or configuration key that holds it, for error messages.
 
     Raises:
-        UserError: if its scheme is unknown, the bucket cannot be reached, or gcsfs is not installed.
+        UserError: if its scheme is unknown, or the bucket cannot be reached.
     """
     if not in_bucket(text):
         known = re.match(r"\w+://|gs:/", os.fspath(text)) is None
@@ -104,23 +90,19 @@ def locate(text: str | os.PathLike[str], name: str) -> epath.Path:
     try:
         path.exists()
     except Exception as error:  # gcsfs raises many types
-        raise UserError(f"{name}: {path}: {explain(error) or _first_line(error)}") from None
+        raise UserError(f"{name}: {path}: {explain(error) or first_line(error)}") from None
     return path
 
 
 def locate_here(text: str | os.PathLike[str], name: str) -> Path:
-    """Return a path that must be local.
-
-    Raises:
-        UserError: if it is in a bucket or its scheme is unknown.
-    """
+    """Return the path that the user wrote, which must be local."""
     require(not in_bucket(text), f"{name}: {text} is in a bucket; write a local path")
     return Path(locate(text, name))
 
 
 @functools.cache
 def _gcs() -> fsspec.AbstractFileSystem:
-    """Return the file system of all buckets; its settings also apply to the instance that etils creates."""
+    """Return the file system of all buckets; the instance that etils creates gets its settings too."""
     settings = fsspec.config.conf.setdefault("gcs", {})
     settings["use_listings_cache"] = False  # other processes write too
     settings["requests_timeout"] = 60  # seconds; the default is none
@@ -129,7 +111,7 @@ def _gcs() -> fsspec.AbstractFileSystem:
 
 
 def read_file(path: str) -> bytes:
-    """Return the content of a file. Buckets answer one request per file; epath would ask for the size first."""
+    """Return the content of a file; in a bucket by one request, where epath sends two."""
     if in_bucket(path):
         return _gcs().cat_file(path.removeprefix(BUCKETS))
     with open(path, "rb", buffering=0) as file:
@@ -137,7 +119,7 @@ def read_file(path: str) -> bytes:
 
 
 def files_in_bucket(folder: AnyPath) -> list[str]:
-    """Return the paths of all files below a folder, in one request; epath would send one per subfolder."""
+    """Return the paths of all files below a folder, by one request, where epath sends one per subfolder."""
     return [f"{BUCKETS}{file}" for file in _gcs().find(str(folder).removeprefix(BUCKETS))]
 
 
@@ -145,8 +127,7 @@ def write_whole(path: AnyPath, data: bytes) -> None:
     """Write a file whole or not at all.
 
     Raises:
-        OSError: naming the local file that cannot be written.
-        UserError: naming the object that cannot be written.
+        OSError, UserError: naming the file that cannot be written, on disk or in a bucket.
     """
     if not in_bucket(path):
         write_together({path: data})
@@ -154,7 +135,7 @@ def write_whole(path: AnyPath, data: bytes) -> None:
     try:
         path.write_bytes(data)  # an object appears once its upload is complete
     except Exception as error:
-        raise UserError(f"{path} could not be written: {explain(error) or _first_line(error)}") from error
+        raise UserError(f"{path} could not be written: {explain(error) or first_line(error)}") from error
 
 
 def write_together(files: Mapping[AnyPath, bytes] | Mapping[Path, bytes]) -> None:
@@ -180,7 +161,7 @@ def write_together(files: Mapping[AnyPath, bytes] | Mapping[Path, bytes]) -> Non
 
 
 def move_folder(folder: epath.Path, target: epath.Path) -> None:
-    """Move a folder, replacing `target`. epath cannot: it renames only into folders that exist, which buckets lack."""
+    """Move a folder, replacing `target`; epath renames only into folders that exist, which buckets lack."""
     target.rmtree(missing_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     system, source = fsspec.core.url_to_fs(str(folder))

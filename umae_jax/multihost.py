@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import secrets
 import signal
 import socket
@@ -21,7 +22,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jaxlib
@@ -30,7 +31,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from umae_jax.errors import PreemptionRequested, UserError, listing, require
-from umae_jax.files import AnyPath, explain, write_whole
+from umae_jax.files import AnyPath, explain, first_line, write_whole
 
 NOTICE_SECONDS = 10.0  # of waiting for other processes before a line says so
 VISIBLE_SECONDS = 10.0  # within which a shared file system shows a file that another host wrote
@@ -41,28 +42,17 @@ PACKAGES = (
 )
 
 
-class ClusterFlags(NamedTuple):
-    """Flags of a command that several processes may run together."""
+class ClusterFlags:
+    """The flags of a command that several processes may run together."""
 
-    coordinator_address: flags.FlagHolder[str | None]
-    num_processes: flags.FlagHolder[int | None]
-    process_id: flags.FlagHolder[int | None]
-    initialization_timeout: flags.FlagHolder[int]
-    heartbeat_timeout: flags.FlagHolder[int]
-    step_timeout: flags.FlagHolder[float]
-
-
-def define_flags() -> ClusterFlags:
-    """Define the flags of a command that several processes may run together."""
-    number, integer = flags.DEFINE_float, flags.DEFINE_integer
-    return ClusterFlags(
-        flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where JAX finds no cluster."),
-        integer("num_processes", None, "Number of processes; 1: ignore the cluster.", lower_bound=1),
-        integer("process_id", None, "Index of this process, from 0.", lower_bound=0),
-        integer("initialization_timeout", 300, "Seconds to wait for all processes to start.", lower_bound=1),
-        integer("heartbeat_timeout", 100, "Seconds of silence after which a process is lost.", lower_bound=1),
-        number("step_timeout", 0, "Seconds a step may take before the process ends; 0: any.", lower_bound=0),
-    )
+    def __init__(self) -> None:
+        integer = flags.DEFINE_integer
+        self.coordinator_address = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
+        self.num_processes = integer("num_processes", None, "Number of processes; 1: ignore the cluster.", 1)
+        self.process_id = integer("process_id", None, "Index of this process, from 0.", 0)
+        self.initialization_timeout = integer("initialization_timeout", 300, "Seconds to wait for all processes.", 1)
+        self.heartbeat_timeout = integer("heartbeat_timeout", 100, "Seconds of silence that end a process.", 1)
+        self.step_timeout = flags.DEFINE_float("step_timeout", 0, "Seconds that a step may take; 0: any.", 0)
 
 
 def initialize(cluster: ClusterFlags) -> None:
@@ -77,15 +67,17 @@ def initialize(cluster: ClusterFlags) -> None:
     address, count, index = cluster.coordinator_address.value, cluster.num_processes.value, cluster.process_id.value
     if count == 1:
         return
+    given = [value is not None for value in (address, count, index)]
+    require(
+        any(given) == all(given),
+        "--coordinator_address, --num_processes and --process_id belong together; write all, or none",
+    )
     if address is not None and count is not None and index is not None:
-        host, _, port = address.rpartition(":")
         require(
-            bool(host) and port.isdecimal() and 0 < int(port) < 65536,
+            re.fullmatch(r".+:\d{1,5}", address) is not None and 0 < int(address.rpartition(":")[2]) < 65536,
             f"--coordinator_address: {address!r} is not HOST:PORT, such as 10.0.0.1:8476",
         )
         require(index < count, f"--process_id: {index} is not in 0..{count - 1}")
-    elif (address, count, index) != (None, None, None):
-        raise UserError("--coordinator_address, --num_processes and --process_id belong together; write all, or none")
     jax.config.update("jax_enable_preemption_service", True)  # for StopSignal
     timeout = cluster.initialization_timeout.value
     try:
@@ -94,7 +86,7 @@ def initialize(cluster: ClusterFlags) -> None:
                 address,
                 count,
                 index,
-                cluster_detection_method=None if address is None else "deactivate",
+                cluster_detection_method="deactivate" if address else None,
                 initialization_timeout=timeout + 5,  # the service comes first: its error lists the missing processes
                 heartbeat_timeout_seconds=cluster.heartbeat_timeout.value,
             )
@@ -102,22 +94,19 @@ def initialize(cluster: ClusterFlags) -> None:
         if isinstance(error, ValueError) and "coordinator_address" in str(error):
             return  # JAX finds no cluster
         raise UserError(
-            f"the processes cannot be connected ({type(error).__name__}: {str(error).partition(chr(10))[0]}); set "
-            "--coordinator_address, --num_processes and --process_id, or --num_processes=1 to run alone"
+            f"the processes cannot be connected ({first_line(error)}); set --coordinator_address, --num_processes and "
+            "--process_id, or --num_processes=1 to run alone"
         ) from None
 
 
 @contextlib.contextmanager
 def _report_missing_processes(timeout: int) -> Iterator[None]:
-    """Have JAX's service list the processes that have not connected after `timeout` seconds, and announce the wait.
+    """Announce a long wait, and make JAX's service list the processes that are missing after `timeout` seconds.
 
     JAX passes its initialization timeout only to the clients, whose error names no process. The error of the service
     does, but its timeout, one hour, has no public setting.
     """
-    line = (
-        f"still waiting for other processes, up to {timeout} s in all; JAX then aborts, and lists the missing ones as "
-        '"timed out task names"\n'
-    )
+    line = f'still waiting for other processes, up to {timeout} s; JAX then aborts and lists "timed out task names"\n'
     notice = threading.Timer(NOTICE_SECONDS, os.write, (2, line.encode()))
     notice.daemon = True
     notice.start()
@@ -133,14 +122,9 @@ def _report_missing_processes(timeout: int) -> Iterator[None]:
         notice.cancel()
 
 
-def is_connected() -> bool:
-    """Return whether `initialize` has connected this process to JAX's coordination service."""
-    return jax.distributed.is_initialized()
-
-
 def is_primary() -> bool:
     """Return whether this is process 0, which prints and writes for all."""
-    return not is_connected() or jax.process_index() == 0
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def _all_gather_bytes(data: bytes) -> list[bytes]:
@@ -152,7 +136,7 @@ def _all_gather_bytes(data: bytes) -> list[bytes]:
 
 
 def all_gather_json(value: Any) -> list[Any]:  # noqa: ANN401 - any JSON
-    """Return the JSON values of all processes, in order of the process; all must call it, in the same order."""
+    """Return the JSON values of all processes, by index; all must call it, in the same order."""
     return [json.loads(data) for data in _all_gather_bytes(json.dumps(value).encode())]
 
 
@@ -162,24 +146,19 @@ def broadcast_json(value: Any) -> Any:  # noqa: ANN401 - any JSON
 
 
 def gather_rows(array: np.ndarray) -> np.ndarray:
-    """Concatenate the rows [n_i, ...] of all processes, in order of the process; all must call it, in the same order.
-
-    Args:
-        array: rows of this process; lengths may differ, dtype and other axes may not.
-    """
+    """Concatenate the arrays [n_i, ...] of all processes, by index; dtype and other axes must be the same."""
     parts = _all_gather_bytes(np.ascontiguousarray(array).tobytes())
     return np.concatenate([np.frombuffer(data, array.dtype).reshape(-1, *array.shape[1:]) for data in parts])
 
 
 def versions() -> dict[str, str]:
     """Return the versions of the software that decides what a process computes, by name."""
-    found = {"python": platform.python_version()}
+    by_name = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    files = sorted(Path(__file__).parent.rglob("*.py"))
-    found["source code"] = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
-    return found
+            by_name[name] = metadata.version(name)
+    source = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
+    return by_name | {"source code": hashlib.sha256(source).hexdigest()[:12]}
 
 
 def check_agreement(fingerprint: dict[str, Any], workdir: AnyPath | None) -> None:
@@ -201,8 +180,7 @@ def check_agreement(fingerprint: dict[str, Any], workdir: AnyPath | None) -> Non
         different = [f"{key} {values.get(key)} where process 0 has {reference.get(key)}" for key in keys]
         require(
             not different,
-            f"process {index} on {host} has {listing(different, 3)}; start all processes with the same software and "
-            "the same command",
+            f"process {index} on {host} has {listing(different, 3)}; start all with the same software and command",
         )
     if workdir is None:
         return
@@ -212,18 +190,17 @@ def check_agreement(fingerprint: dict[str, Any], workdir: AnyPath | None) -> Non
             workdir.mkdir(parents=True, exist_ok=True)
             write_whole(mark, b"")
         except Exception as error:
-            fault = explain(error) or f"{type(error).__name__}: {error}"
+            fault = explain(error) or first_line(error)
     name, fault = broadcast_json([mark.name, fault])
     require(not fault, f"--workdir: {fault}")
     visible = all_gather_json(_appears(workdir / name))
     if is_primary():
         mark.unlink(missing_ok=True)
-    if False in visible:
-        index = visible.index(False)
-        raise UserError(
-            f"--workdir: process {index} on {hosts[index][0]} does not see the files of process 0 in {workdir}; choose "
-            "a directory that all processes share"
-        )
+    blind = [f"process {index} on {host}" for index, (host, _) in enumerate(hosts) if not visible[index]]
+    require(
+        not blind,
+        f"--workdir: {listing(blind, 3)} cannot see the files of process 0 in {workdir}; share it among all processes",
+    )
 
 
 def _appears(path: AnyPath) -> bool:
@@ -265,67 +242,53 @@ class StopSignal:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.__exit__()
-        self._announce(number, "after this step")
+        self._announce(number)
         if self._several:
             signal.raise_signal(signal.SIGTERM)
         else:
             self.received = number
 
-    def _announce(self, number: int, when: str) -> None:
-        # Not print: a signal may interrupt one.
-        name = signal.Signals(number).name
-        os.write(2, f"{name}: saving and leaving {when}; repeat it to leave at once\n".encode())
+    def _announce(self, number: int) -> None:
+        name = signal.Signals(number).name  # not print: a signal may interrupt one
+        os.write(2, f"{name}: saving and leaving after this step; repeat it to leave at once\n".encode())
 
-    def poll(self, step: int) -> int | None:
+    def poll(self) -> int | None:
         """Return the number of the signal if the run should save and leave before the next step, else None.
 
         Several processes must call `poll` and `check` equally often, in the same order.
-
-        Args:
-            step: number of steps done, for the message.
         """
-        if self._agreed() and is_primary():
-            self._announce(signal.SIGTERM, f"at step {step}")
+        if self._several and self.received is None:
+            self._polls += 1
+            if multihost_utils.reached_preemption_sync_point(self._polls):
+                self.received = signal.SIGTERM
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                if is_primary():
+                    self._announce(signal.SIGTERM)
         return self.received
 
     def check(self) -> None:
         """Raise PreemptionRequested if the run should save and leave; call it in long evaluations."""
-        self._agreed()
-        if self.received is not None:
+        if self.poll() is not None:
             raise PreemptionRequested
-
-    def _agreed(self) -> bool:
-        """Ask JAX's preemption service; return whether this call is the one at which all processes should leave."""
-        if not self._several or self.received is not None:
-            return False
-        self._polls += 1
-        if not multihost_utils.reached_preemption_sync_point(self._polls):
-            return False
-        self.received = signal.SIGTERM
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        return True
 
 
 class Watchdog:
-    """Ends the process, with a traceback of every thread and status 1, when a step takes too long.
+    """Ends the process, with a traceback of every thread and status 1, if a step takes more than `seconds`.
 
-    No heartbeat notices a process that is alive but stuck in a collective.
-
-    Args:
-        seconds: that a step may take; None or 0: any.
+    No heartbeat notices a process that is alive but stuck in a collective. None or 0 seconds: no limit.
     """
 
     def __init__(self, seconds: float | None) -> None:
-        self.seconds = seconds
+        self._seconds = seconds
 
     def arm(self) -> None:
-        """Start to wait for `seconds`, anew if armed already."""
-        if self.seconds:
-            faulthandler.dump_traceback_later(self.seconds, exit=True, file=2)
+        """Start to wait for a step, anew if armed already."""
+        if self._seconds:
+            faulthandler.dump_traceback_later(self._seconds, exit=True, file=2)
 
     def cancel(self) -> None:
         """Stop waiting."""
-        if self.seconds:
+        if self._seconds:
             faulthandler.cancel_dump_traceback_later()
 
 
@@ -334,5 +297,5 @@ def limit_exit() -> None:
 
     A process that fails alone would wait at JAX's shutdown barrier for others, which wait for it in a collective.
     """
-    if is_connected():
+    if jax.distributed.is_initialized():
         faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115

@@ -16,8 +16,7 @@ from umae_jax.masking import Mask, expand
 from umae_jax.models.masked import MaskedImageModel
 from umae_jax.patches import patchify, unpatchify
 
-NOT_SAMPLED = (190, 190, 190)
-HIDDEN = (70, 90, 140)
+NOT_SAMPLED, HIDDEN = np.array([190, 190, 190], np.uint8), np.array([70, 90, 140], np.uint8)
 BACKGROUND, TEXT = (255, 255, 255), (30, 30, 30)
 NEIGHBORS = 4  # visible units whose mean and std replace those of a masked unit
 STATISTICS = {
@@ -32,15 +31,15 @@ MIN_WIDTH = 200  # pixels of a panel, so that its heading fits
 
 
 class Panels(NamedTuple):
-    """Panels of each image, with 0 where a panel shows no pixels.
+    """Panels of each image, uint8 [B, H, W, C], with 0 where a panel shows no pixels.
 
     Attributes:
-        original: the images, uint8 [B, H, W, C].
-        visible: pixels that the encoder sees, uint8 [B, H, W, C].
-        pasted: the prediction and the visible pixels, uint8 [B, H, W, C].
-        predicted: the prediction, uint8 [B, H, W, C].
-        sampled: pixels of sampled units, bool [B, H, W].
-        hidden: pixels hidden by secondary masking, bool [B, H, W].
+        original: the images.
+        visible: pixels that the encoder sees.
+        pasted: the prediction and the visible pixels.
+        predicted: the prediction.
+        sampled: pixels of sampled units, bool [B, H, W, 1].
+        hidden: pixels hidden by secondary masking, bool [B, H, W, 1].
         error: mean squared error of each image's prediction, float32 [B].
     """
 
@@ -66,37 +65,31 @@ def _visible_statistics(model: MaskedImageModel, images: jax.Array, mask: Mask) 
     Args:
         model: determines unit and cells.
         images: normalised, float32 [B, H, W, C].
-        mask: the mask of the images.
+        mask: of the images.
 
     Returns:
         Mean and variance, each float32 [B, 3, cell rows, cell columns, 1], in the order of `Mask.masked_units`.
     """
     units = patchify(mask.compact(images), model.unit)  # [B, rows, columns, unit pixels]
-    batch = units.shape[0]
-    rows, columns = model.cells
+    batch, rows, columns, _ = units.shape
     grid = jnp.stack(jnp.meshgrid(jnp.arange(2 * rows), jnp.arange(2 * columns), indexing="ij"), -1)
-    positions = jnp.broadcast_to(grid.reshape(1, -1, 1, 2), (batch, 4 * rows * columns, 1, 2))
     sampled = mask.compact(grid[None]).reshape(batch, 1, -1, 2)
-    distance = jnp.square((positions - sampled).astype(jnp.float32)).sum(-1)  # [B, units, sampled units]
+    distance = jnp.square((grid.reshape(1, -1, 1, 2) - sampled).astype(jnp.float32)).sum(-1)  # [B, units, sampled]
     distance = jnp.where(mask.hidden.reshape(batch, 1, -1), jnp.inf, jnp.maximum(distance, 1e-3))
     closeness, nearest = jax.lax.top_k(1 / distance, min(NEIGHBORS, rows * columns))
     weights = closeness / closeness.sum(-1, keepdims=True)
 
     def interpolate(statistic: jax.Array) -> jax.Array:
-        neighbors = jax.vmap(lambda values, indices: values[indices])(statistic.reshape(batch, -1), nearest)
+        neighbors = jnp.take_along_axis(statistic.reshape(batch, 1, -1), nearest, axis=-1)
         return mask.masked_units((weights * neighbors).sum(-1).reshape(batch, 2 * rows, 2 * columns, 1))
 
     return interpolate(units.mean(-1)), interpolate(units.var(-1, ddof=1))
 
 
 def reconstruct(model: MaskedImageModel, images: jax.Array, mask: Mask, *, statistics: str) -> Panels:
-    """Predict the masked units and arrange them as images.
+    """Predict the masked units of uint8 images [B, H, W, C] and arrange them as images.
 
-    Args:
-        model: the model.
-        images: uint8 [B, H, W, C].
-        mask: the mask of the images.
-        statistics: a key of STATISTICS; ignored if the model predicts plain pixels.
+    `statistics`, a key of STATISTICS, de-normalises the prediction; it is ignored if the model predicts plain pixels.
     """
     encoder = model.encoder
     _, prediction = model(images, mask)
@@ -120,34 +113,26 @@ def reconstruct(model: MaskedImageModel, images: jax.Array, mask: Mask, *, stati
         visible=mask.assemble(visible, blank),
         pasted=mask.assemble(visible, predicted),
         predicted=mask.assemble(jnp.zeros_like(visible), predicted),
-        sampled=mask.assemble(jnp.ones_like(hidden), blank > 0)[..., 0],
-        hidden=mask.assemble(hidden, blank > 0)[..., 0],
+        sampled=mask.assemble(jnp.ones_like(hidden), blank > 0),
+        hidden=mask.assemble(hidden, blank > 0),
         error=error,
     )
 
 
 def draw(panels: Panels, caption: str) -> bytes:
     """Draw panels as a PNG: one row per image, a heading per column, a caption below."""
-    original, visible, pasted, predicted, sampled, hidden = (np.asarray(panel) for panel in panels[:6])
-    sampled, hidden = sampled[..., None], hidden[..., None]
-
-    def paint(pixels: np.ndarray, *fills: tuple[np.ndarray, tuple[int, int, int]]) -> np.ndarray:
-        pixels = np.broadcast_to(pixels, (*pixels.shape[:3], 3))
-        for area, color in fills:
-            pixels = np.where(area, np.array(color, np.uint8), pixels)
-        return pixels
-
+    original, visible, pasted, predicted, sampled, hidden, _ = jax.device_get(panels)
+    visible = np.where(sampled, visible, NOT_SAMPLED)
     columns = (
-        paint(original),
-        paint(visible, (~sampled, NOT_SAMPLED), (hidden, HIDDEN)),
-        paint(pasted, (hidden, HIDDEN)),
-        paint(predicted, (sampled, NOT_SAMPLED)),
+        original,
+        np.where(hidden, HIDDEN, visible),
+        np.where(hidden, HIDDEN, pasted),
+        np.where(sampled, NOT_SAMPLED, predicted),
     )
-    rows, height, width = columns[0].shape[:3]
+    rows, height, width, _ = original.shape
     zoom = -(-MIN_WIDTH // width)  # small images are enlarged by whole pixels
     height, width = height * zoom, width * zoom
-    font = ImageFont.load_default(13)
-    lines = [caption, LEGEND]
+    lines, font = [caption, LEGEND], ImageFont.load_default(13)
     size = (
         MARGIN + len(columns) * (width + MARGIN),
         MARGIN + LINE_HEIGHT + rows * (height + MARGIN) + len(lines) * LINE_HEIGHT,
@@ -157,7 +142,7 @@ def draw(panels: Panels, caption: str) -> bytes:
     for column, (heading, images) in enumerate(zip(COLUMNS, columns, strict=True)):
         x = MARGIN + column * (width + MARGIN)
         canvas.text((x, MARGIN), heading, TEXT, font)
-        for row, pixels in enumerate(images):
+        for row, pixels in enumerate(np.broadcast_to(images, (*images.shape[:3], 3))):
             panel = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(panel, (x, MARGIN + LINE_HEIGHT + row * (height + MARGIN)))
     for number, line in enumerate(lines):
@@ -180,9 +165,9 @@ def make_illustrator(
     Args:
         graph: graph definition of a `MaskedImageModel`.
         images: uint8 [B, H, W, C].
-        seed: seed of the masks.
+        seed: of the masks.
         statistics: a key of STATISTICS.
-        sharding: sharding of the panels; with several processes, one that every process can read.
+        sharding: of the panels; with several processes, one that every process can read.
     """
 
     @functools.partial(jax.jit, out_shardings=sharding)

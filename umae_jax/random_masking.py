@@ -1,7 +1,6 @@
 """Random masking (SPEC 2), for the ViT and SimMIM: any quarter of an image's units, in any order.
 
-The units fill the same four compact maps as under uniform masking (see `masking.Mask`), so models need not know which
-kind of mask they have.
+The units fill four compact maps as under uniform masking, so models need not know which kind of mask they have.
 """
 
 from typing import NamedTuple
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from umae_jax.masking import image_keys, sample_hidden, unit_side
+from umae_jax.patches import patchify, unpatchify
 
 
 class RandomMask(NamedTuple):
@@ -55,19 +55,18 @@ def sample_random_mask(key: jax.Array, batch: int, cells: tuple[int, int], secon
 
 
 def _gather_units(x: jax.Array, order: jax.Array, side: int | None = None) -> jax.Array:
-    """Gather the units of a map in another order: [B or 1, H, W, C] -> [B, m, rows * k, columns * k, C].
+    """Gather the units of a map in another order: [B or 1, H, W, C] -> [B, m, rows * side, columns * side, C].
 
     Args:
-        x: a map of units of `side` x `side` elements; None: a map of the full grid.
+        x: a map of the full grid, or with `side` any map of units.
         order: [B, m, rows, columns], row-major numbers of units in `x`.
         side: elements along a unit's side.
     """
     batch, m, rows, columns = order.shape
-    k = unit_side(x.shape, (rows, columns)) if side is None else side
-    channels = x.shape[-1]
-    units = x.reshape(x.shape[0], x.shape[1] // k, k, x.shape[2] // k, k, channels)
-    units = units.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape[0], -1, k * k * channels)
+    side = unit_side(x.shape, (rows, columns)) if side is None else side
+    units = patchify(x, side)
+    units = units.reshape(x.shape[0], -1, units.shape[-1])
     units = jnp.broadcast_to(units, (batch, *units.shape[1:]))
-    chosen = jnp.take_along_axis(units, order.reshape(batch, -1, 1), axis=1)
-    chosen = chosen.reshape(batch, m, rows, columns, k, k, channels).transpose(0, 1, 2, 4, 3, 5, 6)
-    return chosen.reshape(batch, m, rows * k, columns * k, channels)
+    gathered = jnp.take_along_axis(units, order.reshape(batch, -1, 1), axis=1)
+    maps = unpatchify(gathered.reshape(batch * m, rows, columns, -1), side)
+    return maps.reshape(batch, m, *maps.shape[1:])

@@ -22,7 +22,7 @@ _last = umae_jax.START_TIME
 
 
 def mark(phase: str) -> None:
-    """Add the time since the last mark, or since the command started, to a phase."""
+    """Add the time since the last mark, at first the command's start, to a phase."""
     global _last
     now = time.monotonic()
     _phases[phase] = _phases.get(phase, 0.0) + now - _last
@@ -42,14 +42,11 @@ def use_user_cache() -> None:
 
 
 def use_cache(folder: AnyPath | None) -> None:
-    """Keep compiled programs in a folder, or nowhere if it cannot be written.
+    """Keep compiled programs in a folder, or nowhere if it is None or cannot be written.
 
     Call it before JAX compiles. JAX's own variables take precedence: JAX_COMPILATION_CACHE_DIR names another folder,
-    JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. A program's key includes the versions of JAX and XLA, XLA's
-    flags, and the kind and arrangement of the devices, so machines may share a folder.
-
-    Args:
-        folder: on this machine, limited to MAX_CACHE_BYTES, or in a bucket; None: no cache.
+    JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. Machines may share a folder: a program's key includes the
+    versions and flags of JAX and XLA, and the devices.
     """
     enabled: bool = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or not enabled:

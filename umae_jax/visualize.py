@@ -30,7 +30,7 @@ _STATISTICS = flags.DEFINE_enum(
 
 
 def main() -> None:
-    """Draw the picture."""
+    """Draw the picture of the images, their masks and their reconstructions."""
     workdir = locate(cli.required(_WORKDIR, "the directory of a pre-training run"), "--workdir")
     path = locate_here(cli.required(_IMAGES, "an image file or a folder of image files"), "--images")
     output = locate_here(cli.required(_OUTPUT, "the PNG file to write"), "--output")

@@ -39,7 +39,7 @@ def test_operations_have_the_names_of_timm(timm):
 
 @pytest.mark.parametrize("magnitude", [0.0, 2.6, 5.0, 9.0, 9.9])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_each_operation_equals_that_of_timm(timm, name, magnitude):
+def test_operations_equal_those_of_timm(timm, name, magnitude):
     """Compare the sets of both signs' outputs, since timm draws the sign itself."""
     image = Image.fromarray(picture(1))
     options = {"img_mean": FILL, "interpolation": Image.Resampling.BICUBIC}
@@ -57,7 +57,7 @@ def test_each_operation_equals_that_of_timm(timm, name, magnitude):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_each_operation_accepts_every_strength(name, channels):
+def test_operations_keep_size_and_mode_at_every_strength(name, channels):
     image = Image.fromarray(picture(2) if channels == 3 else picture(2)[..., 0])
     for strength in (0.0, 0.5, 1.0):
         for sign in (-1.0, 1.0):

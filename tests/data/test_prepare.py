@@ -11,7 +11,7 @@ def records(source):
 
 
 @pytest.mark.parametrize("classes", [(), ("ant", "cat")])
-def test_a_folder_and_the_data_set_written_from_it_have_the_same_records(tmp_path, classes):
+def test_a_data_set_written_from_a_folder_has_the_same_records(tmp_path, classes):
     folder = open_source(f"folder:{write_folder(tmp_path / 'images', 6, classes)}")
     written = write_data_set(folder, "my_images", str(tmp_path / "tfds"))
     assert written[1:] == (6, 0)

@@ -16,7 +16,7 @@ def test_photos_are_bundled():
     assert source[0].label == NO_LABEL
 
 
-def test_images_at_any_depth_of_a_folder_are_found(tmp_path):
+def test_a_folder_is_searched_for_images_at_any_depth(tmp_path):
     write_folder(tmp_path, 3)
     write_folder(tmp_path / "deep" / "deeper", 2)
     Image.fromarray(picture()).save(tmp_path / "UPPER.PNG")

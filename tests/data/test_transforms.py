@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from tests.images import write_folder
+from tests.images import central_pixels, write_folder
 from umae_jax.data.sources import NO_LABEL, open_source
 from umae_jax.data.transforms import (
     READ_TRIES,
@@ -12,7 +12,6 @@ from umae_jax.data.transforms import (
     LoadWhole,
     central_crop,
     first_readable,
-    load_whole,
     random_crop,
 )
 from umae_jax.errors import UserError
@@ -72,7 +71,7 @@ def test_whole_images_are_loaded_with_their_labels(tmp_path):
     load = LoadWhole(source, SIZE, 3, labels=(2, "validation.source"))
     for index in range(4):
         arrays, unreadable = load(index)
-        np.testing.assert_array_equal(arrays["image"], load_whole(source[index].data, SIZE, 3))
+        np.testing.assert_array_equal(arrays["image"], central_pixels(source[index].data, SIZE))
         assert (arrays["label"], arrays["label"].dtype, arrays["label"].shape) == (index // 2, np.int32, ())
         assert not unreadable
 
@@ -101,7 +100,7 @@ def test_a_crop_depends_on_the_seed_the_sample_and_the_record_alone(tmp_path):
         assert (other.arrays["image"] != image).any()
 
 
-def test_augmentation_changes_the_crop_with_the_sample_s_generator(tmp_path):
+def test_augmentation_draws_from_the_generator_of_the_sample(tmp_path):
     source = labelled(tmp_path)
     plain, augmented = LoadCrop(source, 1, SIZE, 3, 0.2), LoadCrop(source, 1, SIZE, 3, 0.2, shift)
     offset = int(augmented(5, 2).arrays["image"][0, 0, 0]) - int(plain(5, 2).arrays["image"][0, 0, 0])
@@ -161,7 +160,7 @@ def test_the_first_readable_images_are_loaded(tmp_path, caplog):
     source = labelled(tmp_path)
     (tmp_path / "ant" / "000.jpg").write_bytes(b"not an image")
     images = first_readable(source, 2, SIZE, 3)
-    np.testing.assert_array_equal(images, [load_whole(source[index].data, SIZE, 3) for index in (1, 2)])
+    np.testing.assert_array_equal(images, [central_pixels(source[index].data, SIZE) for index in (1, 2)])
     assert caplog.text.count("000.jpg") == 1
     for path in tmp_path.rglob("*.jpg"):
         path.write_bytes(b"not an image")

@@ -7,9 +7,8 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from tests import golden, small, tiny_classifier
-from tests.images import write_folder
+from tests.images import central_pixels, write_folder
 from umae_jax.data.sources import open_source
-from umae_jax.data.transforms import load_whole
 from umae_jax.errors import UserError
 from umae_jax.models.positions_table import resize_positions
 from umae_jax.positions import sincos_table
@@ -21,16 +20,16 @@ from umae_jax.training.step import make_train_step
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
 
 
-def test_ranks_count_the_classes_before_the_right_one():
+def test_ranks_count_the_classes_before_the_true_one():
     logits = jnp.array([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0], [3.0, 1.0, 2.0]])
     np.testing.assert_array_equal(rank_of(jnp.array([0, 1, 2]), logits), [0, 2, 1])
 
 
-def test_of_equal_logits_the_lower_class_comes_first_as_in_argmax():
+def test_the_lower_of_two_classes_with_equal_logits_ranks_first_as_in_argmax():
     np.testing.assert_array_equal(rank_of(jnp.array([0, 1, 2]), jnp.zeros((3, 3))), [0, 1, 2])
 
 
-def test_nan_logits_never_rank_the_right_class_first():
+def test_nan_logits_never_rank_the_true_class_first():
     logits = jnp.array([[jnp.nan] * 3, [jnp.nan, 1.0, 0.0]])
     np.testing.assert_array_equal(rank_of(jnp.array([0, 0]), logits), [2, 2])
 
@@ -57,12 +56,12 @@ def mesh_of(devices):
 @pytest.mark.parametrize(("devices", "batch_size"), [(1, 1), (1, 7), (1, 64), (8, 8), (8, 16), (2, 50)])
 def test_accuracy_is_exact_on_any_devices_and_for_any_batch_size(case, devices, batch_size):
     config, graph, params, source = case
-    # By hand, one image after the other.
+    # Rank one image at a time with NumPy.
     ranks = []
     for place in range(len(source)):
         record = source[place]
         if record.data != b"no image":
-            pixels = load_whole(record.data, config.image_size, 3)[None]
+            pixels = central_pixels(record.data, config.image_size)[None]
             logits = np.asarray(apply(nnx.merge(graph, params), jnp.asarray(pixels)))[0]
             ranks.append(list(np.argsort(-logits)).index(record.label))
     ranks = np.array(ranks)
@@ -99,7 +98,7 @@ def test_classes_that_do_not_fit_are_rejected(tmp_path, training, validation, me
     assert "\n" not in str(error.value)
 
 
-def test_without_a_source_there_is_no_validation(tmp_path):
+def test_validation_is_none_without_a_source(tmp_path):
     source = open_source(f"folder:{write_folder(tmp_path, 4)}")
     assert open_matching_validation(tiny_classifier.get_config(), source) is None
 
@@ -135,23 +134,23 @@ def loss_of(config, graph):
 
 
 def filled_with(params, given):
-    """Parameters with some of them replaced."""
+    """Return parameters with some of them replaced."""
     return nnx.from_flat_state({**dict(nnx.to_flat_state(params)), **dict(nnx.to_flat_state(given))})
 
 
 @pytest.mark.parametrize("pretrained", PAIRS)
-def test_a_classifier_takes_the_encoder_and_keeps_its_own_head(pretrained):
+def test_a_classifier_gets_the_pretrained_encoder_and_keeps_its_own_head(pretrained):
     source, config = golden.config_of(pretrained), golden.config_of(PAIRS[pretrained])
     graph, theirs = small.random_model(source)
     classifier, ours = small.random_model(config, seed=1)
-    filled = filled_with(ours, adapt_pretrained(config, ours["encoder"], source, theirs["encoder"], "DIR"))
+    filled = filled_with(ours, adapt_pretrained(config, ours["encoder"], source, theirs["encoder"]))
     images = jax.random.normal(jax.random.key(0), (1, *config.image_size, 3))
 
     @jax.jit
     def feature(model, images):
         return model.encoder(model.encoder.embed(images)).maps[0]
 
-    # The first stage's map has seen no norm that only one of the two has.
+    # Only a final norm differs, which the map of an earlier stage does not pass.
     ours_first, theirs_first = (feature(nnx.merge(*parts), images) for parts in ((classifier, filled), (graph, theirs)))
     if len(config.model.depths) > 1:
         np.testing.assert_allclose(ours_first, theirs_first, atol=1e-5)
@@ -167,13 +166,13 @@ def test_position_tables_are_resized_to_other_images(pretrained, leading):
     source, config = golden.config_of(pretrained), golden.config_of(PAIRS[pretrained])
     config.image_size = tuple(2 * size for size in source.image_size)
     wanted = small.random_model(config)[1]["encoder"]
-    fitted = adapt_pretrained(config, wanted, source, small.random_model(source)[1]["encoder"], "DIR")
+    fitted = adapt_pretrained(config, wanted, source, small.random_model(source)[1]["encoder"])
     table = np.asarray(fitted["encoder"]["positions"]["table"][...])
     old, new = ([size // source.model.patch for size in image] for image in (source.image_size, config.image_size))
     width = source.model.widths[0]
     assert table.shape == (1, leading + new[0] * new[1], width)
     np.testing.assert_array_equal(table[:, :leading], 0)
-    # Each old place lies between four new ones, whose mean is close to its own.
+    # Each old position lies between four new ones, whose mean is close to its embedding.
     means = table[0, leading:].reshape(old[0], 2, old[1], 2, width).mean((1, 3))
     inner = slice(1, -1)
     np.testing.assert_allclose(means[inner, inner], sincos_table(width, old)[inner, inner], atol=0.08)
@@ -191,12 +190,10 @@ def test_a_table_of_the_same_grid_is_kept_as_it_is():
 def test_sizes_that_do_not_fit_are_named(key, value):
     source, config = golden.config_of("swin_um_window8"), golden.config_of("swin_classifier")
     params = small.random_model(source)[1]["encoder"]
-    mine = source.model[key]
-    config.model[key] = value
+    config.model[key], config.init = value, "DIR"
     with pytest.raises(UserError, match=rf"init: DIR holds an encoder of other sizes \(model.{key} is") as error:
-        adapt_pretrained(config, params, source, params, "DIR")
-    assert str(mine) in str(error.value)
-    assert str(value) in str(error.value)
+        adapt_pretrained(config, params, source, params)
+    assert f"{source.model[key]}, not {value}" in str(error.value)
 
 
 def plain(config):
@@ -225,7 +222,7 @@ def test_without_augmentation_the_loss_is_cross_entropy_of_flipped_images():
     assert min(abs(measured - mean) for mean in means) < 1e-5
 
 
-def test_the_recipe_gives_a_finite_loss_and_every_parameter_a_gradient():
+def test_the_default_augmentation_gives_a_finite_loss_and_every_parameter_a_gradient():
     config = golden.config_of("vit_classifier")
     assert config.augment.to_dict() == {
         "operations": 2,
@@ -260,7 +257,7 @@ def test_accumulated_parts_mix_the_same_pairs():
         np.testing.assert_allclose(kernel, results[0][1], atol=1e-5)
 
 
-def test_the_classes_are_those_of_the_training_data(tmp_path):
+def test_the_number_of_classes_comes_from_the_training_data(tmp_path):
     config = tiny_classifier.get_config()
     config.data.source = f"folder:{write_folder(tmp_path, 6, CLASSES[:3])}"
     task = Task(config)

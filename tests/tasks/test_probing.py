@@ -5,7 +5,7 @@ from umae_jax.tasks.probing import BLOCK, Labelled, knn_accuracy, linear_accurac
 
 
 def clusters(count, classes, width=8, spread=0.3, seed=0):
-    """Points around one centre a class."""
+    """Draw features around one centre per class."""
     centers = np.random.default_rng(9).normal(size=(classes, width))
     rng = np.random.default_rng(seed)
     labels = rng.integers(classes, size=count)
@@ -32,16 +32,16 @@ def test_knn_is_the_weighted_vote_of_the_nearest(neighbors, temperature):
     training, validation = clusters(300, 6, spread=1.5), clusters(200, 6, spread=1.5, seed=1)
     expected = knn_by_hand(training, validation, 6, neighbors, temperature)
     assert 0.3 < expected < 0.99
-    found = knn_accuracy(training, validation, classes=6, neighbors=neighbors, temperature=temperature)
-    assert found == pytest.approx(expected, abs=0.006)  # a tie
+    accuracy = knn_accuracy(training, validation, classes=6, neighbors=neighbors, temperature=temperature)
+    assert accuracy == pytest.approx(expected, abs=0.006)  # a tie
 
 
-def test_knn_takes_more_queries_than_a_block_and_fewer_images_than_neighbours():
+def test_knn_accepts_more_queries_than_a_block_and_fewer_images_than_neighbours():
     training, validation = clusters(10, 2), clusters(BLOCK + 3, 2, seed=1)
     assert knn_accuracy(training, validation, classes=2, neighbors=20, temperature=0.07) > 0.9
 
 
-def test_one_neighbour_needs_no_temperature():
+def test_the_temperature_does_not_matter_to_one_neighbour():
     training, validation = clusters(300, 6, spread=1.5), clusters(200, 6, spread=1.5, seed=1)
     accuracies = {
         knn_accuracy(training, validation, classes=6, neighbors=1, temperature=temperature)
@@ -50,20 +50,20 @@ def test_one_neighbour_needs_no_temperature():
     assert len(accuracies) == 1
 
 
-def test_knn_looks_at_directions_alone():
+def test_knn_ignores_the_length_of_features():
     training, validation = clusters(100, 4, spread=1.0), clusters(100, 4, spread=1.0, seed=1)
     options = {"classes": 4, "neighbors": 5, "temperature": 0.07}
     longer = Labelled(100 * validation.features, validation.labels)
     assert knn_accuracy(training, validation, **options) == knn_accuracy(training, longer, **options)
 
 
-def test_a_linear_probe_separates_what_a_plane_does():
+def test_a_linear_probe_separates_linearly_separable_classes():
     accuracy, _ = linear_accuracy(clusters(400, 5), clusters(300, 5, seed=1), classes=5, seed=0)
     assert accuracy > 0.99
 
 
-def test_a_linear_probe_chooses_a_penalty_by_what_it_was_not_fitted_to():
-    """Few points in many noisy dimensions: the smallest penalty would fit the noise."""
+def test_a_linear_probe_selects_the_penalty_on_held_out_features():
+    """Use few features in many noisy dimensions, where the smallest penalty fits the noise."""
 
     def noisy(count, seed):
         rng = np.random.default_rng(seed)
@@ -77,7 +77,7 @@ def test_a_linear_probe_chooses_a_penalty_by_what_it_was_not_fitted_to():
     assert accuracy > 0.65
 
 
-def test_labels_without_any_relation_are_not_learned():
+def test_random_labels_are_not_learned():
     training, validation = clusters(300, 4), clusters(300, 4, seed=1)
     shuffled = Labelled(training.features, np.random.default_rng(0).permutation(training.labels))
     assert linear_accuracy(shuffled, validation, classes=4, seed=0)[0] < 0.6

@@ -1,3 +1,4 @@
+import functools
 import io
 import json
 import math
@@ -7,13 +8,12 @@ import struct
 import pytest
 from tensorboardX.proto import event_pb2
 
-from umae_jax.files import write_whole
-from umae_jax.training.metrics import METRICS_FILE, MetricsWriter, Progress, duration
+from umae_jax.training.metrics import METRICS_FILE, MetricsWriter, Report, duration
 
 VALUES = {"loss": 0.5, "images_per_second": 100.0, "data_wait": 0.25, "skipped_images": 0, "skipped_updates": 0}
 
 
-def test_writes_one_object_per_line_and_drops_lines_after_the_restored_step(tmp_path):
+def test_lines_after_the_restored_step_are_dropped(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
     for step in range(1, 6):
         writer.write(step, {"loss": step / 3})
@@ -49,18 +49,14 @@ def records(path):
         start += length + 16
 
 
-def write_many(writer):
-    for step in range(100):
-        writer.write(step, {"loss": 0.5})
-
-
 def test_a_full_disk_raises_in_the_call_that_meets_it(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
+    write = functools.partial(writer.write, values={"loss": 0.5})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         with pytest.raises(OSError, match=r"File too large|No space left") as failed:
-            write_many(writer)
+            list(map(write, range(100)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert failed.value.filename == str(tmp_path / METRICS_FILE)
@@ -75,44 +71,33 @@ def test_infinite_values_stay_valid_json(tmp_path):
     assert json.loads((tmp_path / METRICS_FILE).read_text(), **strict)["loss"] == "nan"
 
 
-def test_prints_plain_lines_without_a_terminal():
+def test_prints_plain_lines_without_a_terminal(tmp_path):
     stream = io.StringIO()
-    progress = Progress(0, 10, stream)
-    progress.advance(5)
-    progress.report(5, VALUES)
-    progress.report(6, {**VALUES, "skipped_images": 2, "skipped_updates": 1})
-    progress.close()
-    first, second = stream.getvalue().splitlines()
+    report = Report(tmp_path, 0, 10, stream)
+    report.training(5, VALUES)
+    report.training(6, {**VALUES, "skipped_images": 2, "skipped_updates": 1})
+    report.measured(6, {"top1": 0.123456, "images": 1000})
+    report.close()
+    first, second, third = stream.getvalue().splitlines()
     assert first.startswith("step 5/10 | loss 0.5000 | 100.0 images/s | waiting for data 25% | ")
     assert first.endswith(" remaining")
     assert "2 images skipped | 1 updates skipped" in second
+    assert third == "step 6/10 | top1 0.1235 | images 1,000"
+    steps = [json.loads(line)["step"] for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    assert steps == [5, 6, 6]
 
 
-def test_shows_a_bar_on_a_terminal():
+def test_shows_a_bar_on_a_terminal(tmp_path):
     stream = io.StringIO()
     stream.isatty = lambda: True
-    progress = Progress(2, 10, stream)
-    progress.advance(5)
-    progress.report(5, VALUES)
-    progress.close()
+    report = Report(tmp_path, 2, 10, stream)
+    report.advance(5)
+    report.training(5, VALUES)
+    report.close()
     assert "5/10" in stream.getvalue()
     assert "loss 0.5000, 100.0 images/s, waiting for data 25%" in stream.getvalue()
 
 
-def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_whole(path, b"old")
-
-    def fail(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OSError, match="No space left"):
-        write_whole(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize(("seconds", "said"), [(0.4, "0 s"), (59, "59 s"), (187, "3:07"), (3729, "1:02:09")])
-def test_durations(seconds, said):
-    assert duration(seconds) == said
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (187, "3:07"), (3729, "1:02:09")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text

@@ -11,7 +11,7 @@ from umae_jax.weights.recognize import recognize
 
 
 def shapes_of(config):
-    """Return a state dict with the reference's names whose arrays take no memory."""
+    """Return a state dict with the reference's names, of arrays that take no memory."""
     params = nnx.state(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))), nnx.Param)
     shapes = {".".join(map(str, keys)): variable.shape for keys, variable in nnx.to_flat_state(params)}
     return {
@@ -38,7 +38,7 @@ def test_every_preset_is_recognized_from_its_shapes(size, method):
 def test_image_sizes_follow_position_tables():
     config = golden.config_of("swin_um_window8")
     tensors = to_reference(config, small.random_model(config)[1])
-    with pytest.raises(UserError, match=r"weights .*decoder of width 32.* heads .*--config"):
+    with pytest.raises(UserError, match=r"weights .*decoder of width 32.* heads.*--config"):
         recognize(tensors, "weights")
     config = default_config("vit_small", "classifier")
     config.image_size = (96, 96)

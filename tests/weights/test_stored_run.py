@@ -30,7 +30,7 @@ def run(model, tmp_path):
     return tmp_path / "run"
 
 
-def test_reads_parameters_onto_all_devices_or_where_wanted(run, model):
+def test_reads_parameters_onto_all_devices_or_with_a_given_sharding(run, model):
     config, params = model
     stored = read_run(run)
     assert (stored.step, stored.classes) == (7, ())
@@ -89,7 +89,7 @@ def test_class_names_come_from_their_file_or_an_old_configuration(tmp_path):
     assert read_run(run).classes == ("cat", "dog")
 
 
-def test_a_directory_without_a_checkpoint_is_one_sentence(run, tmp_path):
+def test_a_directory_without_a_checkpoint_raises_a_user_error(run, tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
         read_run(tmp_path)
     shutil.rmtree(run / "checkpoints")

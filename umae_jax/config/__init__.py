@@ -10,23 +10,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from umae_jax.config.base import (
-    ENCODERS,
-    METHODS,
-    Encoder,
-    Key,
-    Method,
-    build,
-    by_dotted_key,
-    check_keys,
-    encoder_of,
-    flat,
-    merge,
-    methods_of,
-)
-from umae_jax.config.common import COMMON, IMAGENET_MEAN, IMAGENET_STD, MAX_SEED, REMATERIALIZE, check_common
-from umae_jax.config.explain import REMOVED, RENAMED, all_keys, explain_failure
-from umae_jax.config.load import bundled_configs, load_config
+from umae_jax.config.base import ENCODERS, METHODS, Key, build, by_dotted_key, encoder_of, flat, methods_of
+from umae_jax.config.common import COMMON, IMAGENET_MEAN, IMAGENET_STD, MAX_SEED, check_common
+from umae_jax.config.load import REMOVED, RENAMED, all_keys, bundled_configs, explain_failure, load_config
 from umae_jax.errors import UserError, listing, require
 from umae_jax.files import AnyPath
 
@@ -34,36 +20,6 @@ from umae_jax.files import AnyPath
 _modules = (module.name for module in pkgutil.iter_modules(__path__) if module.name != "__main__")
 for _module in sorted(_modules, key=lambda name: name != "pretraining"):
     importlib.import_module(f"{__name__}.{_module}")
-
-__all__ = [
-    "CONFIG_FILE",
-    "ENCODERS",
-    "IMAGENET_MEAN",
-    "IMAGENET_STD",
-    "MAX_SEED",
-    "METHODS",
-    "REMATERIALIZE",
-    "Encoder",
-    "Key",
-    "Method",
-    "bundled_configs",
-    "check",
-    "check_values",
-    "default_config",
-    "differences",
-    "encoder_of",
-    "explain_failure",
-    "flat",
-    "from_json",
-    "load_config",
-    "methods_of",
-    "old_class_names",
-    "read_config",
-    "resolve_steps",
-    "steps_of_epochs",
-    "task_name",
-    "to_json",
-]
 
 CONFIG_FILE = "config.json"  # in a run's directory
 _ABSENT = object()  # in `differences`, for a key that only one of the two has
@@ -79,8 +35,7 @@ def default_config(size: str = "swin_tiny", method: str = "um_mae") -> ConfigDic
     Raises:
         UserError: if there is no such preset.
     """
-    name = encoder_of(size)
-    methods = methods_of(size)
+    name, methods = encoder_of(size), methods_of(size)
     require(method in methods, f"there is no method {method!r} for {size}; choose {', '.join(methods)}")
     encoder = ENCODERS[name]
     config = build(_sections(name, method))
@@ -90,23 +45,23 @@ def default_config(size: str = "swin_tiny", method: str = "um_mae") -> ConfigDic
     return config.lock()
 
 
-def _sections(encoder: str, method: str) -> dict[str, dict[str, Key]]:
-    return merge(COMMON, {"model": ENCODERS[encoder].keys}, METHODS[method].keys)
+def _sections(encoder: Any, method: Any) -> dict[str, dict[str, Key]]:  # noqa: ANN401
+    """Return the keys of a configuration, by section.
 
-
-def _find_sections(values: dict[str, Any]) -> dict[str, dict[str, Key]]:
-    """Return the sections of the encoder and the method that values by dotted key name."""
-    for key, known in (("model.encoder", ENCODERS), ("model.method", METHODS)):
-        require(values.get(key) in known, f"{key} must be one of {', '.join(known)}, not {values.get(key)!r}")
-    return _sections(values["model.encoder"], values["model.method"])
+    Raises:
+        UserError: if there is no such encoder or method.
+    """
+    for key, value, known in (("model.encoder", encoder, ENCODERS), ("model.method", method, METHODS)):
+        require(value in known, f"{key} must be one of {', '.join(known)}, not {value!r}")
+    sections = {name: dict(keys) for name, keys in COMMON.items()}
+    for part in ({"model": ENCODERS[encoder].keys}, METHODS[method].keys):
+        for name, keys in part.items():
+            sections.setdefault(name, {}).update(keys)
+    return sections
 
 
 def check(config: ConfigDict, devices: int | None = None) -> None:
-    """Check all values, and that the batch divides among the devices.
-
-    Args:
-        config: the configuration.
-        devices: number of devices; None: those that JAX sees.
+    """Check all values, and that the batch divides among the devices, by default those that JAX sees.
 
     Raises:
         UserError: naming the key and a value to write.
@@ -138,29 +93,21 @@ def check_values(config: ConfigDict) -> None:
         UserError: naming the key and the accepted values.
     """
     values = flat(config)
-    check_keys(values, by_dotted_key(_find_sections(values)))
+    keys = by_dotted_key(_sections(config.model.encoder, config.model.method))
+    start = "start from umae_jax.default_config(size, method)"
+    missing = [key for key in keys if key not in values]
+    require(not missing, f"{listing(missing)}: missing; {start}")
+    unknown = [key for key in values if key not in keys]
+    require(not unknown, f"{listing(unknown)}: no key of this encoder and method; {start}")
+    for key, value in values.items():
+        accepted = keys[key].check
+        valid = accepted.optional if value is None else accepted.accepts(value)
+        require(valid, f"{key} must be {accepted.wording}, not {value!r}")
     check_common(config)
-    METHODS[config.model.method].check(config)
-
-
-def task_name(method: str) -> str:
-    """Return the module of `umae_jax.tasks` that trains a method.
-
-    Raises:
-        UserError: if there is no such method.
-    """
-    require(method in METHODS, f"model.method must be one of {', '.join(METHODS)}, not {method!r}")
-    return METHODS[method].task
 
 
 def resolve_steps(config: ConfigDict, key: str, examples_per_epoch: int, batch_size: int) -> int:
     """Return a duration in steps, given as KEY_steps, else KEY_examples, else KEY_epochs.
-
-    Args:
-        config: the configuration.
-        key: dotted prefix: "total" or "optimizer.warmup".
-        examples_per_epoch: images in the training data.
-        batch_size: images per step.
 
     Raises:
         UserError: if none of the three is given.
@@ -217,14 +164,11 @@ def from_json(text: bytes | str) -> ConfigDict:
         values = flat(ConfigDict(json.loads(text)))
     except (AttributeError, TypeError, RecursionError) as error:
         raise ValueError(str(error)) from None
-    values = {
-        RENAMED.get(key, key): tuple(value) if isinstance(value, list) else value for key, value in values.items()
-    }
-    sections = _find_sections(values)
+    values = {RENAMED.get(key, key): tuple(value) if type(value) is list else value for key, value in values.items()}
+    sections = _sections(values.get("model.encoder"), values.get("model.method"))
     keys = by_dotted_key(sections)
-    missing = [
-        key for key in keys if key not in values and (key.startswith("model.") or key in ("image_size", "dtype"))
-    ]
+    needed = [key for key in keys if key.startswith("model.") or key in ("image_size", "dtype")]
+    missing = [key for key in needed if key not in values]
     require(not missing, f"{listing(missing)} missing")
     unknown = [key for key in values if key not in all_keys() and key not in REMOVED]
     require(not unknown, f"{listing(unknown)} unknown")
@@ -238,9 +182,5 @@ def from_json(text: bytes | str) -> ConfigDict:
 
 
 def old_class_names(text: bytes | str) -> tuple[str, ...]:
-    """Return the class names in a configuration that an earlier version wrote; () if it has none.
-
-    Args:
-        text: JSON that `from_json` reads.
-    """
+    """Return the class names in the JSON of a configuration that an earlier version wrote, else ()."""
     return tuple(json.loads(text).get("data", {}).get("class_names", ()))

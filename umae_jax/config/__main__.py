@@ -1,6 +1,6 @@
 """Print every configuration key as Markdown: `python -m umae_jax.config > docs/configuration.md`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from umae_jax.config import ENCODERS, METHODS, default_config, flat
 from umae_jax.config.base import Key, by_dotted_key
@@ -31,18 +31,12 @@ def _table(keys: Mapping[str, Key]) -> str:
     return "\n".join(["| key | default | value | meaning |", "|---|---|---|---|", *rows])
 
 
-def _changes(size: str, method: str) -> Iterator[str]:
-    """Yield the common keys whose default a method changes."""
-    common = by_dotted_key(COMMON)
-    for key, value in flat(default_config(size, method)).items():
-        sized = key == "image_size" or key.startswith("model.")
-        if key in common and not sized and value != common[key].default:
-            yield f"`{key}` is `{value!r}`"
-
-
 def describe_keys() -> str:
     """Return all keys as Markdown, each with its default, accepted values and meaning."""
     parts = [_INTRODUCTION]
+    common = {  # whose values a method may change, but no size
+        key: value for key, value in by_dotted_key(COMMON).items() if not key.startswith(("model.", "image_size"))
+    }
     for section, title in _SECTIONS.items():
         parts += [f"## {title}", _table(by_dotted_key({section: COMMON[section]}))]
     for encoder in ENCODERS.values():
@@ -56,8 +50,9 @@ def describe_keys() -> str:
         encoder = ENCODERS[method.encoders[0] if method.encoders else next(iter(ENCODERS))]
         size = next(iter(encoder.sizes))
         parts += [f"## Method `{name}`", f"{method.summary[0].upper()}{method.summary[1:]}."]
-        if changes := list(_changes(size, name)):
-            parts += [f"Its defaults differ: {', '.join(changes)}."]
+        values = flat(default_config(size, name))
+        changes = [f"`{key}` is `{values[key]!r}`" for key in common if values[key] != common[key].default]
+        parts += [f"Its defaults differ: {', '.join(changes)}."] if changes else []
         parts += [_table(by_dotted_key(method.keys))]
     return "\n\n".join(parts) + "\n"
 

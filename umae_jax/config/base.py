@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from ml_collections import ConfigDict, config_dict
 
-from umae_jax.errors import listing, require
+from umae_jax.errors import require
 
 
 class Check(NamedTuple):
@@ -27,15 +27,6 @@ class Check(NamedTuple):
     accepts: Callable[[Any], bool]
     optional: bool = False
 
-    def apply(self, key: str, value: Any) -> None:  # noqa: ANN401 - user input
-        """Check a value.
-
-        Raises:
-            UserError: naming the key, the accepted values and the value.
-        """
-        valid = self.optional if value is None else self.accepts(value)
-        require(valid, f"{key} must be {self.wording}, not {value!r}")
-
 
 def optional(check: Check) -> Check:
     """Accept None beside the values of another check."""
@@ -49,12 +40,8 @@ def integer(lower: int | None = None, upper: int | None = None) -> Check:
         integral = isinstance(value, int) and not isinstance(value, bool)
         return integral and (lower is None or value >= lower) and (upper is None or value <= upper)
 
-    words = [
-        "an integer",
-        *(() if lower is None else ("from", str(lower))),
-        *(() if upper is None else ("to", str(upper))),
-    ]
-    return Check(int, " ".join(words), accepts)
+    words = "an integer" + ("" if lower is None else f" from {lower}") + ("" if upper is None else f" to {upper}")
+    return Check(int, words, accepts)
 
 
 def number(interval: str = "(-inf, inf)") -> Check:
@@ -90,13 +77,7 @@ BOOLEAN = Check(bool, "True or False", lambda value: isinstance(value, bool))
 
 
 class Key(NamedTuple):
-    """One key of a configuration.
-
-    Attributes:
-        default: value where nothing else is set.
-        meaning: one phrase, with the unit.
-        check: the accepted values.
-    """
+    """A key's default, its meaning in one phrase with the unit, and the accepted values."""
 
     default: Any
     meaning: str
@@ -123,10 +104,6 @@ class Encoder(NamedTuple):
     image_side: int
 
 
-def _no_checks(config: ConfigDict) -> None:
-    pass
-
-
 class Method(NamedTuple):
     """A training method's keys and recipe.
 
@@ -135,7 +112,6 @@ class Method(NamedTuple):
         task: module of `umae_jax.tasks` that trains it.
         keys: keys that only this method has, by section.
         recipe: returns values by dotted key that replace defaults, given the size and the name of the encoder.
-        check: raises UserError if values of its keys do not fit together.
         encoders: names of the encoders that it can train; None: all.
     """
 
@@ -143,7 +119,6 @@ class Method(NamedTuple):
     task: str
     keys: Sections
     recipe: Callable[[str, str], Mapping[str, Any]] = lambda size, encoder: {}
-    check: Callable[[ConfigDict], None] = _no_checks
     encoders: tuple[str, ...] | None = None
 
 
@@ -166,15 +141,6 @@ def methods_of(size: str) -> tuple[str, ...]:
     """Return the methods that can train a preset size."""
     encoder = encoder_of(size)
     return tuple(name for name, method in METHODS.items() if method.encoders is None or encoder in method.encoders)
-
-
-def merge(*parts: Sections) -> dict[str, dict[str, Key]]:
-    """Merge keys section by section."""
-    merged: dict[str, dict[str, Key]] = {}
-    for part in parts:
-        for section, keys in part.items():
-            merged.setdefault(section, {}).update(keys)
-    return merged
 
 
 def by_dotted_key(sections: Sections) -> dict[str, Key]:
@@ -206,20 +172,3 @@ def flat(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         values |= flat(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {prefix + key: value}
     return values
-
-
-def check_keys(values: Mapping[str, Any], keys: Mapping[str, Key]) -> None:
-    """Check that a configuration has exactly these keys, each with a value that its check accepts.
-
-    Raises:
-        UserError: naming the key.
-    """
-    missing = [key for key in keys if key not in values]
-    require(not missing, f"{listing(missing)}: missing; start from umae_jax.default_config(size, method)")
-    unknown = [key for key in values if key not in keys]
-    require(
-        not unknown,
-        f"{listing(unknown)}: no key of this encoder and method; start from umae_jax.default_config(size, method)",
-    )
-    for key, value in values.items():
-        keys[key].check.apply(key, value)

@@ -18,17 +18,11 @@ _KEYS = {
         "magnitude_std": Key(0.5, "standard deviation of the magnitude", number("[0, inf)")),
         "erase": Key(0.25, "probability that noise replaces a rectangle", number("[0, 1]")),
         "mixup": Key(0.8, "parameter of the beta distribution of mixup's shares; 0: off", number("[0, inf)")),
-        "cutmix": Key(
-            1.0, "likewise of CutMix's areas; 0: off; where both are on, an image draws one", number("[0, inf)")
-        ),
+        "cutmix": Key(1.0, "likewise of CutMix's areas; 0: off; with both on, an image draws one", number("[0, inf)")),
         "label_smoothing": Key(0.1, "probability spread evenly over all classes", number("[0, 1)")),
     },
     "optimizer": {
-        "layer_decay": Key(
-            0.85,
-            "learning rate of a layer divided by that of the next; 0.7 in `swin_large`, 0.8 in ViTs",
-            number("(0, 1]"),
-        ),
+        "layer_decay": Key(0.85, "rate of a layer / the next one's; `swin_large`: 0.7, ViTs: 0.8", number("(0, 1]")),
     },
 }
 

@@ -15,9 +15,7 @@ _MAYBE_NUMBER = optional(number("[0, inf)"))
 
 RUN = {
     "seed": Key(0, "seed of every random draw", integer(0, MAX_SEED)),
-    "init": Key(
-        None, "fine-tuning: directory of a run or file of weights to start from; None: random weights", optional(TEXT)
-    ),
+    "init": Key(None, "fine-tuning: run directory or weights file to start from; None: random", optional(TEXT)),
     "image_size": Key((256, 256), "height and width in pixels", sequence(integer(1), (256, 256))),
     "batch_size": Key(4096, "images per step, over all devices", integer(1)),
     "grad_accum_steps": Key(1, "parts that a batch is computed in, to save memory", integer(1)),
@@ -54,9 +52,7 @@ MODEL = {
     "widths": Key((96, 192, 384, 768), "channels of each stage; a ViT has one stage", sequence(integer(1), (96, 192))),
     "depths": Key((2, 2, 6, 2), "blocks of each stage", sequence(integer(1), (2, 2))),
     "heads": Key((3, 6, 12, 24), "attention heads of each stage", sequence(integer(1), (3, 6))),
-    "mlp_ratios": Key(
-        (4, 4, 4, 4), "hidden width of a block's MLP divided by the block's width", sequence(integer(1), (4, 4))
-    ),
+    "mlp_ratios": Key((4, 4, 4, 4), "hidden width of the MLPs of each stage / its width", sequence(integer(1), (4, 4))),
 }
 
 DATA = {
@@ -67,15 +63,11 @@ DATA = {
     "mean": Key(IMAGENET_MEAN, "mean per channel, of pixels in [0, 1]", sequence(number(), IMAGENET_MEAN)),
     "std": Key(IMAGENET_STD, "standard deviation per channel", sequence(number("(0, inf)"), IMAGENET_STD)),
     "threads": Key(None, "reading threads per process or worker; None: by the number of cores", optional(integer(1))),
-    "workers": Key(
-        None, "worker processes per host that read images; 0: none; None: by the number of cores", optional(integer(0))
-    ),
+    "workers": Key(None, "reading processes per host; 0: none; None: by the number of cores", optional(integer(0))),
 }
 
 VALIDATION = {
-    "source": Key(
-        None, "like `data.source`, for accuracy or, in pre-training, a kNN probe; None: no validation", optional(TEXT)
-    ),
+    "source": Key(None, "like `data.source`, for accuracy or a kNN probe; None: no validation", optional(TEXT)),
     "split": Key("validation", "split of a TFDS data set", TEXT),
     "every_epochs": Key(1.0, "epochs between validations; 0: never", number("[0, inf)")),
     "crop": Key(1.0, "fraction of the shorter side that the central crop keeps", number("(0, 1]")),
@@ -120,9 +112,8 @@ def check_common(config: ConfigDict) -> None:
     Raises:
         UserError: naming the key.
     """
-    require(
-        len(config.image_size) == 2, f"image_size must be height and width, such as (256, 256), not {config.image_size}"
-    )
+    size = config.image_size
+    require(len(size) == 2, f"image_size must be height and width, such as (256, 256), not {size}")
     channels, stages = config.model.channels, len(config.model.depths)
     require(channels in (1, 3), f"model.channels must be 3, or 1 for grayscale, not {channels}")
     for key in ("mean", "std"):

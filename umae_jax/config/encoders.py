@@ -18,13 +18,8 @@ def _swin(width: int, depth: int, heads: int, *, position_width: int = 32) -> di
 
 
 def _pvt(*depths: int) -> dict[str, Any]:
-    return {
-        "patch": 4,
-        "widths": (64, 128, 320, 512),
-        "depths": depths,
-        "heads": (1, 2, 5, 8),
-        "mlp_ratios": (8, 8, 4, 4),
-    }
+    stages = {"widths": (64, 128, 320, 512), "depths": depths, "heads": (1, 2, 5, 8), "mlp_ratios": (8, 8, 4, 4)}
+    return {"patch": 4, **stages}
 
 
 def _vit(width: int, depth: int, heads: int, *, patch: int = 16) -> dict[str, Any]:

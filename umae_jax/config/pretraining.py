@@ -6,36 +6,30 @@ from umae_jax.config.base import BOOLEAN, METHODS, Key, Method, integer, number
 
 DECODER_DEPTHS = {"swin_large": 8, "vit_large": 8, "vit_huge": 8}  # of the other sizes: 2
 
-_FACTOR = Key(
-    2,
-    "mask units along the side of an encoder token: the pyramids have units of `4 * 2**3 / 2 = 16` pixels",
-    integer(1),
-)
+_FACTOR = Key(2, "mask units along the side of an encoder token; pyramids have units of 16 x 16 pixels", integer(1))
+_NORM_PIX = "predict pixels normalised by the mean and variance of their unit"
 
 
 def _autoencoder_keys(secondary_ratio: float) -> dict[str, Key]:
     return {
         "secondary_ratio": Key(
-            secondary_ratio, "fraction of the sampled units that secondary masking hides", number("[0, 1)")
+            secondary_ratio, "fraction of sampled units that secondary masking hides", number("[0, 1)")
         ),
         "decoder_factor": _FACTOR,
         "decoder_width": Key(512, "channels of the decoder", integer(1)),
         "decoder_depth": Key(2, "decoder blocks; 8 in `swin_large`, `vit_large` and `vit_huge`", integer(1)),
         "decoder_heads": Key(16, "attention heads of the decoder", integer(1)),
-        "norm_pix_loss": Key(True, "predict pixels normalised by the mean and variance of their unit", BOOLEAN),
+        "norm_pix_loss": Key(True, _NORM_PIX, BOOLEAN),
         "reference_order": Key(False, "um_mae of pyramids: use the reference's decoder positions (SPEC 6)", BOOLEAN),
     }
 
 
-def _decoder_factor(encoder: str) -> int:
-    return 1 if encoder == "vit" else 2
+def _simmim_recipe(size: str, encoder: str) -> dict[str, Any]:
+    return {"model.decoder_factor": 1 if encoder == "vit" else 2}
 
 
 def _autoencoder_recipe(size: str, encoder: str) -> dict[str, Any]:
-    return {
-        "model.decoder_factor": _decoder_factor(encoder),
-        "model.decoder_depth": DECODER_DEPTHS.get(size, 2),
-    }
+    return {**_simmim_recipe(size, encoder), "model.decoder_depth": DECODER_DEPTHS.get(size, 2)}
 
 
 METHODS["um_mae"] = Method(
@@ -54,11 +48,6 @@ METHODS["mae"] = Method(
 METHODS["simmim"] = Method(
     summary="random masking of the whole image, one linear layer",
     task="pretraining",
-    keys={
-        "model": {
-            "decoder_factor": _FACTOR,
-            "norm_pix_loss": Key(False, "predict pixels normalised by the mean and variance of their unit", BOOLEAN),
-        }
-    },
-    recipe=lambda size, encoder: {"model.decoder_factor": _decoder_factor(encoder)},
+    keys={"model": {"decoder_factor": _FACTOR, "norm_pix_loss": Key(False, _NORM_PIX, BOOLEAN)}},
+    recipe=_simmim_recipe,
 )

@@ -1,9 +1,9 @@
-"""RandAugment on the host, with Pillow: timm's `rand-m9-mstd0.5-inc1` (SPEC 10). Imports nothing of JAX."""
+"""RandAugment on the host, with Pillow: timm's `rand-m9-mstd0.5-inc1` (SPEC 10). Does not import JAX."""
 
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
@@ -11,85 +11,73 @@ from PIL import Image, ImageEnhance, ImageOps
 MAX_MAGNITUDE = 10.0
 PROBABILITY = 0.5  # of applying a drawn operation
 
-Fill = int | tuple[int, ...]
-Argument = Callable[[float, float], float]  # from strength in [0, 1] and sign, -1 or 1, to the argument of an operation
+Fill = int | tuple[int, ...]  # colour of pixels that a geometric operation uncovers, 0..255 per channel
+Apply = Callable[[Image.Image, float, Fill], Image.Image]
 
 
-def _affine(image: Image.Image, matrix: tuple[float, ...], fill: Fill) -> Image.Image:
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=fill)
-
-
-def _posterize(image: Image.Image, bits: float, _fill: Fill) -> Image.Image:
-    """Keep the highest bits of every value. Zero bits give black, which `ImageOps.posterize` does not accept."""
-    keep = 256 - 2 ** (8 - int(bits))
-    return image.point([value & keep for value in range(256)] * len(image.getbands()))
-
-
-def _solarize_add(image: Image.Image, amount: float, _fill: Fill) -> Image.Image:
-    """Add to values below 128."""
-    table = [min(255, value + int(amount)) if value < 128 else value for value in range(256)]
-    return image.point(table * len(image.getbands()))
-
-
-def _enhance(kind: Any) -> Callable[[Image.Image, float, Fill], Image.Image]:  # noqa: ANN401 - an ImageEnhance class
-    return lambda image, factor, _fill: kind(image).enhance(factor)
-
-
-def _around_one(strength: float, sign: float) -> float:
-    return max(0.1, 1 + sign * 0.9 * strength)
-
-
-@dataclass(frozen=True)
-class Operation:
+class Operation(NamedTuple):
     """One operation of RandAugment.
 
     Attributes:
         apply: changes an image, given an argument and the fill colour.
-        argument: maps strength and sign to the argument.
+        argument: maps a strength in [0, 1] and a sign, -1 or 1, to the argument.
     """
 
-    apply: Callable[[Image.Image, float, Fill], Image.Image]
-    argument: Argument = lambda _strength, _sign: 0.0
+    apply: Apply
+    argument: Callable[[float, float], float] = lambda _strength, _sign: 0.0
 
 
-# Every operation becomes stronger with the magnitude ("inc1"). Bits and pixel values are truncated to integers.
+def _affine(matrix: Callable[[Image.Image, float], tuple[float, ...]]) -> Apply:
+    return lambda image, argument, fill: image.transform(
+        image.size, Image.Transform.AFFINE, matrix(image, argument), Image.Resampling.BICUBIC, fillcolor=fill
+    )
+
+
+def _per_value(change: Callable[[int, int], int]) -> Apply:
+    """Change each pixel value, 0..255, given the argument truncated to an integer."""
+    return lambda image, argument, _fill: image.point(
+        [change(value, int(argument)) for value in range(256)] * len(image.getbands())
+    )
+
+
+def _enhance(kind: Any) -> Operation:  # noqa: ANN401 - an ImageEnhance class
+    return Operation(
+        lambda image, factor, _fill: kind(image).enhance(factor),
+        lambda strength, sign: max(0.1, 1 + sign * 0.9 * strength),
+    )
+
+
+def _signed(maximum: float) -> Callable[[float, float], float]:
+    return lambda strength, sign: sign * maximum * strength
+
+
+# Every operation becomes stronger with the magnitude ("inc1").
 OPERATIONS: Mapping[str, Operation] = {
     "AutoContrast": Operation(lambda image, _, _fill: ImageOps.autocontrast(image)),
     "Equalize": Operation(lambda image, _, _fill: ImageOps.equalize(image)),
     "Invert": Operation(lambda image, _, _fill: ImageOps.invert(image)),
     "Rotate": Operation(
-        lambda image, degrees, fill: image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=fill),
-        lambda strength, sign: sign * 30 * strength,
+        lambda image, degrees, fill: image.rotate(degrees, Image.Resampling.BICUBIC, fillcolor=fill), _signed(30)
     ),
     "Posterize": Operation(
-        _posterize,
-        lambda strength, _: 4 - int(4 * strength),
+        _per_value(lambda value, bits: value & (256 - 2 ** (8 - bits))), lambda strength, _: 4 - int(4 * strength)
     ),
     "Solarize": Operation(
-        lambda image, threshold, _fill: ImageOps.solarize(image, int(threshold)),
+        _per_value(lambda value, threshold: value if value < threshold else 255 - value),
         lambda strength, _: 256 - int(256 * strength),
     ),
-    "SolarizeAdd": Operation(_solarize_add, lambda strength, _: int(110 * strength)),
-    "Color": Operation(_enhance(ImageEnhance.Color), _around_one),
-    "Contrast": Operation(_enhance(ImageEnhance.Contrast), _around_one),
-    "Brightness": Operation(_enhance(ImageEnhance.Brightness), _around_one),
-    "Sharpness": Operation(_enhance(ImageEnhance.Sharpness), _around_one),
-    "ShearX": Operation(
-        lambda image, factor, fill: _affine(image, (1, factor, 0, 0, 1, 0), fill),
-        lambda strength, sign: sign * 0.3 * strength,
+    "SolarizeAdd": Operation(
+        _per_value(lambda value, amount: min(255, value + amount) if value < 128 else value),
+        lambda strength, _: int(110 * strength),
     ),
-    "ShearY": Operation(
-        lambda image, factor, fill: _affine(image, (1, 0, 0, factor, 1, 0), fill),
-        lambda strength, sign: sign * 0.3 * strength,
-    ),
-    "TranslateX": Operation(
-        lambda image, fraction, fill: _affine(image, (1, 0, fraction * image.width, 0, 1, 0), fill),
-        lambda strength, sign: sign * 0.45 * strength,
-    ),
-    "TranslateY": Operation(
-        lambda image, fraction, fill: _affine(image, (1, 0, 0, 0, 1, fraction * image.height), fill),
-        lambda strength, sign: sign * 0.45 * strength,
-    ),
+    "Color": _enhance(ImageEnhance.Color),
+    "Contrast": _enhance(ImageEnhance.Contrast),
+    "Brightness": _enhance(ImageEnhance.Brightness),
+    "Sharpness": _enhance(ImageEnhance.Sharpness),
+    "ShearX": Operation(_affine(lambda _, factor: (1, factor, 0, 0, 1, 0)), _signed(0.3)),
+    "ShearY": Operation(_affine(lambda _, factor: (1, 0, 0, factor, 1, 0)), _signed(0.3)),
+    "TranslateX": Operation(_affine(lambda image, share: (1, 0, share * image.width, 0, 1, 0)), _signed(0.45)),
+    "TranslateY": Operation(_affine(lambda image, share: (1, 0, 0, 0, 1, share * image.height)), _signed(0.45)),
 }
 
 
@@ -118,5 +106,4 @@ class RandAugment:
             if draw < PROBABILITY:
                 argument = operation.argument(min(max(magnitude, 0.0), MAX_MAGNITUDE) / MAX_MAGNITUDE, float(sign))
                 image = operation.apply(image, argument, self.fill if channels == 3 else self.fill[0])
-        changed = np.asarray(image)
-        return changed if channels == 3 else changed[..., None]
+        return np.atleast_3d(np.asarray(image))

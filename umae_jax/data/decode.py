@@ -1,4 +1,4 @@
-"""Decode one crop of an image file and resize it to uint8 pixels. Imports nothing of JAX.
+"""Decode one crop of an image file and resize it to uint8 pixels. Does not import JAX.
 
 Most of a JPEG's decoding time is entropy decoding. It is sequential: a row needs every row above it, but none below.
 The same file with a smaller height in its header is a JPEG of its upper rows, so nothing below a crop is decoded.
@@ -31,7 +31,6 @@ _START_OF_SCAN = 0xDA
 _APP1 = 0xE1  # Exif or XMP
 _START_OF_IMAGE = b"\xff\xd8"
 _END_OF_IMAGE = b"\xff\xd9"  # never occurs inside entropy-coded data
-_BLOCK = 8  # pixels
 _BICUBIC_SUPPORT = 2  # pixels of the coarser image, on each side
 
 
@@ -45,7 +44,7 @@ class EncodedImage:
         size: width and height in pixels, after the Exif orientation is applied.
 
     Raises:
-        Exception: whatever Pillow raises, OSError mostly, if the file is not an image.
+        Exception: from Pillow, mostly OSError, if the file is not an image.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -63,18 +62,15 @@ class EncodedImage:
         return Image.open(io.BytesIO(self._data))
 
     def crop(self, box: Box, size: tuple[int, int], channels: int) -> np.ndarray:
-        """Decode the pixels of a box and resize them, bicubic and antialiased.
+        """Decode the pixels of a box and resize them, bicubic and antialiased: uint8 [*size, channels].
 
         Args:
             box: in pixels, after the Exif orientation is applied.
             size: height and width of the output.
             channels: 3 for RGB, 1 for grayscale.
 
-        Returns:
-            uint8 [*size, channels].
-
         Raises:
-            Exception: whatever Pillow raises, OSError mostly, if the pixels cannot be decoded.
+            Exception: from Pillow, mostly OSError, if the pixels cannot be decoded.
         """
         width, height = box[2] - box[0], box[3] - box[1]
         max_shrink = min(width / size[1], height / size[0]) / SHRINK_MARGIN
@@ -98,11 +94,10 @@ class EncodedImage:
             image.draft(None, (image.width // shrink, image.height // shrink))
         if self._orientation > 1:
             image = ImageOps.exif_transpose(image)
-        pixels = np.asarray(convert_mode(image, "RGB" if channels == 3 else "L"))
-        return pixels if channels == 3 else pixels[..., None]
+        return np.atleast_3d(np.asarray(_convert(image, "RGB" if channels == 3 else "L")))
 
 
-def convert_mode(image: Image.Image, mode: str) -> Image.Image:
+def _convert(image: Image.Image, mode: str) -> Image.Image:
     """Convert any image to 8-bit "RGB" or "L": scale 16 bits to 8, put transparent pixels on white."""
     if image.mode.startswith("I"):  # 16-bit grayscale; Pillow's own conversion would clip it
         values = np.asarray(image).astype(np.int64)
@@ -133,25 +128,26 @@ def parse_jpeg_header(data: bytes) -> JpegHeader | None:
     """
     if data[:2] != _START_OF_IMAGE:
         return None
-    offset, height_offset, height, width, components, unit_rows, has_metadata = 2, 0, 0, 0, 0, 0, False
+    frame: tuple[int, int, int, int, int] | None = None
+    offset, has_metadata = 2, False
     while offset + 10 <= len(data) and data[offset] == 0xFF:
         marker, body = data[offset + 1], offset + 4
         if marker in _SEQUENTIAL_FRAMES:
             precision, height, width, components = struct.unpack_from(">BHHB", data, body)
             sampling_factors = data[body + 7 : body + 7 + 3 * components : 3]  # one byte per component: 4 bits per axis
-            height_offset, unit_rows = body + 1, _BLOCK * max((factor & 15 for factor in sampling_factors), default=0)
+            unit_rows = 8 * max((factor & 15 for factor in sampling_factors), default=0)
             if precision != 8 or components not in (1, 3) or 0 in (height, width, unit_rows):
                 return None
             if height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
                 return None
+            frame = (body + 1, height, width, components, unit_rows)
         elif marker == _START_OF_SCAN:
-            if not height_offset or data[body] != components:
+            if frame is None or data[body] != frame[3]:  # not all components
                 return None
-            return JpegHeader(height_offset, height, width, components, unit_rows, offset, has_metadata)
-        elif marker == _APP1:
-            has_metadata = True
+            return JpegHeader(*frame, offset, has_metadata)
         elif marker in _OTHER_FRAMES:
             return None
+        has_metadata = has_metadata or marker == _APP1
         offset += 2 + int.from_bytes(data[offset + 2 : body])
     return None
 
@@ -162,13 +158,12 @@ def decode_upper_rows(data: bytes, header: JpegHeader, rows: int, channels: int,
     Args:
         data: contents of the file.
         header: from `parse_jpeg_header`.
-        rows: to decode at least, counted before shrinking.
+        rows: min rows to decode, counted before shrinking.
         channels: 3, or 1 for a grayscale JPEG.
         shrink: divides both sides, rounded up: 1, 2, 4 or 8.
 
     Returns:
-        uint8 [rows / shrink or more, width / shrink, channels]; None if the file is truncated or damaged, which is left
-        to Pillow.
+        uint8 [rows / shrink or more, width / shrink, channels]; None if the file is truncated or cannot be decoded.
     """
     if data.rfind(_END_OF_IMAGE, header.scan_offset) < 0:
         return None
@@ -184,7 +179,7 @@ def decode_upper_rows(data: bytes, header: JpegHeader, rows: int, channels: int,
 
 
 def _support(box_side: float, output_side: int) -> int:
-    """Return how many pixels beyond its box a resized side depends on, at most."""
+    """Return the max number of pixels beyond its box that a resized side depends on."""
     return math.ceil(_BICUBIC_SUPPORT * max(1.0, box_side / output_side)) + 1
 
 
@@ -210,13 +205,13 @@ def resize(pixels: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
     left, right, upper, lower = left - first, right - first, upper - top, lower - top
     if cykooz_resizer is None:
         image = Image.fromarray(pixels if channels == 3 else pixels[..., 0])
-        out = np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, (left, upper, right, lower)))
-        return out if channels == 3 else out[..., None]
+        image = image.resize(size[::-1], Image.Resampling.BICUBIC, (left, upper, right, lower))
+        return np.atleast_3d(np.asarray(image))
     pixel_type = cykooz_resizer.PixelType.U8x3 if channels == 3 else cykooz_resizer.PixelType.U8
     source = cykooz_resizer.ImageData(pixels.shape[1], pixels.shape[0], pixel_type, pixels.tobytes())
-    resized = cykooz_resizer.ImageData(size[1], size[0], pixel_type)
+    target = cykooz_resizer.ImageData(size[1], size[0], pixel_type)
     bicubic = cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.catmull_rom)  # a = -0.5, as in Pillow
     crop_box = cykooz_resizer.CropBox(left, upper, right - left, lower - upper)
     options = cykooz_resizer.ResizeOptions(resize_alg=bicubic, crop_box=crop_box)
-    cykooz_resizer.Resizer().resize(source, resized, options)
-    return np.frombuffer(resized.get_buffer(), np.uint8).reshape(*size, channels)
+    cykooz_resizer.Resizer().resize(source, target, options)
+    return np.frombuffer(target.get_buffer(), np.uint8).reshape(*size, channels)

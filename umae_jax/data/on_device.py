@@ -1,7 +1,4 @@
-"""Augment batches on the device. Every random draw belongs to its image.
-
-Random erasing, mixup and cutmix follow SPEC 10, with timm's limits.
-"""
+"""Augment batches on the device (SPEC 10, with timm's limits). Every image has its own key and draws."""
 
 import math
 from collections.abc import Sequence
@@ -26,13 +23,7 @@ def random_flip(images: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 def random_erase(images: jax.Array, keys: jax.Array, probability: float) -> jax.Array:
-    """Replace a rectangle by normal noise per pixel, in each image with the given probability.
-
-    Args:
-        images: normalized, float32 [B, H, W, C].
-        keys: [B].
-        probability: of erasing.
-    """
+    """Replace a rectangle of each normalised image, float32 [B, H, W, C], by normal noise with this probability."""
     _, height, width, channels = images.shape
 
     def erase(image: jax.Array, key: jax.Array) -> jax.Array:
@@ -55,7 +46,7 @@ def random_erase(images: jax.Array, keys: jax.Array, probability: float) -> jax.
 
 
 def _inside(corner: Sequence[jax.Array], box: Sequence[jax.Array], size: tuple[int, int]) -> jax.Array:
-    """Return which pixels lie in a box, given its upper left corner and its height and width: bool [*size]."""
+    """Mark the pixels inside a box, given its upper left corner and its height and width: bool [*size]."""
     rows, columns = (
         (pixels >= start) & (pixels < start + side)
         for start, side, pixels in zip(corner, box, (jnp.arange(n, dtype=jnp.float32) for n in size), strict=True)
@@ -64,27 +55,19 @@ def _inside(corner: Sequence[jax.Array], box: Sequence[jax.Array], size: tuple[i
 
 
 def smooth_targets(labels: jax.Array, classes: int, smoothing: float) -> jax.Array:
-    """Return smoothed one-hot labels: int32 [B] -> float32 [B, classes], `smoothing` of it spread over all classes."""
+    """Return one-hot labels with a share `smoothing` spread over all classes: int32 [B] -> float32 [B, classes]."""
     return jax.nn.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
 
 
 def mix(
     images: jax.Array, targets: jax.Array, keys: jax.Array, *, mixup: float, cutmix: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Mix each image with its neighbour in the batch, and their targets with the same weight.
+    """Mix images [B, H, W, C] with their neighbours in the batch, and targets [B, classes] with the same weights.
 
-    Images 2i and 2i + 1 are neighbours. The shuffle makes them independent, and they lie on one device if it holds an
-    even number of images. Each image draws its own weight and, if both mixup and cutmix are on, one of the two: mixup
-    averages both images, cutmix pastes a rectangle of the other.
-
-    Args:
-        images: [B, H, W, C], B even.
-        targets: [B, classes].
-        keys: [B].
-        mixup, cutmix: parameter of the beta distribution of weights; 0 turns either off.
-
-    Returns:
-        Images and targets, same shapes.
+    Images 2i and 2i + 1 are neighbours; B must be even. The shuffle makes them independent, and they lie on one device
+    if it holds an even number of images. Each image draws its own weight from a beta distribution with the parameter
+    `mixup` or `cutmix`. If neither is 0, it also draws one of the two methods: mixup averages both images, cutmix
+    pastes a rectangle of the other.
     """
     if not mixup and not cutmix:
         return images, targets
@@ -97,20 +80,16 @@ def mix(
         cutmix_weight = jax.random.beta(weight_key, cutmix or 1.0, cutmix or 1.0)
         # A box may extend beyond the image: only the pixels inside count.
         box = tuple(jnp.floor(side * jnp.sqrt(1 - cutmix_weight)) for side in size)
-        centers = tuple(
-            jnp.floor(jax.random.uniform(k) * side) for k, side in zip((top_key, left_key), size, strict=True)
-        )
+        centers = [jnp.floor(jax.random.uniform(k) * n) for k, n in zip((top_key, left_key), size, strict=True)]
         corner = tuple(center - jnp.floor(side / 2) for center, side in zip(centers, box, strict=True))
         outside = 1 - _inside(corner, box, size).astype(jnp.float32)
         use_cutmix = jax.random.bernoulli(method_key) if mixup and cutmix else jnp.asarray(bool(cutmix))
         weights = jnp.where(use_cutmix, outside, mixup_weight)
         return weights[..., None], weights.mean()
 
+    def mix_with_neighbor(values: jax.Array, weights: jax.Array) -> jax.Array:
+        neighbors = values.reshape(-1, 2, *values.shape[1:])[:, ::-1].reshape(values.shape)
+        return weights * values + (1 - weights) * neighbors
+
     pixel_weights, target_weights = jax.vmap(draw_weights)(keys)
-    return _mix_with_neighbor(images, pixel_weights), _mix_with_neighbor(targets, target_weights[:, None])
-
-
-def _mix_with_neighbor(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Average each row of [B, ...] with its neighbour, which has weight 1 - `weights`."""
-    neighbors = values.reshape(-1, 2, *values.shape[1:])[:, ::-1].reshape(values.shape)
-    return weights * values + (1 - weights) * neighbors
+    return mix_with_neighbor(images, pixel_weights), mix_with_neighbor(targets, target_weights[:, None])

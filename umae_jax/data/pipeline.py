@@ -1,7 +1,7 @@
 """Read samples ahead with Grain, each process its own rows of every batch, as global sharded arrays.
 
 `TrainLoader` is the endless, shuffled stream of training, `EvalLoader` a pass over every record. A batch is a
-dictionary of arrays, whatever arrays `load` returns.
+dictionary of the arrays that `load` returns, [B, ...]. Its transfer continues in the background after it is returned.
 """
 
 import functools
@@ -25,8 +25,8 @@ from umae_jax.data.transforms import READ_TRIES, Sample, Unreadable
 from umae_jax.errors import UserError, listing, require
 
 MAX_UNREADABLE = 0.5  # a run stops if a larger fraction of its reads fails
-MIN_SAMPLES = 16  # read by this process before that fraction is judged
-CHUNK = 16  # samples per work item of a thread or worker, at most
+MIN_SAMPLES = 16  # that this process reads before it checks that fraction
+CHUNK = 16  # max samples per work item of a thread or worker
 # A process keeps about eight cores busy: 13% of reading a 500 x 375 photograph at 256 x 256 (0.2 of 1.5 ms) holds the
 # interpreter's lock. Workers leave 0.16 ms per image to this process, so about 6,000 images/s per host. Extrapolated
 # from two cores.
@@ -51,12 +51,7 @@ def abstract_batch(
 
 
 class Readers(NamedTuple):
-    """The number of threads and processes that read and decode.
-
-    Attributes:
-        threads: in this process, or in each worker if there are workers.
-        workers: processes beside this one.
-    """
+    """The number of threads per process that read and decode, and of worker processes; 0: this process reads."""
 
     threads: int
     workers: int = 0
@@ -99,8 +94,10 @@ def _concatenate(chunks: Sequence[Sequence[_Rows]]) -> _Rows:
     return _Rows(arrays, tuple(itertools.chain.from_iterable(part.unreadable for part in parts)))
 
 
-def _read_chunk(read: Callable[[int], Sample], size: int, concatenate: bool, chunk: int) -> list[_Rows]:
-    samples = map(read, range(chunk * size, (chunk + 1) * size))
+def _read_chunk(
+    read: Callable[[int], Sample], indices: Sequence[int] | np.ndarray, size: int, concatenate: bool, chunk: int
+) -> list[_Rows]:
+    samples = map(read, map(int, indices[chunk * size : (chunk + 1) * size]))
     rows = [_Rows({name: array[None] for name, array in arrays.items()}, (bad,)) for arrays, bad in samples]
     return [_concatenate([rows])] if concatenate else rows
 
@@ -111,16 +108,18 @@ def _init_worker(_index: int, _count: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
 
 
-def _read_ahead(read: Callable[[int], Sample], count: int, rows: int, readers: Readers) -> grain.DatasetIterator[_Rows]:
-    """Read this process's samples 0 to `count` in order, `rows` of each batch, by threads or by workers."""
+def _read_ahead(
+    read: Callable[[int], Sample], indices: Sequence[int] | np.ndarray, rows: int, readers: Readers
+) -> grain.DatasetIterator[_Rows]:
+    """Read this process's samples in the order of `indices`, `rows` per batch, by threads or by workers."""
     # Chunks are large enough to be worth handing over, and small enough to read little more than two batches ahead.
     # They return in order, so batches do not depend on which thread or worker read them.
     threads, workers = readers
     size = math.gcd(rows, CHUNK)
     options = grain.ReadOptions(threads, prefetch_buffer_size=threads + 2 * rows // size // max(1, workers))
     # A worker joins its chunks for shared memory. Threads do not, so pixels are copied only once, into the batch.
-    read_chunk = functools.partial(_read_chunk, read, size, workers > 0)
-    chunks = grain.MapDataset.range(count // size).map(read_chunk).to_iter_dataset(options)
+    read_chunk = functools.partial(_read_chunk, read, indices, size, workers > 0)
+    chunks = grain.MapDataset.range(len(indices) // size).map(read_chunk).to_iter_dataset(options)
     if workers:
         if not flags.FLAGS.is_parsed():  # in a notebook or a test; Grain's workers read its flags
             flags.FLAGS.mark_as_parsed()
@@ -129,22 +128,12 @@ def _read_ahead(read: Callable[[int], Sample], count: int, rows: int, readers: R
 
 
 def _process_rows(batch_size: int, sharding: jax.sharding.Sharding) -> np.ndarray:
-    """Return the rows of a batch that this process's devices hold, ascending.
-
-    Raises:
-        UserError: if processes cannot share the batch evenly.
-    """
+    """Return the rows of a batch that this process's devices hold, ascending."""
     processes = jax.process_count()
-    require(
-        batch_size % processes == 0,
-        f"batch_size: {batch_size} does not divide among {processes} processes; choose a multiple of {processes}",
-    )
+    message = f"batch_size: {batch_size} does not divide among {processes} processes; choose a multiple of {processes}"
+    require(batch_size % processes == 0, message)
     slices = sharding.addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices if index is not None]))
-
-
-def _to_devices(arrays: dict[str, np.ndarray], sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in arrays.items()}
 
 
 def _warn_once(unreadable: Sequence[tuple[Unreadable, ...]], named: set[str]) -> None:
@@ -159,10 +148,7 @@ _permutation_lock = threading.Lock()  # one thread draws while the others wait
 
 @functools.lru_cache(maxsize=2)  # where an epoch ends, threads read from two
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """Return the order of an epoch's records: int32 [size].
-
-    Drawing it whole is faster than Grain's shuffle, which computes each element: 90 us for small sources.
-    """
+    """Draw the order of an epoch's records, int32 [size]: faster than Grain's shuffle, which computes each element."""
     order = np.arange(size, dtype=np.int32)
     np.random.default_rng((seed, epoch, size)).shuffle(order)
     return order
@@ -171,7 +157,7 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 def _read_shuffled(
     load: LoadTrain, source_size: int, seed: int, first_sample: int, batch_size: int, rows: np.ndarray, number: int
 ) -> Sample:
-    """Read this process's n-th sample of the endless, shuffled stream: it takes `rows` of every batch."""
+    """Read sample `number` of this process, which takes `rows` of every batch of the endless, shuffled stream."""
     batch, row = divmod(number, len(rows))
     sample_index = first_sample + batch * batch_size + int(rows[row])
     epoch, position = divmod(sample_index, source_size)
@@ -185,8 +171,7 @@ class TrainLoader:
     """An endless iterator of training batches: the arrays of `load`, and `sample_index`, uint32 [B].
 
     Sample i of a run is the same record with the same random draws on any number of processes, workers and devices. So
-    the stream's only state is the number of samples read before. The transfer of a batch continues in the background
-    after it is returned.
+    the stream's only state is the number of samples read before.
 
     Args:
         source_size: number of records.
@@ -196,7 +181,6 @@ class TrainLoader:
         seed: of the shuffle.
         first_sample: index of the first sample, the number of samples read before.
         last_sample: end of the stream, after a whole batch; None for an endless stream.
-        readers: threads and workers.
 
     Attributes:
         skipped_images: records of this process that could not be read, up to the last batch returned.
@@ -220,7 +204,7 @@ class TrainLoader:
         rows = _process_rows(batch_size, sharding)
         batches = sys.maxsize if last_sample is None else (last_sample - first_sample) // batch_size
         read = functools.partial(_read_shuffled, load, source_size, seed, first_sample, batch_size, rows)
-        self._batches = _read_ahead(read, min(batches * len(rows), sys.maxsize), len(rows), readers)
+        self._batches = _read_ahead(read, range(min(batches * len(rows), sys.maxsize)), len(rows), readers)
         self._sharding = sharding
         self._named: set[str] = set()
         self._samples = 0
@@ -242,22 +226,17 @@ class TrainLoader:
                 f"data.source: {self.skipped_images} of {reads} reads failed; "
                 f"repair or remove the files, among them {listing(sorted(self._named), 3)}"
             )
-        return _to_devices(arrays, self._sharding)
+        return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, self._sharding), arrays)
 
     def close(self) -> None:
         """Stop reading ahead and end the workers."""
         self._batches.close()
 
 
-def _read_record(load: LoadEval, records: np.ndarray, number: int) -> Sample:
-    return load(int(records[number]))
-
-
 class EvalLoader:
     """Every record once, in order, in batches of one size: the arrays of `load`, and `valid`, bool [B].
 
     `valid` is False for unreadable records and for the blanks that fill the last batch. Each iteration is a new pass.
-    The transfer of a batch continues in the background after it is returned.
 
     Args:
         source_size: number of records.
@@ -266,8 +245,7 @@ class EvalLoader:
         sharding: of a batch, over its first axis.
         images: number of records to draw from the source; None for all.
         seed: of that draw.
-        named: names of unreadable records for which there was a warning already; passes add theirs.
-        readers: threads and workers.
+        named: names of unreadable records that have been warned about; each pass adds its own.
 
     Raises:
         UserError: if processes cannot share the batch evenly.
@@ -292,15 +270,15 @@ class EvalLoader:
         records = np.pad(records, (0, -len(records) % batch_size), constant_values=-1)
         self._records = records.reshape(-1, batch_size)[:, rows]  # [batches, rows]
         self._load, self._sharding, self._readers = load, sharding, readers
-        self.named = set() if named is None else named
+        self._named = set() if named is None else named
 
     def __iter__(self) -> Iterator[dict[str, jax.Array]]:
-        read = functools.partial(_read_record, self._load, self._records.ravel())
-        batches = _read_ahead(read, self._records.size, self._records.shape[1], self._readers)
+        to_devices = functools.partial(jax.make_array_from_process_local_data, self._sharding)
+        batches = _read_ahead(self._load, self._records.ravel(), self._records.shape[1], self._readers)
         try:
             for records, (arrays, unreadable) in zip(self._records, batches, strict=True):
-                _warn_once(unreadable, self.named)
+                _warn_once(unreadable, self._named)
                 valid = (records >= 0) & ~np.array([*map(bool, unreadable)])
-                yield _to_devices({**arrays, "valid": valid}, self._sharding)
+                yield jax.tree.map(to_devices, {**arrays, "valid": valid})
         finally:
             batches.close()

@@ -56,41 +56,38 @@ def write_data_set(source: Source, name: str, data_dir: str, split: str = "train
     folder = root / name / VERSION
     require(not folder.exists(), f"--name: {folder} exists already; choose another name or remove it first")
     folder.parent.mkdir(parents=True, exist_ok=True)  # fails before TFDS prints anything
-    features: dict[str, Any] = {"image": tfds.features.Image(), FILE_NAME: tfds.features.Text()}
+    features = {"image": tfds.features.Image(), FILE_NAME: tfds.features.Text()}
     if source.classes:
         features["label"] = tfds.features.ClassLabel(names=list(source.classes))
+    unreadable = 0
 
-    data_set_name, unreadable = name, 0
+    def examples() -> Iterator[tuple[int, dict[str, Any]]]:
+        nonlocal unreadable
+        for index in range(len(source)):
+            try:
+                path, data, label = source[index]
+            except OSError as error:
+                unreadable += 1
+                cli.say(f"left out an image that cannot be read: {error}")
+                continue
+            example = {"image": io.BytesIO(data), FILE_NAME: Path(path).name}
+            yield index, example if label == NO_LABEL else {**example, "label": label}
+        message = f"--source: none of its {unreadable} images can be read; repair them or choose another"
+        require(unreadable < len(source), message)
 
-    class FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-        """Copies a source record by record."""
+    class Builder(tfds.dataset_builders.AdhocBuilder, skip_registration=True):  # type: ignore[call-arg]
+        def _split_generators(self, _: Any) -> dict[str, Any]:  # noqa: ANN401 - TFDS's own needs TensorFlow
+            return {split: examples()}
 
-        name = data_set_name
-        VERSION = tfds.core.Version(VERSION)
-
-        def _info(self) -> tfds.core.DatasetInfo:
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-        def _split_generators(self, _: Any) -> dict[str, Any]:  # noqa: ANN401 - a download manager
-            return {split: self._generate_examples()}
-
-        def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-            nonlocal unreadable
-            for index in range(len(source)):
-                try:
-                    path, data, label = source[index]
-                except OSError as error:
-                    unreadable += 1
-                    cli.say(f"left out an image that cannot be read: {error}")
-                    continue
-                example: dict[str, Any] = {"image": io.BytesIO(data), FILE_NAME: Path(path).name}
-                yield index, example if label == NO_LABEL else {**example, "label": label}
-            require(
-                unreadable < len(source),
-                f"--source: none of its {unreadable} images can be read; repair them or choose another",
-            )
-
-    FolderBuilder(data_dir=str(root), file_format="array_record").download_and_prepare()
+    builder = Builder(
+        name=name,
+        version=VERSION,
+        features=tfds.features.FeaturesDict(features),
+        split_datasets={},
+        data_dir=str(root),
+        file_format="array_record",
+    )
+    builder.download_and_prepare()
     return Written(folder, len(source) - unreadable, unreadable)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from umae_jax.errors import UserError, listing
+from umae_jax.errors import UserError, listing, require
 from umae_jax.files import AnyPath, files_in_bucket, in_bucket, locate, read_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -17,20 +17,8 @@ FILE_NAME = "file_name"  # the feature of many TFDS data sets that holds an imag
 
 # The photographs among the images in scikit-image's wheel.
 PHOTOGRAPHS = (
-    "astronaut.png",
-    "brick.png",
-    "camera.png",
-    "chelsea.png",
-    "coffee.png",
-    "coins.png",
-    "grass.png",
-    "gravel.png",
-    "hubble_deep_field.jpg",
-    "ihc.png",
-    "moon.png",
-    "motorcycle_left.png",
-    "motorcycle_right.png",
-    "retina.jpg",
+    *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png", "gravel.png"),
+    *("hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "motorcycle_right.png", "retina.jpg"),
     "rocket.jpg",
 )
 
@@ -64,18 +52,12 @@ class Source(Protocol):
 
 
 class ImageFiles:
-    """Image files, read in place.
+    """Image files, read in place, each with a label if there are classes."""
 
-    Args:
-        paths: of the files.
-        labels: of the files; None without labels.
-        classes: names of the classes.
-    """
-
-    def __init__(self, paths: Sequence[str], labels: Sequence[int] | None = None, classes: Sequence[str] = ()) -> None:
-        # One array of bytes, not a list of strings: small, and fast to pickle for workers.
+    def __init__(self, paths: Sequence[str], labels: Sequence[int] = (), classes: Sequence[str] = ()) -> None:
+        # Arrays, not lists of objects: small, and fast to pickle for workers.
         self.paths = np.array([os.fsencode(path) for path in paths])
-        self.labels = None if labels is None else np.array(labels, np.int64)
+        self.labels = np.array(labels, np.int64)
         self.classes = tuple(classes)
 
     def __len__(self) -> int:
@@ -83,7 +65,7 @@ class ImageFiles:
 
     def __getitem__(self, index: int) -> Record:
         path = os.fsdecode(self.paths[index])
-        return Record(path, read_file(path), NO_LABEL if self.labels is None else int(self.labels[index]))
+        return Record(path, read_file(path), int(self.labels[index]) if self.classes else NO_LABEL)
 
 
 class TfdsImages:
@@ -118,7 +100,7 @@ def open_source(name: str, *, split: str = "train", data_dir: str | None = None,
         name: value of `data.source` or `validation.source`.
         split: of a TFDS data set.
         data_dir: directory of TFDS data sets; None for TFDS's default.
-        key: section of the configuration for error messages.
+        key: section of the configuration, for error messages.
 
     Raises:
         UserError: if the source does not exist or has no images.
@@ -140,34 +122,38 @@ def _open_photographs() -> ImageFiles:
         raise UserError('data.source: photos come with scikit-image; install it with pip install "umae_jax[demo]"')
     folder = Path(package.origin).parent / "data"
     paths = [str(folder / name) for name in PHOTOGRAPHS if (folder / name).is_file()]
-    if not paths:
-        raise UserError(f"data.source: {folder} has none of the expected photographs; reinstall scikit-image")
+    require(bool(paths), f"data.source: {folder} has none of the expected photographs; reinstall scikit-image")
     return ImageFiles(paths)
+
+
+def open_images(path: Path) -> ImageFiles:
+    """Open the value of a command's `--images`, an image file or a folder; errors as for `open_folder`."""
+    if path.is_file():
+        return ImageFiles([str(path)])
+    require(path.is_dir(), f"--images: there is no file or folder {path}")
+    return open_folder(str(path), "--images")
 
 
 def open_folder(path: str, key: str = "data.source") -> ImageFiles:
     """Open a tree of image files. Its direct subfolders are the classes, unless an image lies beside them.
 
     Args:
-        path: of the folder, on this machine or in a bucket.
-        key: of the configuration, or a flag, for error messages.
+        path: of the folder, local or in a bucket.
+        key: configuration key or flag that names the folder, for error messages.
 
     Raises:
         UserError: if the folder does not exist or has no images.
         OSError: if a part of it cannot be listed.
     """
     root = locate(path, key)
-    if not root.is_dir():
-        raise UserError(f"there is no folder {path}; write the path of a folder with images")
+    require(root.is_dir(), f"there is no folder {path}; write the path of a folder with images")
     paths = sorted(file for file in _list_files(root) if file.lower().endswith(SUFFIXES))
-    if not paths:
-        raise UserError(f"there is no image in {path} or below it; expected files ending in {listing(SUFFIXES)}")
+    require(bool(paths), f"there is no image in {path} or below it; expected files ending in {listing(SUFFIXES)}")
     parts = [PurePath(file).relative_to(PurePath(str(root))).parts for file in paths]
     if any(len(part) == 1 for part in parts):
         return ImageFiles(paths)
-    classes = sorted({part[0] for part in parts})
-    label = {name: index for index, name in enumerate(classes)}
-    return ImageFiles(paths, [label[part[0]] for part in parts], classes)
+    classes, labels = np.unique([part[0] for part in parts], return_inverse=True)
+    return ImageFiles(paths, labels.tolist(), classes.tolist())
 
 
 def _list_files(root: AnyPath) -> Iterator[str]:
@@ -190,20 +176,6 @@ def _list_files(root: AnyPath) -> Iterator[str]:
         yield from (os.path.join(folder, file) for file in files)
 
 
-def open_images(path: Path) -> ImageFiles:
-    """Open the value of a command's `--images`: one image file, or a folder of images.
-
-    Raises:
-        UserError: if it does not exist or has no images.
-        OSError: if a folder cannot be listed.
-    """
-    if path.is_file():
-        return ImageFiles([str(path)])
-    if not path.is_dir():
-        raise UserError(f"--images: there is no file or folder {path}")
-    return open_folder(str(path), "--images")
-
-
 def _open_tfds(name: str, split: str, data_dir: str | None, key: str) -> TfdsImages:
     """Open a TFDS data set prepared as ArrayRecord, by its name or by the folder of one version."""
     import tensorflow_datasets as tfds  # slow to import
@@ -222,13 +194,11 @@ def _open_tfds(name: str, split: str, data_dir: str | None, key: str) -> TfdsIma
         raise unprepared from None
     if not builder.is_prepared():
         raise unprepared
-    features = builder.info.features
+    features, splits = builder.info.features, builder.info.splits
     images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
-    if not images:
-        raise UserError(f"{key}.source: {name} has no image feature, only {listing(list(features))}")
     labels = [name for name, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
-    if split not in builder.info.splits:
-        raise UserError(f"{key}.split: {name} has no split {split}; choose {listing(list(builder.info.splits))}")
+    require(bool(images), f"{key}.source: {name} has no image feature, only {listing(list(features))}")
+    require(split in splits, f"{key}.split: {name} has no split {split}; choose {listing(list(splits))}")
     try:
         data = builder.as_data_source(split, decoders={images[0]: tfds.decode.SkipDecoding()})
     except NotImplementedError:

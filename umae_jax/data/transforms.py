@@ -1,4 +1,4 @@
-"""Choose crops and load samples on the host, as uint8 pixels of one size. Imports nothing of JAX."""
+"""Choose crops and load samples on the host, as uint8 pixels of one size. Does not import JAX."""
 
 import math
 import random
@@ -46,14 +46,9 @@ def random_crop(rng: random.Random, width: int, height: int, size: tuple[int, in
 
 
 def central_crop(width: int, height: int, size: tuple[int, int], share: float = 1.0) -> Box:
-    """Return the largest central box with the output's aspect ratio, its sides scaled by `share`.
+    """Return the largest central box with the aspect ratio of `size` (height, width), its sides scaled by `share`.
 
-    Resizing this box equals resizing the shorter side and cropping the centre; `share` is 224 / 256, say (SPEC 10).
-
-    Args:
-        width, height: of the image, in pixels.
-        size: height and width of the output.
-        share: fraction of the largest box's sides to keep.
+    Resizing this box equals resizing the shorter side and cropping the centre; a usual share is 224 / 256 (SPEC 10).
     """
     scale = share * min(width / size[1], height / size[0])
     box_width, box_height = size[1] * scale, size[0] * scale
@@ -61,18 +56,8 @@ def central_crop(width: int, height: int, size: tuple[int, int], share: float = 
     return (left, upper, left + box_width, upper + box_height)
 
 
-def load_whole(data: bytes, size: tuple[int, int], channels: int, share: float = 1.0) -> np.ndarray:
-    """Decode the central crop of an image file and resize it to `size`: uint8 [*size, channels].
-
-    Raises:
-        Exception: whatever Pillow raises, OSError mostly, if the file cannot be decoded.
-    """
-    image = EncodedImage(data)
-    return image.crop(central_crop(*image.size, size, share), size, channels)
-
-
 class Unreadable(NamedTuple):
-    """The name of a record that cannot be read or decoded, and the reason for people."""
+    """The name of a record that cannot be read or decoded, and the reason as a phrase for messages."""
 
     name: str
     reason: str
@@ -85,35 +70,17 @@ class Sample(NamedTuple):
     unreadable: tuple[Unreadable, ...] = ()
 
 
-def _try_load(
-    source: Source, index: int, load: Callable[[bytes], np.ndarray]
-) -> tuple[Record, np.ndarray] | Unreadable:
-    """Load a record's pixels; sources and decoders may raise anything, and no file may stop a run."""
-    name = f"record {index}"
-    try:
-        record = source[index]
-        name = record.name
-        return record, load(record.data)
-    except UnidentifiedImageError:
-        return Unreadable(name, "not an image that Pillow knows")
-    except Exception as error:
-        if isinstance(error, OSError) and error.filename and error.strerror:
-            return Unreadable(str(error.filename), error.strerror)
-        return Unreadable(name, str(error) or type(error).__name__)
-
-
 @dataclass(frozen=True)
 class LoadCrop:
     """Load a random crop for training: a function of (sample index, record index) and the seed alone.
 
-    The arrays are `image`, uint8 [*size, channels], and with `labels` also `label`, int32 [].
+    The arrays are `image`, uint8 [*size, channels], and with `labels` also `label`, int32 []. A label that is not one
+    of the classes raises UserError.
 
     If a record cannot be read, the sample draws another one from its own generator. So every other sample stays as it
     is, and a run sees the same images on any number of processes. After READ_TRIES records the image is black.
 
     Attributes:
-        source: images to load.
-        seed: of the run.
         size: height and width of the crops.
         channels: 3 for RGB, 1 for grayscale.
         min_area: smallest fraction of an image that a crop keeps.
@@ -130,11 +97,7 @@ class LoadCrop:
     labels: Labels | None = None
 
     def __call__(self, sample_index: int, record_index: int) -> Sample:
-        """Load a sample from the record that the shuffle chose for it.
-
-        Raises:
-            UserError: if its label is not one of the classes.
-        """
+        """Load a sample from the record that the shuffle chose for it."""
         rng = sample_rng(self.seed, sample_index)
 
         def load(data: bytes) -> np.ndarray:
@@ -169,22 +132,23 @@ class LoadWhole:
     share: float = 1.0
     labels: Labels | None = None
 
-    def try_load(self, record_index: int) -> tuple[Record, np.ndarray] | Unreadable:
-        """Load a record and its pixels, uint8 [*size, channels], without checking the label."""
-        return _try_load(self.source, record_index, lambda data: load_whole(data, self.size, self.channels, self.share))
-
     def __call__(self, record_index: int) -> Sample:
-        """Load a record.
-
-        Raises:
-            UserError: if its label is not one of the classes.
-        """
+        """Load a record."""
         if record_index < 0:
             return Sample(_blank(self.size, self.channels, self.labels))
         loaded = self.try_load(record_index)
         if isinstance(loaded, Unreadable):
             return Sample(_blank(self.size, self.channels, self.labels), (loaded,))
         return Sample(_arrays(*loaded, self.labels))
+
+    def try_load(self, record_index: int) -> tuple[Record, np.ndarray] | Unreadable:
+        """Load a record and its pixels, uint8 [*size, channels], without checking the label."""
+        return _try_load(self.source, record_index, self.decode)
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """Decode the central crop of an image file."""
+        image = EncodedImage(data)
+        return image.crop(central_crop(*image.size, self.size, self.share), self.size, self.channels)
 
 
 def first_readable(source: Source, count: int, size: tuple[int, int], channels: int) -> np.ndarray:
@@ -208,6 +172,23 @@ def first_readable(source: Source, count: int, size: tuple[int, int], channels: 
     return np.stack(images)
 
 
+def _try_load(
+    source: Source, index: int, decode: Callable[[bytes], np.ndarray]
+) -> tuple[Record, np.ndarray] | Unreadable:
+    """Load a record and its pixels; sources and decoders may raise anything, and no file may stop a run."""
+    name = f"record {index}"
+    try:
+        record = source[index]
+        name = record.name
+        return record, decode(record.data)
+    except UnidentifiedImageError:
+        return Unreadable(name, "not an image that Pillow knows")
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            return Unreadable(str(error.filename), error.strerror)
+        return Unreadable(name, str(error) or type(error).__name__)
+
+
 def _arrays(record: Record, pixels: np.ndarray, labels: Labels | None) -> dict[str, np.ndarray]:
     """Return the arrays of a sample, after checking its label."""
     if labels is None:
@@ -223,6 +204,5 @@ def _arrays(record: Record, pixels: np.ndarray, labels: Labels | None) -> dict[s
 
 
 def _blank(size: tuple[int, int], channels: int, labels: Labels | None) -> dict[str, np.ndarray]:
-    """Return a black image, without a label."""
     image = {"image": np.zeros((*size, channels), np.uint8)}
     return image if labels is None else {**image, "label": np.array(NO_LABEL, np.int32)}

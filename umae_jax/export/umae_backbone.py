@@ -24,9 +24,8 @@ from torch import Tensor, nn
 
 ACROSS_REGIONS = -100.0  # attention bias between tokens of a window that are not neighbours in the image
 NORM_EPSILON = 1e-6
-BLOCK_EPSILON = 1e-5  # norms inside blocks
+BLOCK_EPSILON = 1e-5  # of norms inside blocks
 NOT_ENCODER = ("decoder_", "mask_token", "vis_mask_token", "head.", "fc_norm.")  # prefixes of other parameters
-ARGUMENTS = ("channels", "patch", "widths", "depths", "heads", "mlp_ratios")  # arguments of both encoders
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -92,7 +91,7 @@ class _WindowAttention(nn.Module):
         size = [min(self.window, side) for side in grid]
         shift = [self.window // 2 if self.shifted and side > self.window else 0 for side in grid]
         padded = [side + -side % step for side, step in zip(grid, size, strict=True)]
-        # A window can hold padding and, after the shift, tokens from opposite borders: tokens attend within a region.
+        # A window can hold padding and, after the shift, tokens of opposite borders: attention stays in a region.
         regions = []
         for side, full, start in zip(grid, padded, shift, strict=True):
             position = torch.arange(full, device=x.device)
@@ -132,10 +131,8 @@ class _PooledAttention(nn.Module):
         """[B, H, W, C] -> [B, H, W, C]."""
         rows, columns = x.shape[1:3]
         if rows % self.sr_ratio or columns % self.sr_ratio:
-            raise ValueError(
-                f"sr_ratios: {self.sr_ratio} does not divide a stage of {rows} x {columns} tokens; "
-                "choose others, such as 8, 4, 2, 1, or another image size"
-            )
+            stage = f"a stage of {rows} x {columns} tokens"
+            raise ValueError(f"sr_ratios: {self.sr_ratio} does not divide {stage}; choose others or another image size")
         pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), self.sr_ratio).permute(0, 2, 3, 1)
         pooled = self.norm(_convolve(self.sr, pooled)).flatten(1, 2)  # [B, M, C]
         queries = self.q(x.flatten(1, 2)).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, d]
@@ -159,27 +156,21 @@ class _Block(nn.Module):
         self.drop_path = drop_path
 
     def _drop(self, x: Tensor) -> Tensor:
-        """Apply stochastic depth: in training, drop the branch of some images and scale it up for the others."""
+        """In training, drop the branch of random images and scale it up for the others (stochastic depth)."""
         if not self.training or self.drop_path == 0:
             return x
         keep = 1 - self.drop_path
         return x * x.new_empty(len(x), 1, 1, 1).bernoulli_(keep) / keep
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] -> [B, H, W, C]; the first block of a stage halves H and W."""
+        """[B, H, W, C] -> [B, H, W, C]; a downsampling block halves H and W and changes C."""
         x = self.downsample(x)
         x = x + self._drop(self.attn(self.norm1(x)))
         return x + self._drop(self.mlp(self.norm2(x)))
 
 
 class _Backbone(nn.Module):
-    """Base of both pyramids.
-
-    Attributes:
-        widths: channels of each stage's map.
-        strides: pixels per token of each stage, along a side.
-        mean, std: normalisation of each image channel; empty until `load_backbone` sets them.
-    """
+    """Base of both pyramids."""
 
     def __init__(
         self,
@@ -193,9 +184,9 @@ class _Backbone(nn.Module):
         drop_path: float,
     ) -> None:
         super().__init__()
-        self.widths = tuple(widths)
-        self.strides = tuple(patch * 2**stage for stage in range(len(widths)))
-        self.mean: tuple[float, ...] = ()
+        self.widths = tuple(widths)  # channels of each stage's map
+        self.strides = tuple(patch * 2**stage for stage in range(len(widths)))  # pixels per token along a side
+        self.mean: tuple[float, ...] = ()  # normalisation of each image channel, which `load_backbone` sets
         self.std: tuple[float, ...] = ()
         self.patch_embed = _PatchEmbedding(channels, widths[0], patch, normed=normed)
         self.blocks = nn.ModuleList()
@@ -236,16 +227,17 @@ class _Backbone(nn.Module):
 
 
 class SwinBackbone(_Backbone):
-    """Swin of UM-MAE for whole images; `load_backbone` makes one with weights.
+    """Swin of UM-MAE for whole images, with random weights; `load_backbone` loads trained ones.
 
     Args:
         channels: image channels.
         patch: pixels per token of the first stage, along a side.
-        widths, depths, heads, mlp_ratios: channels, blocks, attention heads and hidden width of each stage.
-        window: tokens along a side of a window; odd blocks of a stage shift by half of it.
+        widths, depths, heads: channels, blocks and attention heads of each stage.
+        mlp_ratios: hidden width of each stage's MLPs per channel.
+        window: tokens along a side of a window; every second block of a stage shifts by half of it.
         position_width: hidden width of the MLP that computes the position bias.
-        final_norm: whether to normalise the last map, as in pre-training but not in fine-tuned classifiers.
-        drop_path: rate of stochastic depth in the last block in training, rising linearly from 0 in the first.
+        final_norm: normalise the last map, as in pre-training but not in fine-tuned classifiers.
+        drop_path: rate of stochastic depth of the last block in training; it rises linearly from 0 in the first.
     """
 
     def __init__(
@@ -272,12 +264,12 @@ class SwinBackbone(_Backbone):
 
 
 class PvtBackbone(_Backbone):
-    """PVT of UM-MAE for whole images; `load_backbone` makes one with weights.
+    """PVT of UM-MAE for whole images, with random weights; `load_backbone` loads trained ones.
 
     Args:
         channels, patch, widths, depths, heads, mlp_ratios, final_norm, drop_path: see `SwinBackbone`.
         sr_ratios: tokens along a side that each stage pools into one key and value.
-        grid: rows and columns of the position embedding's patches; it is interpolated for other images.
+        grid: rows and columns of the position embedding, which is interpolated for images of other sizes.
     """
 
     def __init__(
@@ -314,26 +306,19 @@ class PvtBackbone(_Backbone):
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a safetensors file."""
     data = memoryview(file.read_bytes())
-    start = 8 + int.from_bytes(data[:8], "little")
-    if len(data) < max(start, 8):
-        raise ValueError(f"{file} is not a complete safetensors file: it ends inside its header, at byte {len(data)}")
-    body, tensors, seen = data[start:], {}, 0
+    start, size, tensors = 8 + int.from_bytes(data[:8], "little"), 0, {}
     try:
         header = json.loads(bytes(data[8:start]))
         metadata = header.pop("__metadata__", {})
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{name} has the dtype {entry['dtype']}, not one of {', '.join(DTYPES)}")
-            if not 0 <= begin < end <= len(body):
-                raise ValueError(f"{name} has the range {begin} to {end} of {len(body)} bytes")
-            tensor = torch.frombuffer(bytearray(body[begin:end]), dtype=DTYPES[entry["dtype"]])
-            tensors[name] = tensor.reshape(entry["shape"])
-            seen += end - begin
-    except (AttributeError, KeyError, RecursionError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
-    if seen != len(body):
-        raise ValueError(f"{file} is not a complete safetensors file: its tensors take {seen} of {len(body)} bytes")
+            values = bytearray(data[start + begin : start + end])
+            tensors[name] = torch.frombuffer(values, dtype=DTYPES[entry["dtype"]]).reshape(entry["shape"])
+            size += len(values)
+        if start + size != len(data):
+            raise ValueError(f"its tensors take {size} of {len(data) - start} bytes")
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not a complete safetensors file of {', '.join(DTYPES)}: {error!r}") from error
     return tensors, metadata
 
 
@@ -341,18 +326,15 @@ def _read_pth(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a file that torch wrote; run no code from it."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-        tensors, metadata = dict(content["model"]), dict(content["metadata"])
+        return dict(content["model"]), dict(content["metadata"])
     except OSError:
         raise
     except Exception as error:  # a damaged file makes torch raise errors of many types
         raise ValueError(f"{file} holds no dict with 'model' and 'metadata': {error!r}") from error
-    if others := [str(name) for name, tensor in tensors.items() if not isinstance(tensor, Tensor)]:
-        raise ValueError(f"{file}: 'model' holds values that are not tensors: {', '.join(others)}")
-    return tensors, metadata
 
 
-def load_backbone(file: str | os.PathLike[str], **changes: Any) -> SwinBackbone | PvtBackbone:  # noqa: ANN401 - see Args
-    """Load the encoder of an exported checkpoint, in eval mode.
+def load_backbone(file: str | os.PathLike[str], **changes: Any) -> SwinBackbone | PvtBackbone:  # noqa: ANN401
+    """Load the encoder of an exported weight file, in eval mode.
 
     Args:
         file: a `.safetensors` or `.pth` file with the configuration in its metadata ("config", JSON).
@@ -367,35 +349,26 @@ def load_backbone(file: str | os.PathLike[str], **changes: Any) -> SwinBackbone 
         raise ValueError(f"{file} must end in .safetensors or .pth")
     tensors, metadata = readers[file.suffix](file)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(NOT_ENCODER)}
-    classes: dict[str, type[SwinBackbone | PvtBackbone]] = {"swin": SwinBackbone, "pvt": PvtBackbone}
-    own = {"swin": ("window", "position_width"), "pvt": ("sr_ratios",)}
     try:
         config = json.loads(metadata["config"])
         model, encoder = config["model"], config["model"]["encoder"]
-        if "reductions" in model:  # an older name of the key
-            model["sr_ratios"] = model["reductions"]
-        mean, std = tuple(config["data"]["mean"]), tuple(config["data"]["std"])
-        arguments = {name: model[name] for name in ARGUMENTS + own[encoder]} if encoder in own else {}
+        names = ["channels", "patch", "widths", "depths", "heads", "mlp_ratios"]
+        names += ["window", "position_width"] if encoder == "swin" else []
+        arguments = {name: model[name] for name in names}
         if encoder == "pvt":
-            height, width = config["image_size"]
-            arguments["grid"] = height // model["patch"], width // model["patch"]
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, RecursionError) as error:
+            arguments["sr_ratios"] = model["sr_ratios"] if "sr_ratios" in model else model["reductions"]  # its old name
+            arguments["grid"] = tuple(side // model["patch"] for side in config["image_size"])
+        mean, std = tuple(config["data"]["mean"]), tuple(config["data"]["std"])
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{file} holds no valid configuration in its metadata: {error!r}") from error
-    if encoder not in classes:
+    if encoder not in ("swin", "pvt"):
         raise ValueError(f"{file} holds the encoder {encoder!r}, not a pyramid; export ViTs for transformers instead")
-    arguments["final_norm"] = any(name.startswith("norm.") for name in tensors)
+    arguments["final_norm"] = "norm.weight" in tensors
+    arguments |= changes
     try:
-        backbone = classes[encoder](**arguments | changes)
-    except (TypeError, RuntimeError, ZeroDivisionError) as error:
-        raise ValueError(f"{file}: cannot build an encoder from {arguments | changes}: {error}") from error
-
-    shapes, expected = ({name: tuple(x.shape) for name, x in part.items()} for part in (tensors, backbone.state_dict()))
-    wrong = [f"{name} is missing" for name in expected.keys() - shapes.keys()]
-    wrong += [f"{name} is unexpected" for name in shapes.keys() - expected.keys()]
-    both = expected.keys() & shapes.keys()
-    wrong += [f"{name} is {shapes[name]}, not {expected[name]}" for name in both if shapes[name] != expected[name]]
-    if wrong:
-        raise ValueError(f"{file} does not fit the encoder: {'; '.join(sorted(wrong))}")
-    backbone.load_state_dict(tensors)
+        backbone = SwinBackbone(**arguments) if encoder == "swin" else PvtBackbone(**arguments)
+        backbone.load_state_dict(tensors)
+    except (AttributeError, RuntimeError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{file} does not fit an encoder with {arguments}: {' '.join(str(error).split())}") from error
     backbone.mean, backbone.std = mean, std
     return backbone.eval()

@@ -8,10 +8,13 @@ import importlib
 
 from ml_collections import ConfigDict
 
-from umae_jax.config import task_name
+from umae_jax.config import METHODS
+from umae_jax.errors import require
 from umae_jax.training.task import BaseTask
 
 
 def make_task(config: ConfigDict) -> BaseTask:
     """Make the task that `model.method` selects."""
-    return importlib.import_module(f"{__name__}.{task_name(config.model.method)}").Task(config)
+    method = config.model.method
+    require(method in METHODS, f"model.method must be one of {', '.join(METHODS)}, not {method!r}")
+    return importlib.import_module(f"{__name__}.{METHODS[method].task}").Task(config)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +16,16 @@ from umae_jax import cli
 from umae_jax.config import steps_of_epochs
 from umae_jax.data.augment import RandAugment
 from umae_jax.data.on_device import mix, random_erase, random_flip, sample_keys, smooth_targets
-from umae_jax.data.pipeline import EvalLoader, Sample, abstract_batch, readers
+from umae_jax.data.pipeline import Sample
 from umae_jax.data.sources import Source, open_images
 from umae_jax.data.transforms import LoadCrop, LoadWhole, Unreadable
-from umae_jax.errors import UserError, listing, require
+from umae_jax.errors import listing, require
 from umae_jax.features import read_encoder
 from umae_jax.files import AnyPath
 from umae_jax.models.classifier import Classifier
 from umae_jax.models.positions_table import fixed_positions, resize_positions
 from umae_jax.tasks import labelled
-from umae_jax.training.sharding import batch_sharding, replicated
+from umae_jax.training.sharding import replicated
 from umae_jax.training.task import BaseTask, Batch, Hook, Params, Prediction, RunContext
 from umae_jax.weights.stored_run import StoredRun, best_checkpoint
 
@@ -34,18 +34,12 @@ NUM_PREDICTED = 5  # classes named per image
 
 
 class Accuracy(NamedTuple):
-    """Accuracy on a data set.
+    """Accuracy on a data set."""
 
-    Attributes:
-        images: number of readable images; the others do not count.
-        top1, top5: fraction of them whose class is the likeliest, or among the five likeliest.
-        unreadable: number of images that could not be read.
-    """
-
-    images: int
-    top1: float
-    top5: float
-    unreadable: int
+    images: int  # number of readable images; the others do not count
+    top1: float  # fraction of them whose class is the likeliest
+    top5: float  # fraction of them whose class is among the five likeliest
+    unreadable: int  # number of unreadable images
 
 
 class Task(BaseTask):
@@ -61,11 +55,10 @@ class Task(BaseTask):
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return image uint8 [H, W, C] and label int32 []."""
-        image = (*self.config.image_size, self.config.model.channels)
-        return {"image": jax.ShapeDtypeStruct(image, jnp.uint8), "label": jax.ShapeDtypeStruct((), jnp.int32)}
+        return labelled.sample_arrays(self.config)
 
     def loss(self, model: Classifier, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Flip, normalise, erase, mix and drop paths by each image's own key; then cross-entropy."""
+        """Flip, normalise, erase, mix and drop paths by each image's own key; return the cross-entropy."""
         augment = self.config.augment
         keys = jax.vmap(lambda key: jax.random.split(key, 4))(sample_keys(self.config.seed, batch["sample_index"]))
         flip, erase, mixing, drop = keys.swapaxes(0, 1)
@@ -110,31 +103,26 @@ class Task(BaseTask):
 
     def sample_loader(self) -> Callable[[int, int], Sample]:
         """Return random resized crops under RandAugment, with labels."""
-        config = self.config
-        augment = RandAugment(
-            config.augment.operations,
-            config.augment.magnitude,
-            config.augment.magnitude_std,
-            tuple(round(255 * mean) for mean in config.data.mean),
-        )
+        config, augment = self.config, self.config.augment
+        fill = tuple(round(255 * mean) for mean in config.data.mean)
+        rand_augment = RandAugment(augment.operations, augment.magnitude, augment.magnitude_std, fill)
         return LoadCrop(
             self.source,
             config.seed,
             config.image_size,
             config.model.channels,
             config.data.area,
-            augment if augment.operations else None,
+            rand_augment if augment.operations else None,
             labels=(config.model.classes, "data.source"),
         )
 
     def initial_params(self, abstract: Params) -> Params | None:
         """Return the pre-trained encoder that `init` names."""
-        config = self.config
-        if config.init is None:
+        if self.config.init is None:
             cli.say("init is not set: training from scratch")
             return None
-        pretrained, encoder = read_encoder(config.init, "init")
-        return adapt_pretrained(config, abstract["encoder"], pretrained, encoder, config.init)
+        pretrained, encoder = read_encoder(self.config.init, "init")
+        return adapt_pretrained(self.config, abstract["encoder"], pretrained, encoder)
 
     def hooks(self, context: RunContext) -> Sequence[Hook]:
         """Return the measurement of accuracy."""
@@ -156,27 +144,27 @@ class Task(BaseTask):
         return (Hook(every, validate, metric=TOP1),)
 
     def result(self, workdir: AnyPath) -> str | None:
-        """Return the best accuracy and where its checkpoint is."""
+        """Return the best accuracy and its checkpoint."""
         best = best_checkpoint(workdir)
         return None if best is None else f"best top-1 {best.value:.2%}, in {best.folder}"
 
     def evaluate(self, run: StoredRun, mesh: Mesh, batch_size: int) -> Prediction:
-        """Return top-1 and top-5 on the validation images.
+        """Return top-1 and top-5 accuracy on the validation images.
 
         Raises:
             UserError: if none are named, or their classes are not the model's.
         """
-        config, where = run.config, run.config.validation.source
-        require(where is not None, "--validation is missing; write --validation with folder:PATH or tfds:NAME")
+        config, name = run.config, run.config.validation.source
+        require(name is not None, "--validation is missing; write --validation with folder:PATH or tfds:NAME")
         source = labelled.open_validation(config, "--validation")
         require(
             len(source.classes) == config.model.classes,
-            f"--validation: {where} has {len(source.classes)} classes, the model {config.model.classes}",
+            f"--validation: {name} has {len(source.classes)} classes, the model {config.model.classes}",
         )
         unknown = [theirs for ours, theirs in zip(run.classes, source.classes, strict=False) if ours != theirs]
         require(
             not unknown,
-            f"--validation: the model was not trained on these classes of {where}: {listing(unknown)}; "
+            f"--validation: the model was not trained on these classes of {name}: {listing(unknown)}; "
             "name images of its own classes",
         )
         accuracy = make_evaluator(config, run.graph, run.params, source, mesh, batch_size)(run.params)
@@ -185,10 +173,9 @@ class Task(BaseTask):
         return line, {"step": run.step, **accuracy._asdict()}
 
     def predict(self, run: StoredRun, path: Path) -> Iterator[Prediction]:
-        """Yield the likeliest classes of each image."""
-        config = run.config
-        source = open_images(path)
-        names = run.classes or tuple(f"class {number}" for number in range(config.model.classes))
+        """Yield the likeliest classes of each image and their probabilities."""
+        config, source = run.config, open_images(path)
+        names = run.classes or [f"class {number}" for number in range(config.model.classes)]
 
         @jax.jit
         def probabilities(params: Params, images: jax.Array) -> jax.Array:
@@ -203,21 +190,21 @@ class Task(BaseTask):
                 cli.say(f"{loaded.name} cannot be read ({loaded.reason})")
                 continue
             (name, _, _), pixels = loaded
-            likelihoods = np.asarray(probabilities(run.params, jnp.asarray(pixels[None])))[0]
-            classes = {names[k]: float(likelihoods[k]) for k in np.argsort(-likelihoods)[:NUM_PREDICTED]}
-            line = ", ".join(f"{label} {probability:.1%}" for label, probability in classes.items())
+            values = np.asarray(probabilities(run.params, jnp.asarray(pixels[None])))[0]
+            classes = {names[k]: float(values[k]) for k in np.argsort(-values)[:NUM_PREDICTED]}
+            line = ", ".join(f"{label} {value:.1%}" for label, value in classes.items())
             yield f"{name}: {line}", {"image": name, "classes": classes}
         require(failures < len(source), f"--images: none of the images in {path} can be read")
 
 
 def rank_of(labels: jax.Array, logits: jax.Array) -> jax.Array:
-    """Count the classes ranked before the right one: labels int32 [B], logits [B, classes] -> int32 [B].
+    """Count the classes ranked before the true one: labels int32 [B], logits [B, classes] -> int32 [B].
 
-    Among equal logits the lower class ranks first. A NaN never ranks in favour of the right class.
+    Among equal logits the lower class ranks first. A NaN never improves the rank of the true class.
     """
-    own = jnp.take_along_axis(logits, labels[:, None], axis=1)  # [B, 1]
+    true = jnp.take_along_axis(logits, labels[:, None], axis=1)  # [B, 1]
     classes = jnp.arange(logits.shape[1])[None]
-    behind = (logits < own) | ((logits == own) & (classes > labels[:, None]))
+    behind = (logits < true) | ((logits == true) & (classes > labels[:, None]))
     return logits.shape[1] - 1 - behind.sum(1, dtype=jnp.int32)
 
 
@@ -232,83 +219,62 @@ def make_evaluator(
 ) -> Callable[[Params], Accuracy]:
     """Compile the evaluation of a classifier on every image of a source, each counted once.
 
-    In bfloat16 another batch size may round logits differently, and change an image whose two best classes are all but
-    equal; in float32 that is as good as never.
+    In bfloat16 the logits, and so the order of two nearly equal classes, can depend on the batch size.
 
     Args:
-        config: of the classifier.
-        graph: of the classifier.
+        config, graph: of the classifier.
         params: its parameters, or their shapes with their shardings.
         source: labelled images.
         mesh: the devices.
         batch_size: global.
-        check: called before each batch; may raise to break off.
+        check: called before each batch; may raise to abandon the evaluation.
     """
-    sharding = batch_sharding(mesh)
-    named: set[str] = set()
-    zeros = jax.jit(lambda: jnp.zeros(3, jnp.int32), out_shardings=replicated(mesh))
-    load = LoadWhole(
-        source,
-        config.image_size,
-        config.model.channels,
-        config.validation.crop,
-        labels=(len(source.classes), "validation.source"),
-    )
+    loader = labelled.eval_loader(config, source, "validation.source", mesh, batch_size, None, set())
 
-    def count(totals: jax.Array, params: Params, batch: Batch) -> jax.Array:
+    def count(params: Params, batch: Batch) -> jax.Array:
         valid = batch["valid"]
         rank = rank_of(jnp.maximum(batch["label"], 0), nnx.merge(graph, params)(batch["image"]))
-        return totals + jnp.stack([valid.sum(), (valid & (rank < 1)).sum(), (valid & (rank < 5)).sum()])
+        return jnp.stack([valid.sum(), (valid & (rank < 1)).sum(), (valid & (rank < 5)).sum()])
 
-    arrays = Task(config).batch() | {"valid": jax.ShapeDtypeStruct((), jnp.bool_)}
-    totals = jax.ShapeDtypeStruct((3,), jnp.int32, sharding=replicated(mesh))
-    jitted = jax.jit(count, donate_argnums=0, out_shardings=replicated(mesh))
-    compiled = jitted.lower(totals, params, abstract_batch(arrays, batch_size, sharding)).compile()
+    jitted = jax.jit(count, out_shardings=replicated(mesh))
+    compiled = jitted.lower(params, labelled.abstract_eval_batch(config, mesh, batch_size)).compile()
 
     def evaluate(params: Params) -> Accuracy:
-        totals = zeros()
-        loader = EvalLoader(
-            len(source), load, batch_size=batch_size, sharding=sharding, named=named, readers=readers(config)
-        )
+        counts = []
         for batch in loader:
             check()
-            totals = compiled(totals, params, batch)
-        images, top1, top5 = (int(total) for total in jax.device_get(totals))
+            counts.append(compiled(params, batch))
+        images, top1, top5 = np.sum(jax.device_get(counts), axis=0).tolist()
         require(images > 0, "validation.source: none of its images can be read; repair them or name another source")
         return Accuracy(images, top1 / images, top5 / images, len(source) - images)
 
     return evaluate
 
 
-def adapt_pretrained(config: ConfigDict, wanted: Any, pretrained: ConfigDict, encoder: nnx.State, name: str) -> Params:  # noqa: ANN401
-    """Fit the encoder of another model into the parameters of a classifier, {"encoder": ...}, on the host.
+def adapt_pretrained(config: ConfigDict, abstract: Params, pretrained: ConfigDict, encoder: nnx.State) -> Params:
+    """Return the classifier's parameters {"encoder": ...} from a pre-trained encoder, on the host.
 
-    Position tables are resized where images have another size than in pre-training.
+    Position tables are resized if the image size differs from that of pre-training.
 
     Args:
-        config: of the classifier.
-        wanted: its own encoder, in shapes; parameters that it lacks, such as a last norm, are left out.
-        pretrained: configuration of the model that the encoder comes from.
-        encoder: the encoder's parameters.
-        name: of the file or directory, for the error message.
+        config: of the classifier; `config.init` names the encoder in the error message.
+        abstract: the classifier's encoder, in shapes; parameters that it lacks, such as a final norm, are dropped.
+        pretrained: configuration of the pre-trained model.
+        encoder: parameters of its encoder.
 
     Raises:
         UserError: naming the sizes that differ.
     """
     keys = ["encoder", "channels", "patch", "widths", "depths", "heads", "mlp_ratios"]
     keys += ["position_width"] if "position_width" in config.model else []
-    different = [
-        f"model.{key} is {pretrained.model[key]} there, {config.model[key]} here"
-        for key in keys
-        if pretrained.model.get(key) != config.model[key]
-    ]
-    if different:
-        raise UserError(
-            f"init: {name} holds an encoder of other sizes ({'; '.join(different)}); "
-            "choose a configuration of its sizes, or set these keys"
-        )
-    variables = dict(nnx.to_flat_state(encoder))
-    shapes = dict(nnx.to_flat_state(wanted))
+    pairs = [(f"model.{key}", pretrained.model.get(key), config.model[key]) for key in keys]
+    different = [f"{key} is {theirs}, not {ours}" for key, theirs, ours in pairs if theirs != ours]
+    require(
+        not different,
+        f"init: {config.init} holds an encoder of other sizes ({'; '.join(different)}); "
+        "choose a configuration of its sizes, or set these keys",
+    )
+    variables, shapes = dict(nnx.to_flat_state(encoder)), dict(nnx.to_flat_state(abstract))
     table = ("positions", "table")
     if table in shapes:
         side, width = config.model.patch, config.model.widths[0]

@@ -40,7 +40,7 @@ def run_command(command: str) -> None:
     """Parse the flags of a training command and run it."""
     config_flag = cli.define_config()
     workdir_flag = flags.DEFINE_string("workdir", None, "Directory for checkpoints, metrics and everything else.")
-    cluster = multihost.define_flags()
+    cluster = multihost.ClusterFlags()
 
     def main() -> None:
         config = cli.read_config(config_flag)

@@ -6,7 +6,7 @@ from umae_jax.errors import require
 from umae_jax.files import AnyPath
 from umae_jax.tasks import make_task, probing
 from umae_jax.training.sharding import make_mesh, replicated
-from umae_jax.training.task import BaseTask, Prediction
+from umae_jax.training.task import Prediction
 from umae_jax.weights.stored_run import StoredRun, read_run
 
 
@@ -49,18 +49,4 @@ def evaluate_run(run: StoredRun, *, probe: str | None = None, batch_size: int = 
     batch_size = -(-batch_size // devices) * devices
     if probe is not None:
         return probing.probe_run(run, probe, make_mesh(), batch_size)
-    return task_of(run).evaluate(run, make_mesh(), batch_size)
-
-
-def task_of(run: StoredRun) -> BaseTask:
-    """Return the task of a run that can be evaluated without a probe.
-
-    Raises:
-        UserError: for a pre-training run.
-    """
-    task = make_task(run.config)
-    require(
-        task.best_metric is not None,
-        "--workdir: it holds a pre-training run; add --probe knn or --probe linear, or fine-tune it first",
-    )
-    return task
+    return make_task(run.config).evaluate(run, make_mesh(), batch_size)

@@ -19,19 +19,16 @@ from umae_jax.weights.exchange import read_model
 from umae_jax.weights.names import from_reference
 from umae_jax.weights.stored_run import CLASSES_FILE
 
-INCOMING = ".incoming"  # the run's files are complete before they move from here to the directory
+INCOMING = ".incoming"  # folder in the directory, from which the run's files move when they are complete
 
 
 def import_weights(file: AnyPath, workdir: Path, config: ConfigDict | None = None) -> ConfigDict:
-    """Make a run's directory, at step 0, from a weight file; write all of it or nothing.
+    """Make a run's directory, at step 0, from a weight file; write all of it or nothing. Return its configuration.
 
     Args:
         file: the weight file.
         workdir: the directory to make; it must be empty or absent.
-        config: the model's configuration; by default that of the file's metadata, or else inferred from shapes.
-
-    Returns:
-        The run's configuration.
+        config: see `read_model`.
 
     Raises:
         UserError: if the file is invalid or does not fit the model, or the directory cannot be used.
@@ -60,19 +57,15 @@ def import_weights(file: AnyPath, workdir: Path, config: ConfigDict | None = Non
         if classes:
             write_whole(incoming / CLASSES_FILE, json.dumps(classes).encode())
         write_whole(incoming / CONFIG_FILE, to_json(config).encode())
-        for path in sorted(incoming.iterdir(), key=lambda path: path.name == CONFIG_FILE):  # the last makes it a run
+        # The directory is a run once it holds a configuration, so that moves last.
+        for path in sorted(incoming.iterdir(), key=lambda path: path.name == CONFIG_FILE):
             path.replace(workdir / path.name)
     except BaseException as error:
-        _remove(incoming if existed else workdir)
+        for _ in range(10):  # after a failure Orbax goes on writing other arrays for a moment
+            shutil.rmtree(incoming if existed else workdir, ignore_errors=True)
+            time.sleep(0.1)
         if isinstance(error, UserError):
             raise UserError(f"--workdir: cannot write {workdir}; make room or choose another directory") from error
         raise
     incoming.rmdir()
     return config
-
-
-def _remove(folder: Path) -> None:
-    """Remove a folder; repeat, because after a failure Orbax goes on writing other arrays for a moment."""
-    for _ in range(10):
-        shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(0.1)

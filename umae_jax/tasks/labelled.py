@@ -1,9 +1,15 @@
-"""Labelled data for training, validation and probes."""
+"""Labelled images for training, validation and probes."""
 
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from umae_jax.data.pipeline import EvalLoader, abstract_batch, readers
 from umae_jax.data.sources import Source, open_source
+from umae_jax.data.transforms import LoadWhole
 from umae_jax.errors import UserError, listing, require
+from umae_jax.training.sharding import batch_sharding
 
 
 def open_training(config: ConfigDict) -> Source:
@@ -18,12 +24,8 @@ def open_training(config: ConfigDict) -> Source:
 def open_validation(config: ConfigDict, key: str = "validation.source") -> Source:
     """Open the labelled images that `config.validation` names.
 
-    Args:
-        config: of the run.
-        key: the key or flag that named them, for error messages.
-
     Raises:
-        UserError: if there are none, or they have no labels.
+        UserError: if there are none, or they have no labels; `key` is the key or flag that named them.
     """
     where = config.validation
     source = open_source(where.source, split=where.split, data_dir=config.data.data_dir, key="validation")
@@ -36,13 +38,8 @@ def open_matching_validation(
 ) -> Source | None:
     """Open the validation images, whose classes must be those of the training images; None if none are named.
 
-    Args:
-        config: of the run.
-        training: the images to train on, or to fit a probe to.
-        keys: the keys or flags that named the two, for error messages.
-
     Raises:
-        UserError: if either has no labels, or the classes differ.
+        UserError: if either has no labels, or the classes differ; `keys` are the keys or flags that named the two.
     """
     if config.validation.source is None:
         return None
@@ -71,3 +68,32 @@ def check_labelled(source: Source, key: str) -> None:
         "(and none beside these), or name a TFDS data set with labels",
     )
     require(len(source.classes) > 1, f"{key}: there is only one class, {source.classes[0]}; at least two are needed")
+
+
+def sample_arrays(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shape and dtype of a labelled sample's arrays: image uint8 [H, W, C] and label int32 []."""
+    image = (*config.image_size, config.model.channels)
+    return {"image": jax.ShapeDtypeStruct(image, jnp.uint8), "label": jax.ShapeDtypeStruct((), jnp.int32)}
+
+
+def eval_loader(
+    config: ConfigDict, source: Source, key: str, mesh: Mesh, batch_size: int, images: int | None, named: set[str]
+) -> EvalLoader:
+    """Load the central crop and label of each image, or of `images` of them; see `EvalLoader`."""
+    labels = (len(source.classes), key)
+    return EvalLoader(
+        len(source),
+        LoadWhole(source, config.image_size, config.model.channels, config.validation.crop, labels),
+        batch_size=batch_size,
+        sharding=batch_sharding(mesh),
+        images=images,
+        seed=config.seed,
+        named=named,
+        readers=readers(config),
+    )
+
+
+def abstract_eval_batch(config: ConfigDict, mesh: Mesh, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shape, dtype and sharding of the arrays of a batch of `eval_loader`."""
+    arrays = sample_arrays(config) | {"valid": jax.ShapeDtypeStruct((), jnp.bool_)}
+    return abstract_batch(arrays, batch_size, batch_sharding(mesh))

@@ -40,12 +40,15 @@ class Task(BaseTask):
 
     def open(self) -> None:
         """See `BaseTask.open`."""
+        self.source = labelled.open_training(self.config)
+
+    def prepare(self) -> None:
+        """See `BaseTask.prepare`."""
         require(
             self.config.init is None,
             "init: pre-training begins from scratch; to continue from a file of weights, make a run's directory of it "
             "with python -m umae_jax.convert FILE --workdir DIR, and continue there",
         )
-        self.source = labelled.open_training(self.config)
         self.validation = labelled.open_matching_validation(self.config, self.source)
         self.measured_last = KNN if self.validation and self.config.validation.every_epochs else None
 
@@ -93,7 +96,7 @@ class Task(BaseTask):
         config, validation = self.config, self.validation
         assert validation is not None
         batch_size = config.batch_size // config.grad_accum_steps
-        read = probing.make_reader(config, context.graph, context.params, context.mesh, batch_size, context.check)
+        read = probing.FeatureReader(config, context.graph, context.params, context.mesh, batch_size, context.check)
 
         def probe(_step: int, params: Params) -> dict[str, float]:
             bank = read(params, self.source, "data.source", config.probe.images)

@@ -1,9 +1,9 @@
-"""Probes of frozen features: how well a nearest-neighbour vote or a linear layer classifies an encoder's mean maps."""
+"""Probes of frozen features: the accuracy of a nearest-neighbour vote or a linear layer on an encoder's mean maps."""
 
 import functools
 import time
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,111 +14,74 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from umae_jax import cli
-from umae_jax.data.pipeline import EvalLoader, abstract_batch, readers
 from umae_jax.data.sources import Source
-from umae_jax.data.transforms import LoadWhole
-from umae_jax.errors import require
+from umae_jax.errors import UserError, require
 from umae_jax.tasks import labelled
 from umae_jax.training.metrics import duration
-from umae_jax.training.sharding import batch_sharding, replicated
+from umae_jax.training.sharding import replicated
 from umae_jax.training.task import Batch, Params, Prediction
 from umae_jax.weights.stored_run import StoredRun
 
 PROBES = ("knn", "linear")
 BLOCK = 1024  # queries per search for neighbours
 LINEAR_STEPS = 100  # of L-BFGS
-# On half the squared weights; the linear probe chooses one, among equals the strongest.
-PENALTIES = tuple(10.0**power for power in range(0, -7, -1))
-HELD_OUT = 0.2  # fraction of the training features to choose by
+PENALTIES = tuple(10.0**power for power in range(0, -7, -1))  # on half the squared weights of the linear probe
+HELD_OUT = 0.2  # fraction of the training features that select the penalty
 
 
 class Labelled(NamedTuple):
-    """Features of labelled images, on the host.
+    """Features of labelled images, on the host."""
 
-    Attributes:
-        features: float32 [N, C].
-        labels: int32 [N].
-        unreadable: number of images left out because they could not be read.
-    """
-
-    features: np.ndarray
-    labels: np.ndarray
-    unreadable: int = 0
+    features: np.ndarray  # float32 [N, C]
+    labels: np.ndarray  # int32 [N]
+    unreadable: int = 0  # number of images without a feature because they could not be read
 
 
-class ReadFeatures(Protocol):
-    """Reads the features of all images of a source, or of a number of them drawn by the seed."""
-
-    def __call__(self, params: Params, source: Source, key: str, images: int | None = None) -> Labelled:
-        """Read them; `key` names the source in error messages."""
-        ...
-
-
-def make_reader(
-    config: ConfigDict,
-    graph: nnx.GraphDef,
-    params: Params,
-    mesh: Mesh,
-    batch_size: int,
-    check: Callable[[], None] = lambda: None,
-) -> ReadFeatures:
-    """Compile the reading of features.
-
-    A feature is the mean over the map of one stage, `config.probe.stage`, of the encoder on the whole image.
+class FeatureReader:
+    """Reads the features of images: the mean over the encoder's map of one stage, `config.probe.stage`.
 
     Args:
-        config: of the model.
-        graph: of the model, whatever its task.
+        config, graph: of a model of any task.
         params: its parameters, or their shapes with their shardings.
         mesh: the devices.
         batch_size: global.
-        check: called after each batch; may raise to break off.
+        check: called after each batch; may raise to abandon the probe.
     """
-    sharding = batch_sharding(mesh)
 
-    def mean_map(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        encoder = nnx.merge(graph, params).encoder
-        stage = encoder(encoder.embed(batch["image"])).maps[config.probe.stage]
-        return stage.astype(jnp.float32).mean((1, 2)), batch["label"], batch["valid"]
+    def __init__(
+        self,
+        config: ConfigDict,
+        graph: nnx.GraphDef,
+        params: Params,
+        mesh: Mesh,
+        batch_size: int,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        def mean_map(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+            encoder = nnx.merge(graph, params).encoder
+            stage = encoder(encoder.embed(batch["image"])).maps[config.probe.stage]
+            return stage.astype(jnp.float32).mean((1, 2)), batch["label"], batch["valid"]
 
-    arrays = {
-        "image": jax.ShapeDtypeStruct((*config.image_size, config.model.channels), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((), jnp.int32),
-        "valid": jax.ShapeDtypeStruct((), jnp.bool_),
-    }
-    # Every process gets all features.
-    jitted = jax.jit(mean_map, out_shardings=replicated(mesh))
-    compiled = jitted.lower(params, abstract_batch(arrays, batch_size, sharding)).compile()
-    named: set[str] = set()
+        jitted = jax.jit(mean_map, out_shardings=replicated(mesh))  # every process gets all features
+        self._mean_map = jitted.lower(params, labelled.abstract_eval_batch(config, mesh, batch_size)).compile()
+        self._config, self._mesh, self._batch_size, self._check = config, mesh, batch_size, check
+        self._named: set[str] = set()
 
-    def read(params: Params, source: Source, key: str, images: int | None = None) -> Labelled:
-        load = LoadWhole(
-            source,
-            config.image_size,
-            config.model.channels,
-            config.validation.crop,
-            labels=(len(source.classes), key),
-        )
-        loader = EvalLoader(
-            len(source),
-            load,
-            batch_size=batch_size,
-            sharding=sharding,
-            images=images,
-            seed=config.seed,
-            named=named,
-            readers=readers(config),
-        )
+    def __call__(self, params: Params, source: Source, key: str, images: int | None = None) -> Labelled:
+        """Read the features of all images of a source, or of `images` of them, drawn by the seed.
+
+        Raises:
+            UserError: naming the source by its key or flag, if none of its images can be read.
+        """
         parts = []
-        for batch in loader:
-            parts.append(jax.device_get(compiled(params, batch)))
-            check()
+        arguments = (self._mesh, self._batch_size, images, self._named)
+        for batch in labelled.eval_loader(self._config, source, key, *arguments):
+            parts.append(jax.device_get(self._mean_map(params, batch)))
+            self._check()
         features, labels, valid = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         require(bool(valid.any()), f"{key}: none of its images can be read; repair them or name another source")
-        asked = len(source) if images is None else min(images, len(source))
-        return Labelled(features[valid], labels[valid], asked - int(valid.sum()))
-
-    return read
+        count = len(source) if images is None else min(images, len(source))
+        return Labelled(features[valid], labels[valid], count - int(valid.sum()))
 
 
 @functools.partial(jax.jit, static_argnames=("classes", "neighbors", "temperature"))
@@ -127,17 +90,17 @@ def _vote(
 ) -> jax.Array:
     """Return each query's class by its nearest neighbours: bank [N, C], labels [N], queries [Q, C] -> int32 [Q]."""
     similarity = jnp.einsum("qc,nc->qn", queries, bank, precision=jax.lax.Precision.HIGHEST)
-    nearest, places = jax.lax.top_k(similarity, neighbors)  # [Q, k]
-    votes = jnp.exp((nearest - nearest[:, :1]) / temperature)[..., None] * jax.nn.one_hot(labels[places], classes)
+    nearest, indices = jax.lax.top_k(similarity, neighbors)  # [Q, k]
+    votes = jnp.exp((nearest - nearest[:, :1]) / temperature)[..., None] * jax.nn.one_hot(labels[indices], classes)
     return votes.sum(1).argmax(-1)
 
 
 def knn_accuracy(
     training: Labelled, validation: Labelled, *, classes: int, neighbors: int, temperature: float
 ) -> float:
-    """Return the fraction of validation features whose class their nearest training features vote for.
+    """Return the fraction of validation features that a vote of their nearest training features classifies correctly.
 
-    The similarity is the cosine s; a neighbour's vote has weight exp(s / temperature).
+    The similarity s is the cosine; a neighbour's vote has the weight exp(s / temperature).
     """
 
     def unit(features: np.ndarray) -> jax.Array:
@@ -187,13 +150,10 @@ def _fit(features: jax.Array, labels: jax.Array, penalty: jax.Array, *, classes:
 
 
 def linear_accuracy(training: Labelled, validation: Labelled, *, classes: int, seed: int) -> tuple[float, float]:
-    """Return the accuracy of logistic regression, fitted to the training features, on the validation features.
+    """Return the accuracy of logistic regression on the validation features, and its penalty on the weights.
 
-    The penalty on the weights is the one of PENALTIES with the best accuracy on held-out training features; the layer
-    is then fitted to all of them.
-
-    Returns:
-        Accuracy and penalty.
+    The penalty is the one of PENALTIES with the best accuracy on held-out training features, among equals the
+    strongest; the layer is then fitted to all training features.
     """
     mean, std = training.features.mean(0), training.features.std(0) + 1e-6
     features, labels = jnp.asarray((training.features - mean) / std), jnp.asarray(training.labels)
@@ -214,16 +174,13 @@ def linear_accuracy(training: Labelled, validation: Labelled, *, classes: int, s
 
 
 def probe_run(run: StoredRun, probe: str, mesh: Mesh, batch_size: int) -> Prediction:
-    """Probe the features of one stage of a stored run, `config.probe.stage`.
+    """Probe the features of a stored run of any task.
 
     Args:
-        run: of any task.
-        probe: "knn" or "linear".
+        run: from `read_run`; `config.probe` holds the settings.
+        probe: one of PROBES.
         mesh: the devices.
         batch_size: global.
-
-    Returns:
-        A line for people, and the values by name.
 
     Raises:
         UserError: if training or validation images are missing or have no labels.
@@ -232,24 +189,24 @@ def probe_run(run: StoredRun, probe: str, mesh: Mesh, batch_size: int) -> Predic
     source = labelled.open_training(config)
     keys = ("--source", "--validation")
     validation = labelled.open_matching_validation(config, source, keys)
-    require(validation is not None, "--validation is missing; write --validation with folder:PATH or tfds:NAME")
-    assert validation is not None
-    read = make_reader(config, run.graph, run.params, mesh, batch_size)
+    if validation is None:
+        raise UserError("--validation is missing; write --validation with folder:PATH or tfds:NAME")
+    read = FeatureReader(config, run.graph, run.params, mesh, batch_size)
     start = time.monotonic()
     training = read(run.params, source, keys[0], config.probe.images)
     queries = read(run.params, validation, keys[1])
     count, width = training.features.shape
-    cli.say(f"read {count + len(queries.labels):,} features of width {width} in {duration(time.monotonic() - start)}")
-    options: dict[str, float]
+    images, unreadable = len(queries.labels), training.unreadable + queries.unreadable
+    cli.say(f"read {count + images:,} features of width {width} in {duration(time.monotonic() - start)}")
+    options: dict[str, Any]
     if probe == "knn":
         options = {"neighbors": config.probe.neighbors, "temperature": config.probe.temperature}
-        top1 = knn_accuracy(training, queries, classes=len(source.classes), **options)  # type: ignore[arg-type]
+        top1 = knn_accuracy(training, queries, classes=len(source.classes), **options)
     else:
         top1, penalty = linear_accuracy(training, queries, classes=len(source.classes), seed=config.seed)
         options = {"penalty": penalty}
     settings = ", ".join(f"{key} {value:g}" for key, value in options.items())
-    unreadable = training.unreadable + queries.unreadable
-    images = {"training_images": count, "images": len(queries.labels), "unreadable": unreadable}
-    line = f"{probe} top-1 {top1:.2%} of {images['images']:,} images, from {count:,} ({settings})"
+    line = f"{probe} top-1 {top1:.2%} of {images:,} images, from {count:,} ({settings})"
     line += f"; {unreadable} unreadable images do not count" if unreadable else ""
-    return line, {"step": run.step, "probe": probe, "stage": config.probe.stage, **options, **images, "top1": top1}
+    values = {"training_images": count, "images": images, "unreadable": unreadable, "top1": top1}
+    return line, {"step": run.step, "probe": probe, "stage": config.probe.stage, **options, **values}

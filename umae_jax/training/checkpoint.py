@@ -25,11 +25,11 @@ from umae_jax.multihost import all_gather_json
 from umae_jax.training.state import TrainState
 from umae_jax.weights.stored_run import (
     BEST,
+    DATA_FILE,
     FOLDER,
     OLD_BEST,
     best_checkpoint,
     checkpoints_in,
-    data_file,
     first_whole,
     newest_first,
     quiet,
@@ -40,14 +40,15 @@ from umae_jax.weights.stored_run import (
 
 _UNREADABLE = "checkpoints_unreadable"
 # Orbax cuts an array that several devices hold into one slice per device: hundreds of slices per save, for which a
-# step waits. Arrays of fewer bytes, nearly all of them, are written whole, from one device.
-_WHOLE = 2**20
-_STORED_NAMES = {"ema": "average"}  # on disk; the other fields of TrainState keep their names
+# step waits. Smaller arrays, nearly all of them, are written whole, from one device.
+_MIN_SLICED_BYTES = 2**20
 
 
 def _fields(state: TrainState) -> dict[str, Any]:
-    """Return the fields that the state has, by their names on disk."""
-    return {_STORED_NAMES.get(name, name): value for name, value in state._asdict().items() if value is not None}
+    """Return the fields of a state by their names on disk; `ema` is called "average" there."""
+    fields = state._asdict()
+    ema = fields.pop("ema")
+    return fields if ema is None else fields | {"average": ema}
 
 
 class _Step(PreservationPolicy):
@@ -66,15 +67,14 @@ class _Step(PreservationPolicy):
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run: its newest, those of every `keep_every`-th step, and the best.
 
-    Each holds the train state, the position in the data and, if it is the best so far, its validation metric. The
-    newest ones, every `keep_every`-th step and the best one are kept. A best checkpoint is an ordinary one: a run that
-    was killed continues from the newest, so that the best up to there always exists.
+    Each holds the training state, the position in the data and, if it is the best so far, its validation metric. The
+    best is one of them, not a copy, so that a run never continues from a step before it.
 
     Args:
         workdir: the run's directory.
-        keep: number of newest checkpoints to keep, None for all.
+        keep: number of newest checkpoints to keep.
         keep_every: also keep each step that this number divides; 0 for none.
         best_metric: the metric whose highest value makes the best checkpoint.
 
@@ -82,9 +82,7 @@ class Checkpoints:
         OSError: if the folder cannot be created.
     """
 
-    def __init__(
-        self, workdir: AnyPath, *, keep: int | None = 1, keep_every: int = 0, best_metric: str | None = None
-    ) -> None:
+    def __init__(self, workdir: AnyPath, *, keep: int = 1, keep_every: int = 0, best_metric: str | None = None) -> None:
         self._workdir = absolute(workdir)
         self._folder = self._workdir / FOLDER
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -94,10 +92,10 @@ class Checkpoints:
         self._writing = contextlib.ExitStack()
         self._best_step = _Step()
         policies = [LatestN(keep), self._best_step, *([EveryNSteps(keep_every)] if keep_every else [])]
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy(policies), cleanup_tmp_directories=True
-        )
-        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_WHOLE // jax.device_count())
+        policy = AnyPreservationPolicy(policies)
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, cleanup_tmp_directories=True)
+        slice_bytes = _MIN_SLICED_BYTES // jax.device_count()
+        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=slice_bytes)
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
         handlers = {
             "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
@@ -106,11 +104,11 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def any(self) -> bool:
-        """Return True if there is a checkpoint."""
+        """Return whether there is a checkpoint."""
         return bool(newest_first(self._folder))
 
     def improves(self, metrics: dict[str, float]) -> bool:
-        """Return True if the metrics hold a better value than every checkpoint so far."""
+        """Return whether the metrics are better than those of every checkpoint so far."""
         return self._metric is not None and metrics.get(self._metric, float("-inf")) > self._highest
 
     def save(self, step: int, state: TrainState, data: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
@@ -119,8 +117,8 @@ class Checkpoints:
         The step that the run continues from is on disk already: only its metrics are added.
 
         Args:
-            step: the state's step.
-            state: the state to save.
+            step: number of steps done.
+            state: the training state.
             data: the position in the data, as JSON; "skipped_images" is 0 if absent.
             metrics: measured at this step; only a new best value of `best_metric` is stored.
 
@@ -138,15 +136,11 @@ class Checkpoints:
             items = ocp.args.Composite(state=state_item, data=data_item)
             self._guard(lambda: self._manager.save(step, args=items, force=True))
         elif BEST in content and jax.process_index() == 0:
-            file = data_file(self._folder / str(step))
+            file = self._folder / str(step) / DATA_FILE
             self._guard(lambda: write_whole(file, json.dumps(content).encode()))
 
     def wait(self) -> None:
-        """Wait until everything is written.
-
-        Raises:
-            UserError: if it cannot be written.
-        """
+        """Wait until everything is written; raise UserError if it cannot be."""
         with self._writing:
             self._guard(self._manager.wait_until_finished)
 
@@ -160,15 +154,12 @@ class Checkpoints:
             ) from error
 
     def restore(self, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """Read the newest checkpoint that is whole: the state, and the position in the data.
+        """Return the state and the position in the data of the newest whole checkpoint, None if there is none.
 
         Newer ones that cannot be read are moved aside, with a warning.
 
         Args:
             abstract_state: shapes, dtypes and the shardings to restore to.
-
-        Returns:
-            None if there is no checkpoint.
 
         Raises:
             UserError: if there are checkpoints but none can be read; nothing is moved then.
@@ -181,8 +172,9 @@ class Checkpoints:
             arrays = read_arrays(path, fields if counted else fields | {"skipped_images": abstract_state.step})
             if not counted:
                 data["skipped_images"] = int(arrays.pop("skipped_images"))
-            names = {stored: name for name, stored in _STORED_NAMES.items()}
-            return TrainState(**{names.get(name, name): value for name, value in arrays.items()}), data
+            if "average" in arrays:
+                arrays["ema"] = arrays.pop("average")
+            return TrainState(**arrays), data
 
         restored, broken = first_whole(newest_first(self._folder), read)
         if broken and restored is None:
@@ -192,22 +184,18 @@ class Checkpoints:
             )
         self._restored, state_and_data = (int(restored[0].name), restored[1]) if restored else (None, None)
         if jax.process_index() == 0:
-            self._set_aside(broken)
+            aside = self._workdir / _UNREADABLE
+            for path, why in broken.items():
+                logging.warning("checkpoint %s cannot be read (%s); moving it to %s", path.name, why, aside)
+                self._guard(functools.partial(move_folder, path, aside / path.name))
+            for path in checkpoints_in(self._workdir / OLD_BEST):
+                if int(path.name) > (self._restored or 0):  # the run will repeat it
+                    path.rmtree()
         all_gather_json(None)  # wait for process 0
         self._manager.reload()
         if best := best_checkpoint(self._workdir):
             self._highest, self._best_step.step = best.value, int(best.folder.name)
         return state_and_data
-
-    def _set_aside(self, broken: dict[epath.Path, str]) -> None:
-        """Move unreadable checkpoints away, and delete an earlier version's best ones that the run will repeat."""
-        aside = self._workdir / _UNREADABLE
-        for path, why in broken.items():
-            logging.warning("checkpoint %s cannot be read (%s); moving it to %s", path.name, why, aside)
-            self._guard(functools.partial(move_folder, path, aside / path.name))
-        for path in checkpoints_in(self._workdir / OLD_BEST):
-            if int(path.name) > (self._restored or 0):
-                path.rmtree()
 
     def close(self) -> None:
         """Release the folder, after everything is written."""

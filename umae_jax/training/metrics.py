@@ -24,7 +24,7 @@ FLUSH_SECONDS = 30  # delay of TensorBoard, and of everything in a bucket
 
 
 def _lines(path: AnyPath) -> Iterator[tuple[int, bytes]]:
-    """Yield the step and the text of each line; a line that a kill cut short is left out."""
+    """Yield the step and the text of each line, except lines that a kill cut short."""
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             if line.endswith(b"\n"):
@@ -48,12 +48,12 @@ def duration(seconds: float) -> str:
 class MetricsWriter:
     """Writes metrics as JSON lines, each at once, and for TensorBoard.
 
-    The calling thread does all the writing, so that a full disk raises in the call that meets it. In a bucket nothing
-    can be appended to: files grow in a local folder, and `flush` uploads them.
+    The calling thread does all the writing, so that a full disk raises in the call that meets it. Files in a bucket
+    cannot grow: they grow in a local folder, and `flush` uploads them.
 
     Args:
         workdir: the run's directory.
-        step: the step from which the run continues; lines of later steps are dropped, TensorBoard hides them.
+        step: from which the run continues; lines of later steps are dropped, TensorBoard hides them.
     """
 
     def __init__(self, workdir: AnyPath, step: int) -> None:
@@ -95,7 +95,7 @@ class MetricsWriter:
                 logging.warning("%s; trying again in %d s", error, FLUSH_SECONDS)
 
     def flush(self) -> None:
-        """Make everything that was written survive this process, and visible to TensorBoard.
+        """Make everything written so far survive this process, and visible to TensorBoard.
 
         Raises:
             OSError, UserError: naming the file that cannot be written.
@@ -108,7 +108,7 @@ class MetricsWriter:
                 write_whole(self._workdir / path.relative_to(self._local), path.read_bytes())
 
     def close(self) -> None:
-        """Close the files; a run ends for other reasons than an error here, and `flush` has raised it before."""
+        """Close the files, ignoring errors: `flush` has raised them before."""
         with contextlib.suppress(OSError, UserError):
             self.flush()
         for file in (self._file, self._board):
@@ -127,100 +127,70 @@ def _naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-class Progress:
-    """The progress of a run on standard error: a bar on a terminal, else plain lines.
+class Report:
+    """Reports a run, from process 0: metrics to files, and lines or, on a terminal, a bar to standard error.
 
     Args:
+        workdir: the run's directory.
         first: steps done before this start.
         total: steps of the whole run.
         stream: instead of standard error.
     """
 
-    def __init__(self, first: int, total: int, stream: TextIO | None = None) -> None:
+    def __init__(self, workdir: AnyPath, first: int, total: int, stream: TextIO | None = None) -> None:
+        self._first, self._total, self._start = first, total, time.monotonic()
         self._stream = sys.stderr if stream is None else stream
-        self._first, self._total = first, total
-        self._start = time.monotonic()
+        self._writer = MetricsWriter(workdir, first) if jax.process_index() == 0 else None
         self._bar = tqdm(
             total=total,
             initial=first,
             file=self._stream,
             unit="step",
             dynamic_ncols=True,
-            disable=not self._stream.isatty(),
+            disable=self._writer is None or not self._stream.isatty(),
         )
 
     def advance(self, step: int) -> None:
         """Move the bar to a step."""
         self._bar.update(step - self._bar.n)
 
-    def report(self, step: int, values: dict[str, float | int]) -> None:
-        """Print the metrics of a training step."""
+    def training(self, step: int, values: dict[str, float | int]) -> None:
+        """Report the metrics of a training step."""
+        if self._writer is None:
+            return
+        self._writer.write(step, values)
         parts = [f"loss {values['loss']:.4f}", f"{values['images_per_second']:.1f} images/s"]
         parts.append(f"waiting for data {values['data_wait']:.0%}")
-        if values["skipped_images"]:
-            parts.append(f"{values['skipped_images']} images skipped")
-        if values["skipped_updates"]:
-            parts.append(f"{values['skipped_updates']} updates skipped")
+        for name in ("images", "updates"):
+            if skipped := values[f"skipped_{name}"]:
+                parts.append(f"{skipped} {name} skipped")
         if self._bar.disable:
             remaining = (time.monotonic() - self._start) / max(1, step - self._first) * (self._total - step)
-            line = f"step {step}/{self._total} | {' | '.join(parts)} | {duration(remaining)} remaining"
-            print(line, file=self._stream, flush=True)
+            self._print(step, [*parts, f"{duration(remaining)} remaining"])
         else:
             self._bar.set_postfix_str(", ".join(parts))
 
-    def tell(self, step: int, values: dict[str, float]) -> None:
-        """Print the metrics of an evaluation."""
-        parts = (
-            f"{key} {value:,}" if isinstance(value, int) else f"{key} {value:.4g}" for key, value in values.items()
-        )
+    def measured(self, step: int, values: dict[str, float]) -> None:
+        """Report the metrics of an evaluation."""
+        if self._writer is not None:
+            self._writer.write(step, values)
+            formatted = {
+                key: f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for key, value in values.items()
+            }
+            self._print(step, [f"{key} {value}" for key, value in formatted.items()])
+
+    def _print(self, step: int, parts: list[str]) -> None:
         self._bar.clear()
         print(f"step {step}/{self._total} | {' | '.join(parts)}", file=self._stream, flush=True)
         self._bar.refresh()
 
-    def close(self) -> None:
-        """Close the bar."""
-        self._bar.close()
-
-
-class Report:
-    """Metrics to files and terminal, by process 0 alone.
-
-    Args:
-        workdir: the run's directory.
-        first: steps done before this start.
-        total: steps of the whole run.
-    """
-
-    def __init__(self, workdir: AnyPath, first: int, total: int) -> None:
-        self._primary = jax.process_index() == 0
-        if self._primary:
-            self._writer = MetricsWriter(workdir, first)
-            self._progress = Progress(first, total)
-
-    def advance(self, step: int) -> None:
-        """Move the bar to a step."""
-        if self._primary:
-            self._progress.advance(step)
-
-    def training(self, step: int, values: dict[str, float | int]) -> None:
-        """Report the metrics of a training step."""
-        if self._primary:
-            self._writer.write(step, values)
-            self._progress.report(step, values)
-
-    def measured(self, step: int, values: dict[str, float]) -> None:
-        """Report the metrics of an evaluation."""
-        if self._primary:
-            self._writer.write(step, values)
-            self._progress.tell(step, values)
-
     def flush(self) -> None:
         """Make everything reported so far survive this process."""
-        if self._primary:
+        if self._writer is not None:
             self._writer.flush()
 
     def close(self) -> None:
         """Close the files and the bar."""
-        if self._primary:
-            self._progress.close()
+        self._bar.close()
+        if self._writer is not None:
             self._writer.close()

@@ -51,6 +51,13 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
     with contextlib.ExitStack() as resources:
         # Data.
         task.open()
+        task.prepare()
+        group = config.grad_accum_steps * task.group_size
+        require(
+            config.batch_size % group == 0,
+            f"batch_size: {config.batch_size} images do not divide into {config.grad_accum_steps} accumulation "
+            f"step(s) of whole groups of {task.group_size}, which are mixed; choose a multiple of {group}",
+        )
         total_steps, warmup_steps = durations(config, task.num_samples)
         # State: a checkpoint of this run, else the weights that the task names, else new ones.
         run = abstract_run(task, mesh)
@@ -93,12 +100,10 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
 
         # Loop. Step N is dispatched before the metrics of step N - 1 are read: the devices never wait for the log.
         number, saved = first_step, first_step or None
-        skipped_before = int(data.get("skipped_images", 0))  # in all processes, up to the checkpoint
+        skipped = int(data.get("skipped_images", 0))  # of all processes, up to the last checkpoint
+        counted = 0  # of them, those that this process skipped since its start
         clock = Clock()
         pending: tuple[int, dict[str, jax.Array], int] | None = None  # step, metrics, unreadable images up to it
-
-        def skipped_images(own: int) -> int:
-            return skipped_before + sum(all_gather_json(own))
 
         def read(step: int, metrics: dict[str, jax.Array], own_skipped: int) -> None:
             """Read the metrics of a step, waiting for it; stop on bad ones, report them where due."""
@@ -115,16 +120,18 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
                     f"start again to continue from the newest checkpoint in {workdir}"
                 )
             if step % config.log_every == 0 or step == total_steps:
-                report.training(step, values | {"skipped_images": skipped_images(own_skipped)} | clock.rates())
+                report.training(step, values | {"skipped_images": skipped + own_skipped - counted} | clock.rates())
 
         def save(step: int, metrics: dict[str, float] | None = None) -> None:
             """Save a checkpoint, with the metrics that make it the best one."""
+            nonlocal skipped, counted
             report.flush()  # a run that continues from here finds the metrics up to here
-            content = {"samples": samples, "skipped_images": skipped_images(loader.skipped_images)}
-            checkpoints.save(step, state, content, metrics)
+            skipped += sum(all_gather_json(loader.skipped_images - counted))  # of other processes only here
+            counted = loader.skipped_images
+            checkpoints.save(step, state, {"samples": samples, "skipped_images": skipped}, metrics)
 
         while True:
-            signal = stop.poll(number)
+            signal = stop.poll()
             last = number == total_steps
             due = [hook for hook in hooks if _is_due(hook, number, first_step, last, done)] if signal is None else []
             periodic = number > 0 and (number % config.checkpoint_every == 0 or last)
@@ -150,11 +157,13 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
                 save(number)
                 saved = number
             if signal is not None:
+                watchdog.cancel()
                 checkpoints.wait()
                 raise Preempted(signal, number)
             if due or saving:
                 clock.restart()
             if last:
+                watchdog.cancel()
                 break
             # Next batch, next step.
             if number == first_step:
@@ -280,8 +289,6 @@ def check_same_run(old: ConfigDict, new: ConfigDict, workdir: AnyPath) -> None:
             f"batch_size is {before} in {workdir}, {after} here; a run counts its steps in one batch size; set it back "
             "(grad_accum_steps saves memory) or choose another --workdir"
         )
-    if "classes" in new.model and new.model.classes is None:
-        changed.pop("model.classes", None)
     of_model = ("image_size", "optimizer.ema_decay")
     model = {key: values for key, values in changed.items() if key.startswith("model.") or key in of_model}
     model = {key: values for key, values in model.items() if key == "model.method"} or model  # it explains the others

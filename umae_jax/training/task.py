@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from umae_jax.data.pipeline import Sample
+from umae_jax.errors import UserError
 from umae_jax.files import AnyPath
 from umae_jax.models.build import build_model
 from umae_jax.weights.stored_run import StoredRun
@@ -58,7 +59,7 @@ class BaseTask(abc.ABC):
     Attributes:
         command: name of the command that trains it.
         best_metric: metric whose highest value names the best checkpoint; None: no best checkpoint is kept.
-        measured_last: metric that a run measures at its last step, set by `open`; None: no such metric.
+        measured_last: the `Hook.metric` that a run measures at its last step, set by `prepare`; None: no such metric.
         group_size: gradient accumulation keeps this many neighbouring samples together in one part.
         config: the configuration; `open` may complete it from the data.
         class_names: names of the classes of the training data; () without classes.
@@ -113,7 +114,14 @@ class BaseTask(abc.ABC):
 
     @abc.abstractmethod
     def open(self) -> None:
-        """Open the data, check them against the configuration, and complete the configuration from them.
+        """Open the training data, check them against the configuration, and complete the configuration from them.
+
+        Raises:
+            UserError: naming the key and what to write.
+        """
+
+    def prepare(self) -> None:  # noqa: B027 - not every task has validation data
+        """Open what only a training run needs, such as validation data; called after `open`.
 
         Raises:
             UserError: naming the key and what to write.
@@ -150,9 +158,17 @@ class BaseTask(abc.ABC):
     # Of a finished run: the command `evaluate`.
 
     def evaluate(self, run: StoredRun, mesh: Mesh, batch_size: int) -> Prediction:
-        """Evaluate a stored run on its validation data."""
-        raise NotImplementedError(f"{self.config.model.method} has no evaluation")
+        """Evaluate a stored run on its validation data.
+
+        Raises:
+            UserError: if the task has no evaluation of its own.
+        """
+        raise UserError(f"model.method: {self.config.model.method} is evaluated by a probe; choose knn or linear")
 
     def predict(self, run: StoredRun, path: Path) -> Iterator[Prediction]:
-        """Predict for an image file or each image of a folder."""
-        raise NotImplementedError(f"{self.config.model.method} predicts nothing of single images")
+        """Predict for an image file or each image of a folder.
+
+        Raises:
+            UserError: if the task predicts nothing for single images.
+        """
+        raise UserError(f"model.method: {self.config.model.method} has no predictions for images; fine-tune it first")

@@ -1,6 +1,5 @@
 """Models from weight files, and weight files from runs."""
 
-import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from umae_jax.config import from_json, old_class_names, to_json
 from umae_jax.errors import UserError, require
 from umae_jax.files import AnyPath, write_together
 from umae_jax.weights.files import Weights, check_output, encode_weights, read_weights
-from umae_jax.weights.hub import GENERATED, WRITER, model_card, preprocessor_config, transformers_config
+from umae_jax.weights.hub import GENERATED, WRITER, model_card, transformers_files
 from umae_jax.weights.huggingface import WEIGHTS_FILE, from_huggingface, to_huggingface
 from umae_jax.weights.names import to_reference
 from umae_jax.weights.recognize import USE_CONFIG, recognize
@@ -27,17 +26,11 @@ BACKBONE = Path(export.__file__).with_name("umae_backbone.py")
 
 
 class Model(NamedTuple):
-    """A model read from a weight file.
-
-    Attributes:
-        config: its configuration.
-        tensors: its state dict with the reference's names.
-        classes: class names of a classifier; empty if unknown.
-    """
+    """A model read from a weight file."""
 
     config: ConfigDict
-    tensors: Mapping[str, np.ndarray]
-    classes: tuple[str, ...]
+    tensors: Mapping[str, np.ndarray]  # state dict with the reference's names
+    classes: tuple[str, ...]  # class names, () if unknown
 
 
 def read_model(path: AnyPath, config: ConfigDict | None = None, *, encoder_only: bool = False) -> Model:
@@ -45,8 +38,8 @@ def read_model(path: AnyPath, config: ConfigDict | None = None, *, encoder_only:
 
     Args:
         path: the file.
-        config: the model's configuration; by default that of the file's metadata, or else inferred from shapes.
-        encoder_only: whether to ignore the decoder in inferring the configuration.
+        config: the model's configuration; None: that of the file's metadata or, without one, inferred from shapes.
+        encoder_only: ignore the decoder in inferring the configuration.
 
     Raises:
         UserError: if the file is damaged, would run code or holds an unknown architecture.
@@ -64,7 +57,7 @@ def read_model(path: AnyPath, config: ConfigDict | None = None, *, encoder_only:
 
 
 def export_weights(workdir: AnyPath, output: Path, layout: str = REFERENCE, *, best: bool = False) -> list[Path]:
-    """Write a run's newest checkpoint as a weight file, with a model card and what loads it beside it.
+    """Write a run's newest checkpoint as a weight file and, beside it, a model card and the files that load it.
 
     Args:
         workdir: the run's directory.
@@ -80,43 +73,35 @@ def export_weights(workdir: AnyPath, output: Path, layout: str = REFERENCE, *, b
     """
     check_output(output)
     run = read_run(workdir, best=best)
-    config = _without_local_paths(run.config)
+    config = run.config.copy_and_resolve_references()
+    kind, _, path = config.data.source.partition(":")
+    config.data.source = f"{kind}:{Path(path).name}" if path else kind  # exports hold no local paths
+    config.data.data_dir = config.init = config.validation.source = None
     tensors = to_reference(config, jax.device_get(run.params))
-    stored_config = config.copy_and_resolve_references()
     beside: dict[str, bytes] = {}
     if layout != REFERENCE:
         _check_transformers(config, layout, output)
         tensors = to_huggingface(layout, tensors)
-        if "secondary_ratio" in config.model:
-            stored_config.model.secondary_ratio = 0.0  # these layouts have no token for secondary masking
-        beside["config.json"] = json.dumps(transformers_config(layout, config), indent=2).encode()
-        beside["preprocessor_config.json"] = json.dumps(preprocessor_config(config), indent=2).encode()
+        beside = transformers_files(layout, config)
     elif config.model.encoder != "vit":
         beside[BACKBONE.name] = BACKBONE.read_bytes()
-    metadata = {"format": "pt", "config": to_json(stored_config), "step": str(run.step)}
-    metadata["umae_jax"] = umae_jax.__version__
-    if run.classes:
-        metadata["classes"] = json.dumps(run.classes)
-    count = sum(array.size for array in tensors.values())
-    card = model_card(config, file=output.name, layout=layout, step=run.step, parameters=count)
     output.parent.mkdir(parents=True, exist_ok=True)
     readme = output.with_name("README.md")
     if readme.exists():
         text = readme.read_text(errors="replace")
         if GENERATED not in text or f'"{output.name}"' not in text:
             readme = output.with_suffix(".md")  # keep a card that someone edited or that describes another file
+    count = sum(array.size for array in tensors.values())
+    card = model_card(config, file=output.name, layout=layout, step=run.step, parameters=count)
     beside[readme.name] = card.encode()
+    if layout != REFERENCE and "secondary_ratio" in config.model:
+        config.model.secondary_ratio = 0.0  # these layouts have no token for secondary masking
+    metadata = {"format": "pt", "config": to_json(config), "step": str(run.step), "umae_jax": umae_jax.__version__}
+    if run.classes:
+        metadata["classes"] = json.dumps(run.classes)
     weights = encode_weights(output.suffix, Weights(tensors, metadata))
     write_together({output: weights} | {output.with_name(name): data for name, data in beside.items()})
     return [output, *(output.with_name(name) for name in sorted(beside))]
-
-
-def _without_local_paths(config: ConfigDict) -> ConfigDict:
-    config = config.copy_and_resolve_references()
-    kind, _, path = config.data.source.partition(":")
-    config.data.source = f"{kind}:{Path(path).name}" if path else kind
-    config.data.data_dir = config.init = config.validation.source = None
-    return config
 
 
 def _check_transformers(config: ConfigDict, layout: str, output: Path) -> None:
@@ -137,11 +122,8 @@ def _check_transformers(config: ConfigDict, layout: str, output: Path) -> None:
         f"--output: transformers reads only {WEIGHTS_FILE}; write {output.parent / WEIGHTS_FILE}",
     )
     config_file = output.parent / "config.json"
-    ours = False
-    if config_file.is_file() and not (output.parent / FOLDER).exists():
-        with contextlib.suppress(ValueError):
-            ours = WRITER in json.loads(config_file.read_bytes())
+    ours = f'"{WRITER}"'.encode()
     require(
-        ours or not config_file.exists(),
+        not config_file.exists() or (ours in config_file.read_bytes() and not (output.parent / FOLDER).exists()),
         f"--output: {config_file} belongs to a run or another model and would be lost; choose another folder",
     )

@@ -19,12 +19,7 @@ INSTALL_TORCH = 'install torch: pip install "umae_jax[torch]"'
 
 
 class Weights(NamedTuple):
-    """The contents of a weight file.
-
-    Attributes:
-        tensors: arrays by name.
-        metadata: strings by key.
-    """
+    """The content of a weight file."""
 
     tensors: dict[str, np.ndarray]
     metadata: dict[str, str]
@@ -35,7 +30,6 @@ def read_weights(path: AnyPath) -> Weights:
 
     Raises:
         UserError: if the file is missing, is damaged, is no weight file or would run code.
-        OSError: if the system refuses to read it.
     """
     require(path.is_file(), f"there is no file {path}")
     require(
@@ -44,12 +38,10 @@ def read_weights(path: AnyPath) -> Weights:
     )
     tensors, metadata = _READERS[path.suffix](io.BytesIO(path.read_bytes()), path)
     require(bool(tensors), f"{path} holds no weights")
-    return Weights({name: _as_float32(array, f"{path}: {name}") for name, array in tensors.items()}, metadata)
-
-
-def _as_float32(array: np.ndarray, name: str) -> np.ndarray:
-    require(isinstance(array, np.ndarray) and array.dtype.kind in "fiub", f"{name} is not an array of real numbers")
-    return array.astype(np.float32)
+    for name, array in tensors.items():
+        real = isinstance(array, np.ndarray) and array.dtype.kind in "fiub"
+        require(real, f"{path}: {name} is not an array of real numbers")
+    return Weights({name: array.astype(np.float32) for name, array in tensors.items()}, metadata)
 
 
 def _read_safetensors(file: BinaryIO, path: AnyPath) -> Weights:
@@ -77,15 +69,15 @@ def _first_line(error: Exception) -> str:
 
 
 def _harmless_classes() -> list[Any]:
-    """List the classes that training arguments consist of; they hold values and do nothing when unpickled."""
+    """List the classes of training arguments, which hold values and do nothing when unpickled."""
     functions = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(1).__reduce__()[0]}
-    aliases = [  # NumPy 1 has both under another module name
+    aliases = [
         (function, f"{module}.multiarray.{name}")
         for name, function in functions.items()
-        for module in ("numpy.core", "numpy._core")
+        for module in ("numpy.core", "numpy._core")  # NumPy 1 and 2
     ]
     dtypes = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
-    # Python 3.13 renamed their module; paths of another operating system become pure paths.
+    # Python 3.13 renamed the module of paths; paths of another operating system become pure paths.
     paths = [
         (pathlib.PureWindowsPath if "Windows" in name else pathlib.PurePosixPath, f"{module}.{name}")
         for module in ("pathlib", "pathlib._local")
@@ -108,12 +100,11 @@ def _read_pth(file: BinaryIO, path: AnyPath) -> Weights:
         with torch.serialization.safe_globals(_harmless_classes()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they repeat the error
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # its message would advise the user to disable this protection
+    except Exception as error:  # whose message advises the user to disable this protection
+        problem = "is not a complete torch file, or holds more than tensors and plain values"
         if rejected := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(f"{path} would run {rejected[1]}, which no weights need; nothing was run") from None
-        raise UserError(
-            f"{path} is not a complete torch file, or holds more than tensors and plain values; nothing was run"
-        ) from None
+            problem = f"would run {rejected[1]}, which no weights need"
+        raise UserError(f"{path} {problem}; nothing was run") from None
     state, metadata = content, {}
     if isinstance(content, dict):
         state = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
@@ -122,12 +113,10 @@ def _read_pth(file: BinaryIO, path: AnyPath) -> Weights:
         isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values()),
         f"{path} holds no dict of tensors, neither at the top nor under 'model' or 'state_dict'",
     )
-    unusable = [name for name, value in state.items() if value.layout != torch.strided or value.device.type != "cpu"]
-    require(not unusable, f"{path} holds sparse tensors or tensors without values: {', '.join(map(str, unusable))}")
-    tensors = {
-        str(name): (value if value.is_complex() else value.detach().to(torch.float32)).numpy()
-        for name, value in state.items()
-    }
+    for name, value in state.items():
+        plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_complex()
+        require(plain, f"{path}: {name} is complex, sparse or without values")
+    tensors = {str(name): value.detach().to(torch.float32).numpy() for name, value in state.items()}
     strings = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     return Weights(tensors, metadata if strings else {})
 

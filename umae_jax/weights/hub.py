@@ -1,6 +1,6 @@
-"""Files that accompany exported weights on a model hub: the model card, and the configuration for transformers."""
+"""Files that accompany exported weights on a model hub: the model card, and configurations for transformers."""
 
-from typing import Any
+import json
 
 from ml_collections import ConfigDict
 
@@ -52,13 +52,14 @@ def model_card(config: ConfigDict, *, file: str, layout: str, step: int, paramet
         config: the run's configuration.
         file: name of the weight file.
         layout: "reference", or a key of ARCHITECTURES.
-        step: training step of the checkpoint; 0 for weights imported from elsewhere.
+        step: training step of the checkpoint; 0 for imported weights.
         parameters: number of values in the file.
     """
     model, data = config.model, config.data
     rows = {
-        "encoder": f"{model.encoder}, patch {model.patch}, widths {model.widths}, depths {model.depths}, "
-        f"heads {model.heads}",
+        "encoder": ", ".join(
+            [model.encoder, *(f"{key} {model[key]}" for key in ("patch", "widths", "depths", "heads"))]
+        ),
         "trained by": METHODS[model.method],
         "images": f"{config.image_size[0]} x {config.image_size[1]}, {model.channels} channels",
         "normalisation": f"mean {data.mean}, std {data.std}, for pixels in [0, 1]",
@@ -69,18 +70,19 @@ def model_card(config: ConfigDict, *, file: str, layout: str, step: int, paramet
         rows["training"] = f"{step} steps of {config.batch_size} images from {data.source}"
     if model.method == "classifier":
         rows["classes"] = str(model.classes)
+    loading = [_LOAD_JAX.format(file=file)]
     if layout in ARCHITECTURES:
         architecture = ARCHITECTURES[layout]
-        loading = _LOAD_TRANSFORMERS.format(model=architecture) + "\n\n" + _LOAD_JAX.format(file=file)
+        loading.insert(0, _LOAD_TRANSFORMERS.format(model=architecture))
         names = f"Parameter names are those of `{architecture}`."
         if layout == "vit_mae" and model.secondary_ratio:
             names += " That model has no token for secondary masking, so the file leaves it out."
     else:
-        loading = _LOAD_JAX.format(file=file)
         if model.encoder != "vit":
-            loading += "\n\n" + _LOAD_TORCH.format(file=file)
+            loading.append(_LOAD_TORCH.format(file=file))
         names = "Parameter names are those of the PyTorch reference of UM-MAE"
         names += ", which loads the file strictly, decoder included." if model.method != "classifier" else "."
+    examples = "\n\n".join(loading)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---
 library_name: umae_jax
@@ -98,7 +100,7 @@ tags:
 
 ## Load it
 
-{loading}
+{examples}
 
 {names} The file's metadata holds the whole configuration under `config`.
 
@@ -106,12 +108,12 @@ tags:
 """
 
 
-def transformers_config(layout: str, config: ConfigDict) -> dict[str, Any]:
-    """Return the config.json for a ViT in a layout, a key of ARCHITECTURES."""
+def transformers_files(layout: str, config: ConfigDict) -> dict[str, bytes]:
+    """Return the configurations for a ViT in a layout, a key of ARCHITECTURES, by file name."""
     model = config.model
     (width,), (depth,), (heads,), (mlp_ratio,) = model.widths, model.depths, model.heads, model.mlp_ratios
-    height, width_in_pixels = config.image_size
-    entries = {
+    image_height, image_width = config.image_size
+    architecture = {
         "model_type": layout,
         "architectures": [ARCHITECTURES[layout]],
         "hidden_size": width,
@@ -121,13 +123,13 @@ def transformers_config(layout: str, config: ConfigDict) -> dict[str, Any]:
         "hidden_act": "gelu",
         "layer_norm_eps": 1e-6,
         "qkv_bias": True,
-        "image_size": height if height == width_in_pixels else [height, width_in_pixels],
+        "image_size": image_height if image_height == image_width else [image_height, image_width],
         "patch_size": model.patch,
         "num_channels": model.channels,
         WRITER: umae_jax.__version__,
     }
     if layout == "vit_mae":
-        entries |= {
+        architecture |= {
             "decoder_hidden_size": model.decoder_width,
             "decoder_num_hidden_layers": model.decoder_depth,
             "decoder_num_attention_heads": model.decoder_heads,
@@ -135,16 +137,10 @@ def transformers_config(layout: str, config: ConfigDict) -> dict[str, Any]:
             "mask_ratio": 0.75,
             "norm_pix_loss": model.norm_pix_loss,
         }
-    return entries
-
-
-def preprocessor_config(config: ConfigDict) -> dict[str, Any]:
-    """Return the preprocessor_config.json: resize, scale to [0, 1], normalise."""
-    height, width = config.image_size
-    return {
+    preprocessor = {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": True,
-        "size": {"height": height, "width": width},
+        "size": {"height": image_height, "width": image_width},
         "resample": 3,  # bicubic
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -152,3 +148,5 @@ def preprocessor_config(config: ConfigDict) -> dict[str, Any]:
         "image_mean": list(config.data.mean),
         "image_std": list(config.data.std),
     }
+    files = {"config.json": architecture, "preprocessor_config.json": preprocessor}
+    return {name: json.dumps(content, indent=2).encode() for name, content in files.items()}

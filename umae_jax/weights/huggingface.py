@@ -1,4 +1,4 @@
-"""Parameter names of a ViT in transformers, as a table over the reference's names."""
+"""Parameter names of a ViT in transformers: a table from the reference's names."""
 
 from collections.abc import Iterator, Mapping
 
@@ -7,8 +7,8 @@ import numpy as np
 from umae_jax.files import AnyPath
 from umae_jax.weights.stored_run import FOLDER
 
-# The reference's name and the names in transformers; the fused qkv is three parameters there, split along the first
-# axis. {n} counts blocks.
+# The reference's name and the names in transformers, which splits the fused qkv along the first axis into three
+# parameters. {n} counts blocks.
 _BLOCK = (
     ("norm1", ("layernorm_before",)),
     ("attn.qkv", tuple(f"attention.attention.{name}" for name in ("query", "key", "value"))),
@@ -40,15 +40,15 @@ LAYOUTS = {
     "vit_mae": (*((ours, tuple(f"vit.{name}" for name in theirs)) for ours, theirs in _ENCODER), *_DECODER),
     "vit": _ENCODER,
 }
-_RENAMED = {"decoder.decoder_encoder.layer.": "decoder.decoder_layers."}  # transformers 5: the name above
-_WITHOUT_LEAVES = ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed")  # others have a weight and a bias
+_DECODER_LAYERS_5 = "decoder.decoder_encoder.layer."  # what transformers 5 calls decoder.decoder_layers.
+_PARAMETERS = ("cls_token", "pos_embed", "mask_token", "decoder_pos_embed")  # modules have a weight and a bias instead
 
 
 def _names(layout: str, max_blocks: int) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Expand the table for up to `max_blocks` blocks: the reference's name and the names in transformers."""
     for ours, theirs in LAYOUTS[layout]:
         for n in range(max_blocks) if "{n}" in ours else (0,):
-            for leaf in ("",) if ours in _WITHOUT_LEAVES else (".weight", ".bias"):
+            for leaf in ("",) if ours in _PARAMETERS else (".weight", ".bias"):
                 yield ours.format(n=n) + leaf, tuple(name.format(n=n) + leaf for name in theirs)
 
 
@@ -67,11 +67,8 @@ def from_huggingface(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
     layout = next((layout for layout in LAYOUTS if LAYOUTS[layout][0][1][0] in tensors), None)
     if layout is None:
         return dict(tensors)
-    remaining, converted = {}, {}
-    for name, array in tensors.items():
-        for new, old in _RENAMED.items():
-            name = name.replace(new, old)
-        remaining[name] = array
+    remaining = {name.replace(_DECODER_LAYERS_5, "decoder.decoder_layers."): array for name, array in tensors.items()}
+    converted = {}
     for ours, theirs in _names(layout, len(tensors)):
         if all(name in remaining for name in theirs):
             converted[ours] = np.concatenate([remaining.pop(name) for name in theirs])

@@ -1,4 +1,4 @@
-"""Parameter names and layouts of the PyTorch reference (SPEC 13), as one table that is read in both directions."""
+"""Parameter names and layouts of the PyTorch reference (SPEC 13): one table for both directions."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ class Layout(NamedTuple):
 
 
 def _convolution(side: int) -> Layout:
-    """Convert a convolution [out, in, side, side], which is a linear layer [side * side * in, out] on patches here."""
+    """Convert between a convolution [out, in, side, side] and our linear layer on patches [side * side * in, out]."""
     return Layout(
         to_ours=lambda weight: weight.transpose(2, 3, 1, 0).reshape(-1, weight.shape[0]),
         to_theirs=lambda kernel: kernel.reshape(side, side, -1, kernel.shape[-1]).transpose(3, 2, 0, 1),
@@ -30,12 +30,11 @@ def _convolution(side: int) -> Layout:
 
 SAME = Layout(lambda weight: weight, lambda array: array)
 TRANSPOSED = Layout(np.transpose, np.transpose)  # linear [out, in]
-POINTWISE, HALVING = _convolution(1), _convolution(2)
 
 # A module's parameters: our name, the reference's name, layout.
 LINEAR = (("kernel", "weight", TRANSPOSED), ("bias", "bias", SAME))
-POINTWISE_CONVOLUTION = (("kernel", "weight", POINTWISE), ("bias", "bias", SAME))
-HALVING_CONVOLUTION = (("kernel", "weight", HALVING), ("bias", "bias", SAME))
+POINTWISE_CONVOLUTION = (("kernel", "weight", _convolution(1)), ("bias", "bias", SAME))
+HALVING_CONVOLUTION = (("kernel", "weight", _convolution(2)), ("bias", "bias", SAME))
 PATCH_CONVOLUTION = (("kernel", "weight", None), ("bias", "bias", SAME))  # the patch sets the layout
 NORM = (("scale", "weight", SAME), ("bias", "bias", SAME))
 PARAMETER = (("", "", SAME),)
@@ -118,16 +117,10 @@ NOT_ENCODER = ("decoder", "mask_token", "vis_mask_token", "head", "fc_norm", "po
 
 
 class Entry(NamedTuple):
-    """One parameter of the table.
+    """One parameter of the table."""
 
-    Attributes:
-        ours: dotted path in our model.
-        theirs: name in the reference's state dict.
-        layout: conversions between the two.
-    """
-
-    ours: str
-    theirs: str
+    ours: str  # dotted path in our model
+    theirs: str  # name in the reference's state dict
     layout: Layout
 
 
@@ -139,20 +132,18 @@ def entries(config: ConfigDict) -> Iterator[Entry]:
         for stage, depth in enumerate(model.depths)
         for block in range(depth)
     ]
-    indices = {
+    indices: dict[str, list[dict[str, int]]] = {
         "{block}": blocks,
         "{stage}": [index for index in blocks if index["block"] == 0],
         "{decoder_block}": [{"decoder_block": block} for block in range(model.get("decoder_depth", 0))],
+        "": [{}],
     }
-    for ours, theirs, leaves in ENCODERS[model.encoder] + METHODS[model.method]:
-        field = next((field for field in indices if field in ours), None)
-        for index in [{}] if field is None else indices[field]:
+    for our_module, their_module, leaves in ENCODERS[model.encoder] + METHODS[model.method]:
+        for index in next(numbers for field, numbers in indices.items() if field in our_module):
             for our_leaf, their_leaf, layout in leaves:
-                yield Entry(
-                    ".".join(filter(None, (ours.format(**index), our_leaf))),
-                    ".".join(filter(None, (theirs.format(**index), their_leaf))),
-                    _convolution(model.patch) if layout is None else layout,
-                )
+                ours = f"{our_module}.{our_leaf}".format(**index).rstrip(".")
+                theirs = f"{their_module}.{their_leaf}".format(**index).rstrip(".")
+                yield Entry(ours, theirs, layout or _convolution(model.patch))
 
 
 def _by_path(params: nnx.State) -> dict[str, Any]:
@@ -162,12 +153,12 @@ def _by_path(params: nnx.State) -> dict[str, Any]:
 def _fixed_tables(config: ConfigDict) -> dict[str, np.ndarray]:
     """Compute the reference's fixed position tables, which are not parameters of our models."""
     model = config.model
-    leading = int(model.encoder == "vit")
+    class_tokens = int(model.encoder == "vit")
 
     def table(width: int, side: int) -> np.ndarray:
         rows, columns = (size // side for size in config.image_size)
         flat = sincos_table(width, (rows, columns)).reshape(1, -1, width)
-        return np.pad(flat, ((0, 0), (leading, 0), (0, 0)))
+        return np.pad(flat, ((0, 0), (class_tokens, 0), (0, 0)))
 
     tables = {}
     if model.encoder != "swin" and model.method != "classifier":
@@ -179,14 +170,9 @@ def _fixed_tables(config: ConfigDict) -> dict[str, np.ndarray]:
 
 
 def to_reference(config: ConfigDict, params: nnx.State) -> dict[str, np.ndarray]:
-    """Convert a model's parameters to the state dict that the reference loads strictly.
+    """Convert a model's parameters to the float32 state dict that the reference loads strictly.
 
-    Args:
-        config: the model's configuration.
-        params: the model's parameters.
-
-    Returns:
-        float32 arrays by the reference's names, fixed position tables included.
+    It includes the fixed position tables.
     """
     ours = {path: np.asarray(variable[...], np.float32) for path, variable in _by_path(params).items()}
     tensors = {
@@ -200,7 +186,7 @@ def to_reference(config: ConfigDict, params: nnx.State) -> dict[str, np.ndarray]
 
 
 def from_reference(config: ConfigDict, params: nnx.State, tensors: Tensors, *, name: str, only: str = "") -> nnx.State:
-    """Convert the reference's state dict to a model's parameters.
+    """Convert the reference's state dict to a model's parameters, float32 on the host.
 
     Args:
         config: the model's configuration.
@@ -208,9 +194,6 @@ def from_reference(config: ConfigDict, params: nnx.State, tensors: Tensors, *, n
         tensors: the state dict; fixed position tables may be missing.
         name: the file, for error messages.
         only: convert only parameters whose path starts with this ("encoder."), and ignore decoders and heads.
-
-    Returns:
-        The parameters, float32 on the host.
 
     Raises:
         UserError: listing every tensor that is missing, unexpected, of a wrong shape or wrong in value.
@@ -220,8 +203,6 @@ def from_reference(config: ConfigDict, params: nnx.State, tensors: Tensors, *, n
     missing, wrong, unexpected = [], [], set(tensors)
     for entry in entries(config):
         if entry.ours not in ours:
-            if not entry.ours.startswith(only):
-                unexpected.discard(entry.theirs)
             continue
         if entry.theirs not in tensors:
             missing.append(entry.theirs)
@@ -243,8 +224,8 @@ def from_reference(config: ConfigDict, params: nnx.State, tensors: Tensors, *, n
     known = sorted(tensors.keys() - unexpected)
     wrong += [f"{key} is not finite" for key in known if not np.isfinite(tensors[key]).all()]
     if only:
-        unexpected = {name for name in unexpected if not name.startswith(NOT_ENCODER)}
-    elif missing and not unexpected and not wrong and all(name.startswith(NOT_ENCODER) for name in missing):
+        unexpected = {key for key in unexpected if not key.startswith(NOT_ENCODER)}
+    elif missing and not unexpected and not wrong and all(key.startswith(NOT_ENCODER) for key in missing):
         raise UserError(
             f"{name} holds only an encoder, and a run needs a whole model; use the file with umae_jax.load_encoder, or "
             "as init of fine-tuning"
@@ -254,10 +235,8 @@ def from_reference(config: ConfigDict, params: nnx.State, tensors: Tensors, *, n
     if problems:
         model = f"the configured {config.model.encoder} for {config.model.method}"
         raise UserError(f"{name} does not fit {model}: {problems}; give its own model with --config FILE")
-    return nnx.from_flat_state(
-        [
-            (keys, variable.replace(values[path]))
-            for keys, variable in nnx.to_flat_state(params)
-            if (path := ".".join(map(str, keys))) in values
-        ]
-    )
+    converted = {}
+    for keys, variable in nnx.to_flat_state(params):
+        if (path := ".".join(map(str, keys))) in values:
+            converted[keys] = variable.replace(values[path])
+    return nnx.from_flat_state(converted)

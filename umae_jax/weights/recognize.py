@@ -12,8 +12,8 @@ from umae_jax.errors import UserError, require
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-MARKERS = {"swin": ".posmlp.", "pvt": ".attn.sr.", "vit": "cls_token"}  # each in names of one encoder only
-DECODER_WIDTH = 512  # of every preset, which all have as many decoder heads
+MARKERS = {"swin": ".posmlp.", "pvt": ".attn.sr.", "vit": "cls_token"}  # parts of names that only one encoder has
+DECODER_WIDTH = 512  # of every preset; the presets' number of decoder heads belongs to it
 USE_CONFIG = "name the model with --config FILE"
 
 
@@ -23,29 +23,23 @@ def recognize(tensors: Mapping[str, np.ndarray], name: str, *, encoder_only: boo
     Settings that shapes do not determine are the paper's: windows, sr_ratios, the ratio of secondary masking,
     normalised targets (except SimMIM) and, for the decoder of a pyramid, the reference's order of positions.
 
-    Args:
-        tensors: the state dict.
-        name: the file, for error messages.
-        encoder_only: whether to ignore the decoder.
-
     Raises:
-        UserError: if the architecture is unknown, or shapes do not determine a setting that has no default.
+        UserError: naming the file, if the architecture is unknown or shapes leave a setting without a default open.
     """
     shapes = {key: array.shape for key, array in tensors.items()}
     encoder = next((encoder for encoder, marker in MARKERS.items() if any(marker in key for key in shapes)), None)
     if encoder is None or len(shapes.get("patch_embed.proj.weight", ())) != 4:
         raise UserError(
-            f"{name} holds an unknown architecture, with names such as {min(shapes)}: a Swin has a position MLP, a PVT "
-            "pooled attention and a ViT a class token"
+            f"{name} holds an unknown architecture, with names such as {min(shapes)}: it is no Swin with a position "
+            "MLP, no PVT with pooled attention and no ViT with a class token"
         )
     try:
         return _recognize(encoder, shapes, name, encoder_only)
-    except UserError:
-        raise
-    except KeyError as error:
-        raise UserError(f"{name} holds a {encoder} without {error}; {USE_CONFIG} for a list of all problems") from None
-    except (IndexError, ValueError, ZeroDivisionError):
-        raise UserError(f"{name} holds a {encoder} of inconsistent shapes; {USE_CONFIG} for a list of them") from None
+    except (IndexError, KeyError, ValueError, ZeroDivisionError) as error:
+        if isinstance(error, UserError):
+            raise
+        problem = f"without {error}" if isinstance(error, KeyError) else "of inconsistent shapes"
+        raise UserError(f"{name} holds a {encoder} {problem}; {USE_CONFIG} for a list of all problems") from None
 
 
 def _recognize(encoder: str, shapes: Shapes, name: str, encoder_only: bool) -> ConfigDict:
@@ -58,7 +52,7 @@ def _recognize(encoder: str, shapes: Shapes, name: str, encoder_only: bool) -> C
     preset = presets.get((widths, depths))
     require(
         preset is not None or encoder == "swin",
-        f"{name} holds a {encoder} of widths {widths} and depths {depths}, which leave its heads open; {USE_CONFIG}",
+        f"{name} holds a {encoder} of widths {widths} and depths {depths} with unknown heads; {USE_CONFIG}",
     )
     method, channels = _method(encoder, shapes), shapes["patch_embed.proj.weight"][1]
     config = default_config(preset or "swin_tiny", method)
@@ -79,7 +73,7 @@ def _recognize(encoder: str, shapes: Shapes, name: str, encoder_only: bool) -> C
     if method in ("um_mae", "mae"):
         model.reference_order = encoder != "vit" and method == "um_mae"
         if not encoder_only:
-            _recognize_decoder(config, shapes, name)
+            _recognize_decoder(model, shapes, name)
     config.image_size = _image_size(config, shapes, name)
     return config
 
@@ -100,8 +94,7 @@ def _method(encoder: str, shapes: Shapes) -> str:
     return "mae" if encoder == "vit" and "vis_mask_token" not in shapes else "um_mae"
 
 
-def _recognize_decoder(config: ConfigDict, shapes: Shapes, name: str) -> None:
-    model = config.model
+def _recognize_decoder(model: ConfigDict, shapes: Shapes, name: str) -> None:
     if "vis_mask_token" not in shapes:
         model.secondary_ratio = 0.0
     if "mask_token" not in shapes:
@@ -111,7 +104,7 @@ def _recognize_decoder(config: ConfigDict, shapes: Shapes, name: str) -> None:
     model.decoder_factor = math.isqrt(shapes["decoder_embed.weight"][0] // model.decoder_width)
     require(
         model.decoder_width == DECODER_WIDTH,
-        f"{name} holds a decoder of width {model.decoder_width}, which leaves its heads open; {USE_CONFIG}",
+        f"{name} holds a decoder of width {model.decoder_width} with unknown heads; {USE_CONFIG}",
     )
 
 
@@ -124,10 +117,7 @@ def _image_size(config: ConfigDict, shapes: Shapes, name: str) -> tuple[int, int
         if table in shapes:
             count = shapes[table][1] - (model.encoder == "vit")
             rows = math.isqrt(count)
-            require(
-                rows**2 == count,
-                f"{name} holds {table} for {count} patches of {side} pixels, which is no square; {USE_CONFIG}, with "
-                "image_size",
-            )
+            problem = f"{name} holds {table} for {count} patches of {side} pixels, which is no square"
+            require(rows**2 == count, f"{problem}; {USE_CONFIG}, with image_size")
             return (rows * side,) * 2
     return (ENCODERS[model.encoder].image_side,) * 2

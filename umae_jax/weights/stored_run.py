@@ -33,30 +33,23 @@ T = TypeVar("T")
 
 FOLDER = "checkpoints"
 OLD_BEST = "checkpoints_best"
-BEST = "best"  # key of a checkpoint's data
+DATA_FILE = "data/metadata"  # Orbax writes a checkpoint's JSON to it
+BEST = "best"  # key of that JSON
 CLASSES_FILE = "classes.json"
 
 
 class StoredRun(NamedTuple):
-    """The content of a run's directory.
-
-    Attributes:
-        config: the run's configuration.
-        graph: the model without its parameters; `nnx.merge(graph, params)` puts them together.
-        params: the model's parameters, or their moving average if the run keeps one.
-        step: the checkpoint's step.
-        classes: class names, () if unknown.
-    """
+    """The configuration and one checkpoint of a run."""
 
     config: ConfigDict
-    graph: nnx.GraphDef
-    params: nnx.State
+    graph: nnx.GraphDef  # the model without its parameters; `nnx.merge(graph, params)` gives the model
+    params: nnx.State  # the moving average of the parameters if the run keeps one
     step: int
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # class names, () if unknown
 
 
 def read_run(workdir: AnyPath, *, best: bool = False, sharding: jax.sharding.Sharding | None = None) -> StoredRun:
-    """Read the newest checkpoint of a run that is whole; older ones are tried if it cannot be read.
+    """Read a run and its newest whole checkpoint; try older ones if that cannot be read.
 
     Args:
         workdir: the run's directory; it is not changed.
@@ -87,17 +80,13 @@ def read_run(workdir: AnyPath, *, best: bool = False, sharding: jax.sharding.Sha
     if restored is None:
         raise UserError(f"{workdir / FOLDER} holds no checkpoint that can be read; let the run reach its first one")
     path, params = restored
-    return StoredRun(config, graph, params, int(path.name), _read_classes(workdir))
-
-
-def _read_classes(workdir: epath.Path) -> tuple[str, ...]:
-    if (path := workdir / CLASSES_FILE).is_file():
-        return tuple(json.loads(path.read_bytes()))
-    return old_class_names((workdir / CONFIG_FILE).read_bytes())
+    names = workdir / CLASSES_FILE
+    classes = tuple(json.loads(names.read_bytes())) if names.is_file() else old_class_names(config_file.read_bytes())
+    return StoredRun(config, graph, params, int(path.name), classes)
 
 
 def newest_first(folder: epath.Path) -> list[epath.Path]:
-    """Return the checkpoints that process 0 sees in a folder; a shared file system may show others fewer."""
+    """Return the checkpoints that process 0 sees in a folder; a shared file system may show fewer to the others."""
     return [folder / name for name in broadcast_json([path.name for path in checkpoints_in(folder)])]
 
 
@@ -131,22 +120,17 @@ def _best_first(workdir: epath.Path) -> list[Scored]:
 
 def read_data(path: epath.Path) -> dict[str, Any]:
     """Return the position in the data that belongs to a checkpoint."""
-    return json.loads(data_file(path).read_bytes())
-
-
-def data_file(path: epath.Path) -> epath.Path:
-    """Return the file that Orbax writes a checkpoint's JSON to."""
-    return path / "data" / "metadata"
+    return json.loads((path / DATA_FILE).read_bytes())
 
 
 def read_arrays(path: epath.Path, abstract: dict[str, Any]) -> dict[str, Any]:
     """Read some fields of a checkpoint's state.
 
-    A process waits for no other one: if only one of them failed, the others would wait forever.
+    Processes do not wait for each other: if one failed, the others would wait forever.
 
     Args:
         path: the checkpoint, DIR/checkpoints/STEP.
-        abstract: from field to a pytree of `jax.ShapeDtypeStruct`s with shardings.
+        abstract: pytree of `jax.ShapeDtypeStruct`s with shardings, by field.
 
     Raises:
         Exception: of any type, if the files are damaged or hold other shapes.
@@ -156,10 +140,10 @@ def read_arrays(path: epath.Path, abstract: dict[str, Any]) -> dict[str, Any]:
         primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"process{index}"
     )
     restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-    wanted = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
+    arguments = ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True)
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     with quiet(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-        return checkpointer.restore(path / "state", args=wanted)
+        return checkpointer.restore(path / "state", args=arguments)
 
 
 def first_whole(
@@ -175,7 +159,7 @@ def first_whole(
         content, failure = None, ""
         try:
             content = read(path)
-        except Exception as error:  # damaged files make the libraries raise many types
+        except Exception as error:  # damaged files make Orbax raise many types
             if from_bucket(error) and not isinstance(error, FileNotFoundError):
                 raise UserError(f"{path}: {explain(error)}") from error
             failure = summarize(error)
@@ -195,7 +179,7 @@ def summarize(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hide what Orbax, asyncio and TensorStore print about errors that Orbax raises as well, hundreds of lines."""
+    """Hide the hundreds of lines that Orbax, asyncio and TensorStore log about an error that Orbax raises as well."""
     loggers = (logging.get_absl_logger(), std_logging.getLogger("asyncio"))
     policy = asyncio.get_event_loop_policy()
     asyncio.set_event_loop_policy(_TolerantPolicy())
@@ -214,7 +198,7 @@ def _not_from_orbax(record: std_logging.LogRecord) -> bool:
 
 
 class _TolerantLoop(asyncio.SelectorEventLoop):
-    """An event loop that ignores callbacks after it was closed: TensorStore's, of the other arrays, when one failed."""
+    """An event loop that ignores callbacks once it is closed: after one array failed, TensorStore still sends them."""
 
     def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # noqa: ANN401
         with contextlib.suppress(RuntimeError):
