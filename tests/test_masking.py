@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.small import original_coordinates
 from umae_jax import masking
-from umae_jax.random_masking import RandomMask, sample_random_mask
+from umae_jax.random_masking import sample_random_mask
 
 sizes = st.tuples(st.integers(1, 5), st.integers(1, 5))
 seeds = st.integers(0, 2**31 - 1)
@@ -167,7 +167,7 @@ def test_all_orders_of_a_random_mask_are_equally_likely():
     assert scipy.stats.chisquare(counts).pvalue > 1e-4
 
 
-def test_random_marginals_are_uniform():
+def test_units_and_hidden_units_of_random_masks_are_equally_likely():
     mask = draw_random(3, 4000, (2, 2))
     order = np.asarray(mask.order).reshape(-1, 16)
     for place in range(16):
@@ -179,7 +179,7 @@ def test_random_marginals_are_uniform():
     assert scipy.stats.chi2_contingency(table).pvalue > 1e-4
 
 
-def test_marginals_are_uniform():
+def test_offsets_and_hidden_units_of_uniform_masks_are_equally_likely():
     mask = draw(3, 4000, (2, 2))
     for cell in np.ndindex(2, 2):
         offsets = np.bincount(np.asarray(mask.offset[:, *cell]), minlength=4)
@@ -191,47 +191,28 @@ def test_marginals_are_uniform():
     assert scipy.stats.chi2_contingency(table).pvalue > 1e-4
 
 
-def test_a_uniform_mask_depends_only_on_the_key_of_its_image():
+SAMPLERS = (masking.sample_uniform_mask, sample_random_mask)
+
+
+@pytest.mark.parametrize("sample", SAMPLERS)
+def test_a_mask_depends_only_on_the_key_of_its_image(sample):
     keys = jax.random.split(jax.random.key(0), 6)
-    together = masking.sample_uniform_mask(keys, 6, (3, 4), 0.25)
+    together = sample(keys, 6, (3, 4), 0.25)
     for image in range(6):
-        alone = masking.sample_uniform_mask(keys[image : image + 1], 1, (3, 4), 0.25)
-        np.testing.assert_array_equal(alone.offset[0], together.offset[image])
-        np.testing.assert_array_equal(alone.hidden[0], together.hidden[image])
+        alone = sample(keys[image : image + 1], 1, (3, 4), 0.25)
+        jax.tree.map(lambda a, b, image=image: np.testing.assert_array_equal(a[0], b[image]), alone, together)
+    assert len(np.unique(np.asarray(together[0]).reshape(6, -1), axis=0)) == 6
 
 
-def test_a_random_mask_depends_only_on_the_key_of_its_image():
-    keys = jax.random.split(jax.random.key(0), 6)
-    together = sample_random_mask(keys, 6, (3, 4), 0.25)
-    for image in range(6):
-        alone = sample_random_mask(keys[image : image + 1], 1, (3, 4), 0.25)
-        np.testing.assert_array_equal(alone.order[0], together.order[image])
-        np.testing.assert_array_equal(alone.hidden[0], together.hidden[image])
-    assert len(np.unique(np.asarray(together.order).reshape(6, -1), axis=0)) == 6
-
-
-def test_random_masks_work_under_jit_and_vmap():
+@pytest.mark.parametrize("sample", SAMPLERS)
+def test_masks_work_under_jit_and_vmap(sample):
     key = jax.random.key(1)
-    compiled = jax.jit(sample_random_mask, static_argnums=(1, 2, 3))(key, 2, (2, 3), 0.25)
-    eager = sample_random_mask(key, 2, (2, 3), 0.25)
-    np.testing.assert_array_equal(compiled.order, eager.order)
-    np.testing.assert_array_equal(compiled.hidden, eager.hidden)
-    many = jax.vmap(lambda key: sample_random_mask(key, 2, (2, 3), 0.25))(jax.random.split(key, 5))
+    compiled = jax.jit(sample, static_argnums=(1, 2, 3))(key, 2, (2, 3), 0.25)
+    jax.tree.map(np.testing.assert_array_equal, compiled, sample(key, 2, (2, 3), 0.25))
+    many = jax.vmap(lambda key: sample(key, 2, (2, 3), 0.25))(jax.random.split(key, 5))
     x = random_map(0, 2, (2, 3), 2, 3)
     stacked = jax.jit(jax.vmap(lambda mask: mask.compact(x)))(many)
-    fifth = RandomMask(many.order[4], many.hidden[4])
-    np.testing.assert_array_equal(stacked[4], fifth.compact(x))
-
-
-def test_uniform_masks_work_under_jit_and_vmap():
-    key = jax.random.key(1)
-    compiled = jax.jit(masking.sample_uniform_mask, static_argnums=(1, 2, 3))(key, 2, (2, 3), 0.25)
-    np.testing.assert_array_equal(compiled.offset, masking.sample_uniform_mask(key, 2, (2, 3), 0.25).offset)
-    many = jax.vmap(lambda key: masking.sample_uniform_mask(key, 2, (2, 3), 0.25))(jax.random.split(key, 5))
-    assert many.offset.shape == (5, 2, 2, 3)
-    x = random_map(0, 2, (2, 3), 2, 3)
-    stacked = jax.jit(jax.vmap(lambda mask: mask.compact(x)))(many)
-    fifth = masking.UniformMask(many.offset[4], many.hidden[4])
+    fifth = jax.tree.map(lambda array: array[4], many)
     np.testing.assert_array_equal(stacked[4], fifth.compact(x))
 
 
@@ -241,11 +222,10 @@ def test_raw_uint32_keys_are_accepted():
     np.testing.assert_array_equal(raw.offset, typed.offset)
 
 
-def test_another_number_of_keys_than_images_raises():
+@pytest.mark.parametrize("sample", SAMPLERS)
+def test_another_number_of_keys_than_images_raises(sample):
     with pytest.raises(ValueError, match="key"):
-        sample_random_mask(jax.random.split(jax.random.key(0), 3), 2, (2, 2), 0.25)
-    with pytest.raises(ValueError, match="key"):
-        masking.sample_uniform_mask(jax.random.split(jax.random.key(0), 3), 2, (2, 2), 0.25)
+        sample(jax.random.split(jax.random.key(0), 3), 2, (2, 2), 0.25)
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, float("nan")])

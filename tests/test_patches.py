@@ -1,3 +1,5 @@
+"""Patches, and the order of their pixels."""
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,3 +1,5 @@
+"""Position tables, and the nine cases of the position bias."""
+
 import math
 
 import jax

@@ -8,7 +8,7 @@ from flax import nnx
 
 from tests import golden
 from umae_jax.models.build import build_model
-from umae_jax.models.drop_path import NO_DROP
+from umae_jax.models.layers import NO_DROP
 from umae_jax.models.sizes import Stage
 
 

@@ -10,9 +10,8 @@ from flax import nnx
 
 from tests import golden
 from tests.models.small import build
-from umae_jax.errors import UserError
 from umae_jax.models.build import build_model
-from umae_jax.models.drop_path import DropPath, drop_paths
+from umae_jax.models.layers import DropPath
 from umae_jax.positions import sincos_table
 from umae_jax.weights.names import entries
 
@@ -88,19 +87,21 @@ def test_positions_are_fixed_in_pre_training(name):
     assert "positions" not in nnx.state(build(name), nnx.Param)["encoder"]
 
 
-def rates_of(model):
+def drops_of(model):
     stages = getattr(model.encoder, "stages", [model.encoder])
-    return [block.drop.rate for stage in stages for block in stage.blocks]
+    return [block.drop for stage in stages for block in stage.blocks]
 
 
 @pytest.mark.parametrize(("name", "depths"), [(NAMES[0], (2, 1, 1, 1)), (NAMES[1], (2, 1, 1, 1)), (NAMES[2], (5,))])
 def test_the_drop_path_rate_rises_linearly_over_all_blocks(name, depths):
-    np.testing.assert_allclose(rates_of(build(name, depths=depths, drop_path=0.2, **SMALL)), [0, 0.05, 0.1, 0.15, 0.2])
+    drops = drops_of(build(name, depths=depths, drop_path=0.2, **SMALL))
+    np.testing.assert_allclose([drop.rate for drop in drops], [0, 0.05, 0.1, 0.15, 0.2])
+    assert [drop.block for drop in drops] == list(range(5))
 
 
 @pytest.mark.parametrize("name", ["swin_um_window8", "pvt_um", "vit_um", "simmim_vit"])
 def test_nothing_is_dropped_in_pre_training(name):
-    assert set(rates_of(build(name))) == {0.0}
+    assert all(drop.rate == 0 for drop in drops_of(build(name)))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -153,15 +154,9 @@ def test_kept_branches_are_scaled_to_keep_the_expectation(rate):
 
 
 def test_blocks_and_branches_drop_independently():
-    keys = jax.random.split(jax.random.key(1), 2000)
-    drops = [drop for stage in drop_paths(0.5, (2, 1)) for drop in stage]
-    assert [drop.rate for drop in drops] == [0, 0.25, 0.5]
-    drops = [DropPath(0.5, drop.block) for drop in drops]
-    kept = np.stack(
-        [np.asarray(drop(jnp.ones((2000, 1)), keys, branch))[:, 0] != 0 for drop in drops for branch in (0, 1)]
-    )
-    correlation = np.corrcoef(kept)
-    np.testing.assert_allclose(correlation, np.eye(6), atol=0.12)
+    keys, ones = jax.random.split(jax.random.key(1), 2000), jnp.ones((2000, 1))
+    dropped = [DropPath(0.5, block)(ones, keys, branch)[:, 0] for block in range(3) for branch in (0, 1)]
+    np.testing.assert_allclose(np.corrcoef(np.stack(dropped)), np.eye(6), atol=0.12)
 
 
 @pytest.mark.parametrize(
@@ -176,24 +171,6 @@ def test_other_shapes_compute(name, changes):
     logits = run(build(name, **changes), random_images(2, changes["image_size"], 1))
     assert logits.shape == (2, 3)
     assert np.isfinite(logits).all()
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
-        ("swin_classifier", {"image_size": (100, 64)}, "image_size.* 100 .*32.*96 or 128$"),
-        ("pvt_classifier", {"image_size": (64, 40)}, "image_size.* 40 .*32.*32 or 64$"),
-        ("vit_classifier", {"image_size": (64, 44)}, "image_size.* 44 .*8.*40 or 48$"),
-        (
-            "pvt_classifier",
-            {"image_size": (96, 64), "sr_ratios": (16, 4, 2, 1)},
-            r"model.sr_ratios.* 16 .*24 x 16.*\(8, 4, 2, 1\)$",
-        ),
-    ],
-)
-def test_sizes_that_do_not_fit_raise_an_error_naming_the_key(name, changes, message):
-    with pytest.raises(UserError, match=message):
-        build(name, **changes)
 
 
 def names_of(model):

@@ -7,13 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from umae_jax.errors import require
+from umae_jax.errors import nearest_multiples, require
 from umae_jax.masking import Mask
 from umae_jax.models import layers
 from umae_jax.models.encoder import Encoder, Features
 from umae_jax.models.masked import MaskedImageModel
 from umae_jax.models.reference_order import in_reference_order
-from umae_jax.models.sizes import check_decoder
 from umae_jax.patches import pixel_shuffle
 from umae_jax.positions import sincos_table
 
@@ -24,9 +23,7 @@ class MaskedAutoencoder(MaskedImageModel):
     """Masked autoencoder around any encoder: UM-MAE, or MAE with random sampling.
 
     Args:
-        decoder_width, decoder_depth, decoder_heads: of the decoder's blocks.
         reference_order: give sampled units the reference's decoder positions, not their own (the fault in SPEC 6).
-        dtype: of the linear layers' computation.
         shared: see `MaskedImageModel`. Without secondary masking the encoder has no mask token.
     """
 
@@ -43,7 +40,11 @@ class MaskedAutoencoder(MaskedImageModel):
         **shared: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(encoder, compact=True, **shared)
-        check_decoder(decoder_width, decoder_depth, decoder_heads)
+        require(decoder_depth > 0, f"model.decoder_depth must be at least 1, not {decoder_depth}")
+        message = f"model.decoder_width: {decoder_width} is not a multiple of 4, which its position table needs"
+        require(decoder_width % 4 == 0, f"{message}; choose {nearest_multiples(decoder_width, 4)}")
+        message = f"model.decoder_heads: {decoder_heads} heads do not divide the decoder's width {decoder_width}"
+        require(decoder_heads > 0 and decoder_width % decoder_heads == 0, message)
         message = "model.reference_order: the reference's ViT has the right order already; set it to False"
         require(not reference_order or encoder.stride > encoder.patch, message)
         self.reference_order = reference_order

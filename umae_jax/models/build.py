@@ -51,12 +51,6 @@ def build_model(config: ConfigDict, rngs: nnx.Rngs) -> MaskedImageModel | Classi
     Raises:
         UserError: if its numbers do not fit together.
     """
-    built = _build(config, rngs)
-    built.set_attributes(kernels.Block, rematerialize=config.rematerialize, fused_attention=config.fused_attention)
-    return built
-
-
-def _build(config: ConfigDict, rngs: nnx.Rngs) -> MaskedImageModel | Classifier:
     model, dtype = config.model, jnp.dtype(config.dtype)
     message = f"model.method: random sampling (mae) leaves no grid to {model.encoder}; choose um_mae, or a vit"
     require(model.method != "mae" or model.encoder == "vit", message)
@@ -64,11 +58,14 @@ def _build(config: ConfigDict, rngs: nnx.Rngs) -> MaskedImageModel | Classifier:
     shared: dict[str, Any] = {"image_size": config.image_size, "dtype": dtype, "rngs": rngs}
     if model.method == "classifier":
         require(model.classes is not None, "model.classes: write the number of classes")
-        return Classifier(encoder, classes=model.classes, **shared)
-    shared |= {key: model[key] for key in ("decoder_factor", "norm_pix_loss")}
-    if model.method == "simmim":
-        return SimMIM(encoder, **shared)
-    require("decoder_width" in model, f"model.method: {model.method} has no model here; its task builds it")
-    keys = ("secondary_ratio", "decoder_width", "decoder_depth", "decoder_heads", "reference_order")
-    shared |= {key: model[key] for key in keys}
-    return MaskedAutoencoder(encoder, sampling="random" if model.method == "mae" else "uniform", **shared)
+        built: MaskedImageModel | Classifier = Classifier(encoder, classes=model.classes, **shared)
+    elif model.method == "simmim":
+        shared |= {key: model[key] for key in ("decoder_factor", "norm_pix_loss")}
+        built = SimMIM(encoder, **shared)
+    else:
+        require("decoder_width" in model, f"model.method: {model.method} has no model here; its task builds it")
+        keys = ("decoder_factor", "norm_pix_loss", "secondary_ratio", "reference_order")
+        shared |= {key: model[key] for key in (*keys, "decoder_width", "decoder_depth", "decoder_heads")}
+        built = MaskedAutoencoder(encoder, sampling="random" if model.method == "mae" else "uniform", **shared)
+    built.set_attributes(kernels.Block, rematerialize=config.rematerialize, fused_attention=config.fused_attention)
+    return built

@@ -17,13 +17,9 @@ _BLOCK = re.compile(r"encoder\.(?:stages\.(?P<stage>\d+)\.)?(?:merge|blocks\.(?P
 
 
 class Classifier(nnx.Module):
-    """Classifies whole images.
+    """Classifies whole images with any encoder that has no final norm.
 
-    Args:
-        encoder: any, without a final norm.
-        image_size: height and width in pixels; a size that does not divide into output tokens raises a UserError.
-        classes: number of classes.
-        dtype: of the head's computation.
+    An image size that does not divide into output tokens raises a UserError.
     """
 
     def __init__(

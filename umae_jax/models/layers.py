@@ -3,6 +3,8 @@
 Parameters are float32. Linear layers compute in the model's dtype; layer norms, softmax and attention bias in float32.
 """
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from umae_jax.models import kernels
-from umae_jax.models.drop_path import NO_DROP, DropPath
 
 NORM_EPSILON = 1e-6
 PYRAMID_EPSILON = 1e-5  # of the norms inside the blocks of Swin and PVT
@@ -25,9 +26,10 @@ def linear(
     return nnx.Linear(inputs, outputs, dtype=dtype, param_dtype=jnp.float32, kernel_init=kernel_init, rngs=rngs)
 
 
-def convolution_init(kernel_area: int, outputs: int) -> nnx.Initializer:
-    """Return the initialiser of a convolution: normal, std sqrt(2 / fan_out), fan_out = kernel_area * outputs."""
-    return nnx.initializers.normal((2 / (kernel_area * outputs)) ** 0.5)
+def convolution(inputs: int, outputs: int, *, side: int = 1, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
+    """Build a convolution of kernel size and stride `side`, as a linear layer on the patches of `patchify`."""
+    kernel_init = nnx.initializers.normal((2 / (side**2 * outputs)) ** 0.5)
+    return linear(side**2 * inputs, outputs, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
 
 
 def layer_norm(width: int, *, epsilon: float = NORM_EPSILON, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -44,6 +46,28 @@ def gelu(x: jax.Array) -> jax.Array:
     """Compute the exact GELU in float32, by erf: `jax.nn.gelu` uses erfc and computes both of its branches."""
     wide = x.astype(jnp.float32)
     return (wide * (0.5 + 0.5 * jax.lax.erf(wide * np.float32(0.5**0.5)))).astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class DropPath:
+    """Stochastic depth of one block in fine-tuning: each of its two branches is dropped for an image at this rate."""
+
+    rate: float = 0.0
+    block: int = 0
+
+    def __call__(self, x: jax.Array, keys: jax.Array | None, branch: int) -> jax.Array:
+        """Zero a branch's output [B, ...] for some images and scale it up for the others; without keys [B] keep it."""
+        if keys is None or self.rate == 0:
+            return x
+
+        def keep(key: jax.Array) -> jax.Array:
+            return jax.random.bernoulli(jax.random.fold_in(key, 2 * self.block + branch), 1 - self.rate)
+
+        kept = jax.vmap(keep)(keys).reshape(-1, *(1,) * (x.ndim - 1))
+        return jnp.where(kept, x / jnp.asarray(1 - self.rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+NO_DROP = DropPath()
 
 
 class Mlp(nnx.Module):

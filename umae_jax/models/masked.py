@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from umae_jax.masking import Mask, sample_uniform_mask
+from umae_jax.errors import require
+from umae_jax.masking import Mask, sample_uniform_mask, visible_count
 from umae_jax.models import kernels
 from umae_jax.models.encoder import Encoder
-from umae_jax.models.sizes import check_decoder_factor, check_image_size, check_secondary_ratio
+from umae_jax.models.sizes import check_image_size
 from umae_jax.patches import patchify
 from umae_jax.random_masking import sample_random_mask
 
@@ -36,13 +37,19 @@ class MaskedImageModel(nnx.Module):
         norm_pix_loss: bool,
         compact: bool,
     ) -> None:
-        check_decoder_factor(decoder_factor, encoder.stride // encoder.patch)
+        patches = encoder.stride // encoder.patch
+        message = (
+            f"model.decoder_factor: {decoder_factor} does not divide {patches}, the patches along one output token"
+        )
+        require(decoder_factor > 0 and patches % decoder_factor == 0, f"{message}; choose a divisor of {patches}")
         self.unit = encoder.stride // decoder_factor
         # Half the image must be whole output tokens, or the image whole tokens and cells.
         multiple = 2 * encoder.stride if compact else max(encoder.stride, 2 * self.unit)
         check_image_size(image_size, multiple, "the patch, doubled by every merge, or two mask units")
         self.cells = (image_size[0] // (2 * self.unit), image_size[1] // (2 * self.unit))
-        check_secondary_ratio(secondary_ratio, self.cells)
+        require(0 <= secondary_ratio < 1, f"model.secondary_ratio must lie in [0, 1), not {secondary_ratio}")
+        message = f"model.secondary_ratio: {secondary_ratio} hides all {self.cells[0] * self.cells[1]} sampled units"
+        require(visible_count(self.cells, secondary_ratio) > 0, f"{message}; lower it")
         grid_patch = 2 * encoder.patch if compact else encoder.patch
         encoder.check_grid((image_size[0] // grid_patch, image_size[1] // grid_patch), compact=compact)
         self.encoder = encoder

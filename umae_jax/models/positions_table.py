@@ -10,15 +10,12 @@ from umae_jax.positions import sincos_table
 
 
 def resize_positions(table: jax.Array, old: tuple[int, int], new: tuple[int, int], *, leading: int = 0) -> jax.Array:
-    """Resize the position embeddings of a grid to another grid, bicubic and antialiased.
+    """Resize a grid's position embeddings, bicubic and antialiased.
 
     Args:
-        table: [1, leading + old rows * columns, C].
-        old, new: rows and columns.
-        leading: rows of the table that belong to no place of the grid and stay as they are.
-
-    Returns:
-        [1, leading + new rows * columns, C].
+        table: [1, leading + places, C].
+        old, new: rows and columns of the grids.
+        leading: number of embeddings at the beginning that belong to no place and stay as they are.
     """
     if old == new:
         return table
@@ -27,14 +24,17 @@ def resize_positions(table: jax.Array, old: tuple[int, int], new: tuple[int, int
     return jnp.concatenate([table[:, :leading], resized.reshape(1, -1, width)], axis=1)
 
 
+def fixed_positions(width: int, grid: tuple[int, int], leading: int) -> np.ndarray:
+    """Return the sin-cos table of a grid after `leading` zeros, float32 [1, leading + places, width]."""
+    return np.pad(sincos_table(width, grid).reshape(-1, width), ((leading, 0), (0, 0)))[None]
+
+
 class PositionTable(nnx.Module):
     """The position embedding of a grid of patches: the sin-cos table, fixed, or learned starting from it.
 
-    On another grid the table is resized, bicubic and antialiased.
-
     Args:
         width: of a token.
-        grid: rows and columns of the full grid.
+        grid: rows and columns of the full grid; on another grid the table is resized.
         class_token: reserve position 0 for a class token.
         learned: make the table a parameter, [1, class token and patches, width].
     """
@@ -43,15 +43,12 @@ class PositionTable(nnx.Module):
         self.width = width
         self.grid = grid
         self.leading = int(class_token)
-        self.table = nnx.Param(jnp.asarray(self.fixed())) if learned else None
-
-    def fixed(self) -> np.ndarray:
-        """Return the sin-cos table, float32 [1, class token and patches, width]; zeros for the class token."""
-        table = sincos_table(self.width, self.grid).reshape(-1, self.width)
-        return np.pad(table, ((self.leading, 0), (0, 0)))[None]
+        self.table = nnx.Param(jnp.asarray(fixed_positions(width, grid, self.leading))) if learned else None
 
     def _values(self) -> jax.Array:
-        return jnp.asarray(self.fixed()) if self.table is None else self.table[...]
+        if self.table is not None:
+            return self.table[...]
+        return jnp.asarray(fixed_positions(self.width, self.grid, self.leading))
 
     def of_class_token(self) -> jax.Array:
         """Return the position embedding of the class token, [1, 1, width]."""

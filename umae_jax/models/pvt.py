@@ -6,11 +6,10 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from umae_jax.errors import UserError, require
+from umae_jax.errors import require
 from umae_jax.masking import Mask
 from umae_jax.models import kernels, layers
 from umae_jax.models.attention import merge_heads, split_heads
-from umae_jax.models.drop_path import DropPath
 from umae_jax.models.encoder import Encoder, Features, uniform
 from umae_jax.models.positions_table import PositionTable
 from umae_jax.models.sizes import Sizes, Stage
@@ -23,8 +22,7 @@ class PooledAttention(nnx.Module):
     def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.heads = heads
         self.q = layers.linear(width, width, dtype=dtype, rngs=rngs)
-        kernel_init = layers.convolution_init(1, width)
-        self.reduce = layers.linear(width, width, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
+        self.reduce = layers.convolution(width, width, dtype=dtype, rngs=rngs)
         self.norm = layers.layer_norm(width, epsilon=layers.PYRAMID_EPSILON, rngs=rngs)
         self.kv = layers.linear(width, 2 * width, dtype=dtype, rngs=rngs)
         self.proj = layers.linear(width, width, dtype=dtype, rngs=rngs)
@@ -42,7 +40,7 @@ class PooledAttention(nnx.Module):
 class PvtBlock(kernels.Block):
     """x + pooled attention(LN(x)), then x + MLP(LN(x))."""
 
-    def __init__(self, stage: Stage, drop: DropPath, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, stage: Stage, drop: layers.DropPath, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         width = stage.width
         self.drop = drop
         self.norm1 = layers.layer_norm(width, epsilon=layers.PYRAMID_EPSILON, rngs=rngs)
@@ -62,12 +60,8 @@ class PvtStage(nnx.Module):
     """Blocks of one width and resolution, after a 2 x 2 convolution of stride 2 unless it is the first."""
 
     def __init__(self, stage: Stage, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        init = layers.convolution_init(4, stage.width)
-        self.merge = (
-            None
-            if stage.inputs is None
-            else layers.linear(4 * stage.inputs, stage.width, dtype=dtype, kernel_init=init, rngs=rngs)
-        )
+        inputs, width = stage.inputs, stage.width
+        self.merge = None if inputs is None else layers.convolution(inputs, width, side=2, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List(PvtBlock(stage, drop, dtype=dtype, rngs=rngs) for drop in stage.drops)
 
     def __call__(self, x: jax.Array, reduction: int, drop_keys: jax.Array | None) -> jax.Array:
@@ -84,11 +78,9 @@ class Pvt(Encoder):
     """PVT with average pooling for keys and values.
 
     Args:
-        grid: rows and columns of patches of the images that its position table is made for.
         sr_ratios: for each stage, the side of the blocks pooled for keys and values on a whole image; half that, but
             at least 1, on the compact grid. Another number than of stages raises a UserError.
-        learned_positions: make the position table a parameter (fine-tuning).
-        sizes, final_norm, dtype: see `Encoder`.
+        grid, learned_positions: of its `PositionTable`.
     """
 
     def __init__(
@@ -116,18 +108,15 @@ class Pvt(Encoder):
         """Raise a UserError unless sr_ratios divide the grid at every stage."""
         for stage, reduction in enumerate(self._reductions(compact)):
             rows, columns = (size // 2**stage for size in grid)
-            if rows % reduction or columns % reduction:
-                raise UserError(
-                    f"model.sr_ratios: {reduction} does not divide the {rows} x {columns} tokens of stage {stage + 1}"
-                    f"{' on the compact grid (half of model.sr_ratios)' if compact else ''}; "
-                    f"choose {tuple(2 ** (len(self.widths) - 1 - stage) for stage in range(len(self.widths)))}"
-                )
+            where = f"stage {stage + 1}{' on the compact grid (half of model.sr_ratios)' if compact else ''}"
+            message = f"model.sr_ratios: {reduction} does not divide the {rows} x {columns} tokens of {where}"
+            fitting = tuple(2**halvings for halvings in reversed(range(len(self.widths))))
+            require(rows % reduction == columns % reduction == 0, f"{message}; choose {fitting}")
 
     def __call__(self, tokens: jax.Array, mask: Mask | None = None, drop_keys: jax.Array | None = None) -> Features:
         """See `Encoder.__call__`."""
-        mask = None if mask is None else uniform(mask)
         self.check_grid((tokens.shape[1], tokens.shape[2]), compact=mask is not None)
-        x = tokens + self.positions(tokens, mask)
+        x = tokens + self.positions(tokens, mask if mask is None else uniform(mask))
         maps = []
         reductions = self._reductions(mask is not None)
         for number, (stage, reduction) in enumerate(zip(self.stages, reductions, strict=True), 1):

@@ -9,17 +9,10 @@ from umae_jax.models.encoder import uniform
 
 
 def in_reference_order(mask: Mask, positions: jax.Array) -> jax.Array:
-    """Return positions for the sampled units, in the reference's order instead of `mask.compact(positions)`.
+    """Return positions in the reference's order: [1, unit rows, unit columns, D] -> [B, cell rows, cell columns, D].
 
-    The reference hands out the positions of the sampled units in row-major order of the full grid, while the units
-    themselves are in row-major order of the cells.
-
-    Args:
-        mask: a uniform mask.
-        positions: [1, unit rows, unit columns, D].
-
-    Returns:
-        [B, cell rows, cell columns, D].
+    The sampled units of a uniform mask are in row-major order of the cells. The reference gives them their positions
+    in row-major order of the full grid.
     """
     offset = uniform(mask).offset
     rows, columns = offset.shape[1:]

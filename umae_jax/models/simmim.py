@@ -18,7 +18,6 @@ class SimMIM(MaskedImageModel):
     """Masks a random three quarters of the units and predicts them by one linear layer; the loss is L1.
 
     Args:
-        dtype: of the linear layer's computation.
         shared: image_size, decoder_factor and norm_pix_loss of `MaskedImageModel`.
     """
 

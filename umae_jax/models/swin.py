@@ -8,7 +8,6 @@ from jax.typing import DTypeLike
 from umae_jax.errors import require
 from umae_jax.masking import Mask
 from umae_jax.models import kernels, layers
-from umae_jax.models.drop_path import DropPath
 from umae_jax.models.encoder import Encoder, Features, uniform
 from umae_jax.models.sizes import Sizes, Stage, check_windows
 from umae_jax.models.windows import Windows, make_windows
@@ -19,12 +18,8 @@ class PositionBias(nnx.Module):
     """A small MLP from the coordinate difference of a pair to one bias per head, in float32."""
 
     def __init__(self, heads: int, hidden: int, *, rngs: nnx.Rngs) -> None:
-        def small(inputs: int, outputs: int) -> nnx.Linear:
-            kernel_init = layers.convolution_init(1, outputs)
-            return layers.linear(inputs, outputs, dtype=jnp.float32, kernel_init=kernel_init, rngs=rngs)
-
-        self.fc1 = small(2, hidden)
-        self.fc2 = small(hidden, heads)
+        self.fc1 = layers.convolution(2, hidden, dtype=jnp.float32, rngs=rngs)
+        self.fc2 = layers.convolution(hidden, heads, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, windows: Windows) -> jax.Array:
         """Return the bias of each case: [9 or 1, 1 or windows, heads, N keys, N queries].
@@ -37,7 +32,9 @@ class PositionBias(nnx.Module):
 class SwinBlock(kernels.Block):
     """x + window attention(LN(x)), then x + MLP(LN(x))."""
 
-    def __init__(self, stage: Stage, drop: DropPath, *, position_width: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, stage: Stage, drop: layers.DropPath, *, position_width: int, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
         width, self.heads = stage.width, stage.heads
         self.drop = drop
         self.norm1 = layers.layer_norm(width, epsilon=layers.PYRAMID_EPSILON, rngs=rngs)
@@ -65,8 +62,7 @@ class Merge(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.norm = layers.layer_norm(inputs, rngs=rngs)
-        kernel_init = layers.convolution_init(4, outputs)
-        self.proj = layers.linear(4 * inputs, outputs, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
+        self.proj = layers.convolution(inputs, outputs, side=2, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, H / 2, W / 2, C']."""
@@ -101,7 +97,6 @@ class Swin(Encoder):
         window: side of a window in tokens on a whole image, which is padded if windows do not tile it; half that on the
             compact grid. Even, at least 4, else a UserError.
         position_width: hidden width of the position MLP.
-        sizes, final_norm, dtype: see `Encoder`.
     """
 
     def __init__(
@@ -122,9 +117,8 @@ class Swin(Encoder):
 
     def __call__(self, tokens: jax.Array, mask: Mask | None = None, drop_keys: jax.Array | None = None) -> Features:
         """See `Encoder.__call__`."""
-        mask = None if mask is None else uniform(mask)
         self.check_grid((tokens.shape[1], tokens.shape[2]), compact=mask is not None)
-        window, offset = (self.window, None) if mask is None else (self.window // 2, mask.offset)
+        window, offset = (self.window, None) if mask is None else (self.window // 2, uniform(mask).offset)
         maps = []
         for number, stage in enumerate(self.stages, 1):
             with jax.named_scope(f"stage_{number}"):

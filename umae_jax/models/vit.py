@@ -17,10 +17,8 @@ class Vit(Encoder):
     """ViT with sin-cos positions. Its tokens need no neighbours, so it takes random masks as well as uniform ones.
 
     Args:
-        grid: rows and columns of patches of the images that its position table is made for.
-        learned_positions: make the position table a parameter (fine-tuning).
         sizes: of its one stage; several raise a UserError.
-        final_norm, dtype: see `Encoder`.
+        grid, learned_positions: of its `PositionTable`.
     """
 
     def __init__(

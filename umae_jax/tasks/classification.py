@@ -23,7 +23,7 @@ from umae_jax.errors import listing, require
 from umae_jax.features import read_encoder
 from umae_jax.files import AnyPath
 from umae_jax.models.classifier import Classifier
-from umae_jax.models.positions_table import PositionTable, resize_positions
+from umae_jax.models.positions_table import fixed_positions, resize_positions
 from umae_jax.tasks import labelled
 from umae_jax.training.sharding import replicated
 from umae_jax.training.task import BaseTask, Batch, Hook, Params, Prediction, RunContext
@@ -278,7 +278,7 @@ def adapt_pretrained(config: ConfigDict, abstract: Params, pretrained: ConfigDic
         side, width = config.model.patch, config.model.widths[0]
         grids = [(image[0] // side, image[1] // side) for image in (pretrained.image_size, config.image_size)]
         leading = shapes[table].shape[1] - grids[1][0] * grids[1][1]  # 1 with a class token
-        fixed = PositionTable(width, grids[0], class_token=bool(leading)).fixed()
+        fixed = fixed_positions(width, grids[0], leading)
         learned = jnp.asarray(variables[table][...] if table in variables else fixed)
         variables[table] = nnx.Param(np.asarray(resize_positions(learned, *grids, leading=leading)))
     return nnx.State({"encoder": nnx.from_flat_state([(path, variables[path]) for path in shapes])})

@@ -18,6 +18,7 @@ from umae_jax.config import CONFIG_FILE, check, differences, old_class_names, re
 from umae_jax.data.pipeline import TrainLoader, abstract_batch, readers
 from umae_jax.errors import Preempted, PreemptionRequested, UserError, listing, require
 from umae_jax.files import AnyPath, write_whole
+from umae_jax.models.kernels import check_platform
 from umae_jax.multihost import StopSignal, Watchdog, all_gather_json, broadcast_json, is_primary
 from umae_jax.training.checkpoint import Checkpoints
 from umae_jax.training.metrics import Report, metrics_of
@@ -324,10 +325,7 @@ def build_step(task: BaseTask, run: AbstractRun, warmup_steps: int, total_steps:
     """
     config = task.config
     device: Any = next(iter(run.state.step.sharding.device_set))
-    require(
-        device.platform == "tpu" or not config.fused_attention,
-        f"fused_attention: the kernel runs on TPUs, not on {device.platform} devices; set it to False",
-    )
+    check_platform(device, fused=config.fused_attention)
     group = config.grad_accum_steps * task.group_size
     require(
         config.batch_size % group == 0,

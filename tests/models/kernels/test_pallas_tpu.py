@@ -8,9 +8,9 @@ from flax import nnx
 
 from tests.models.small import make_stage
 from umae_jax import masking
-from umae_jax.models.attention import attend
-from umae_jax.models.drop_path import NO_DROP
-from umae_jax.models.kernels.pallas_tpu import attend_in_windows, attend_to_all, supports_all, supports_windows
+from umae_jax.models import attention
+from umae_jax.models.kernels import pallas_tpu
+from umae_jax.models.layers import NO_DROP
 from umae_jax.models.swin import SwinBlock
 from umae_jax.models.windows import make_windows
 from umae_jax.training.sharding import batch_sharding, make_mesh, replicated
@@ -18,49 +18,32 @@ from umae_jax.training.sharding import batch_sharding, make_mesh, replicated
 TOLERANCES = {"float32": 1e-5, "bfloat16": 4e-2}  # relative to the maximum
 
 
-def draw(*shapes, dtype):
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    return [jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes, strict=True)]
+def compare(ours, plain, heads, width, dtype, *arrays):
+    """Compare values and all gradients with the plain form's in float32.
 
+    Args:
+        ours, plain: functions of two linear layers and arrays, the first of which is cast to `dtype`.
+    """
 
-def by_heads(x, heads):
-    """[..., N, heads * d] -> [..., heads, d, N]."""
-    return jnp.moveaxis(x.reshape(*x.shape[:-1], heads, -1), -3, -1)
+    def both(function, dtype):
+        rngs, channels = nnx.Rngs(0), heads * width
+        qkv = nnx.Linear(channels, 3 * channels, dtype=dtype, rngs=rngs)
+        qkv.bias[...] = jax.random.normal(rngs.params(), qkv.bias.shape)
+        graph, state = nnx.split((qkv, nnx.Linear(channels, channels, dtype="float32", rngs=rngs)))
 
+        @jax.jit
+        def run(state, *arrays):
+            def apply(state, x, *tables):
+                return function(*nnx.merge(graph, state), x.astype(dtype), *tables)
 
-def by_tokens(x):
-    """[..., heads, d, N] -> [..., N, heads * d]."""
-    return jnp.moveaxis(x, -1, -3).reshape(*x.shape[:-3], x.shape[-1], -1)
+            values, pull = jax.vjp(apply, state, *arrays)
+            return values, pull(jnp.cos(values))
 
+        return jax.tree.leaves(run(state, *arrays))
 
-def add(maps, biases):
-    wide = [
-        x.astype(jnp.float32) + jnp.expand_dims(bias, range(x.ndim - 1)) for x, bias in zip(maps, biases, strict=True)
-    ]
-    return [x.astype(maps[0].dtype) for x in wide]
-
-
-def plain_in_windows(q, k, v, windows, tables):
-    heads = tables.shape[1]
-    attended = attend(*(by_heads(windows.cut(x), heads) for x in (q, k, v)), windows.bias_of_pairs(tables[:, None]))
-    return windows.join(by_tokens(attended), q.shape[1:3])
-
-
-def compare(ours, plain, arguments, gradient):
-    """Values and every gradient."""
-
-    def both(function):
-        def run(*arguments):
-            values, pull = jax.vjp(function, *arguments)
-            return values, pull(gradient)
-
-        return jax.tree.leaves(jax.jit(run)(*arguments))
-
-    tolerance = TOLERANCES[str(gradient.dtype)]
-    for our, their in zip(both(ours), both(plain), strict=True):
-        assert our.dtype == their.dtype
+    for our, their in zip(both(ours, dtype), both(plain, "float32"), strict=True):
         our, their = (np.asarray(x, np.float32) for x in (our, their))
-        np.testing.assert_allclose(our, their, atol=tolerance * max(1, np.abs(their).max()))
+        np.testing.assert_allclose(our, their, atol=TOLERANCES[dtype] * max(1, np.abs(their).max()))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -75,37 +58,33 @@ def compare(ours, plain, arguments, gradient):
         ((16, 8), None, 8, False, 5, 4),
     ],
 )
-def test_windows_equal_the_plain_form_s(grid, cells, window, shifted, heads, width, dtype):
-    batch = 16
-    *maps, gradient = draw(*[(batch, *grid, heads * width)] * 4, dtype=dtype)
-    offset = None if cells is None else masking.sample_uniform_mask(jax.random.key(1), batch, cells, 0.25).offset
+def test_attention_within_windows_equals_the_plain_form_s(grid, cells, window, shifted, heads, width, dtype):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (16, *grid, heads * width))
+    offset = None if cells is None else masking.sample_uniform_mask(keys[1], 16, cells, 0.25).offset
     windows = make_windows(grid, window, shifted=shifted, offset=offset)
-    tokens = windows.size[0] * windows.size[1]
-    table = (1 if cells is None else 9, heads, tokens, tokens)
-    biases, tables = draw((3, heads * width), table, dtype="float32")
+    cases, _, keys_per_window, queries, _ = windows.differences.shape
+    tables = jax.random.normal(keys[2], (cases, 1, heads, keys_per_window, queries))
     with jax.set_mesh(make_mesh(2)):
-        assert supports_windows(gradient.shape, windows, heads)
+        assert pallas_tpu.supports_windows(x.shape, windows, heads)
         compare(
-            lambda maps, biases, tables: attend_in_windows(maps, biases, windows, tables, interpret=True),
-            lambda maps, biases, tables: plain_in_windows(*add(maps, biases), windows, tables),
-            (tuple(maps), biases, tables),
-            gradient,
+            lambda qkv, proj, x, tables: pallas_tpu.window_attention(qkv, proj, x, windows, tables, interpret=True),
+            lambda qkv, proj, x, tables: attention.window_attention(qkv, proj, x, windows, tables, heads),
+            *(heads, width, dtype, x, tables),
         )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(("queries", "heads", "width"), [(24, 2, 4), (16, 5, 32), (8, 3, 128)])
 def test_attention_among_all_tokens_equals_the_plain_form_s(queries, heads, width, dtype):
-    wide = heads * width
-    *maps, gradient = draw(*((8, count, wide) for count in (queries, 24, 24, queries)), dtype=dtype)
-    (biases,) = draw((3, wide), dtype="float32")
-
-    def plain(maps, biases):
-        return by_tokens(attend(*(by_heads(x, heads) for x in add(maps, biases))))
-
+    x, first = jax.random.normal(jax.random.key(0), (8, 24, heads * width)), 24 - queries
     with jax.set_mesh(make_mesh()):
-        assert supports_all(24, 24 - queries, wide, heads)
-        compare(lambda *x: attend_to_all(*x, heads, interpret=True), plain, (tuple(maps), biases), gradient)
+        assert pallas_tpu.supports_all(24, first, heads * width, heads)
+        compare(
+            lambda qkv, proj, x: pallas_tpu.self_attention(qkv, proj, x, heads, first, interpret=True),
+            lambda qkv, proj, x: attention.self_attention(qkv, proj, x, heads, first),
+            *(heads, width, dtype, x),
+        )
 
 
 @pytest.mark.parametrize(
@@ -122,8 +101,8 @@ def test_other_windows_are_not_supported(grid, cells, window, width):
     offset = None if cells is None else jnp.zeros((8, *cells), jnp.int32)
     windows = make_windows(grid, window, shifted=False, offset=offset)
     with jax.set_mesh(make_mesh()):
-        assert not supports_windows((8, *grid, 2 * width), windows, 2)
-    assert not supports_all(24, 0, 8, 2), "without a mesh"
+        assert not pallas_tpu.supports_windows((8, *grid, 2 * width), windows, 2)
+    assert not pallas_tpu.supports_all(24, 0, 8, 2), "without a mesh"
 
 
 def test_a_block_of_the_paper_s_sizes_compiles_for_tpus(tpus):

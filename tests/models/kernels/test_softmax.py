@@ -9,7 +9,7 @@ from umae_jax.models import attention
 from umae_jax.models.kernels import softmax
 from umae_jax.models.kernels.packed_windows import windows_per_tile
 from umae_jax.models.kernels.platforms import is_for
-from umae_jax.models.kernels.softmax import Bias, attend
+from umae_jax.models.kernels.softmax import attend
 from umae_jax.training.sharding import batch_sharding, make_mesh
 
 
@@ -20,10 +20,6 @@ def inputs(dtype, scale=1.0):
     bias = jax.random.normal(keys[3], (1, 3, 2, 7, 5))
     gradient = jax.random.normal(keys[4], (2, 3, 2, 8, 5))
     return tuple(x.astype(dtype) for x in (q, k, v)), bias, gradient.astype(dtype)
-
-
-def ours(q, k, v, bias=None):
-    return attend(q, k, v, None if bias is None else Bias(bias))
 
 
 @pytest.fixture(params=["cpu", "tpu"])
@@ -46,7 +42,7 @@ def test_values_and_gradients_equal_the_plain_form_s(platform, dtype, tolerance,
         values, pull = jax.vjp(function, *arguments)
         return values, pull(gradient)
 
-    computed = (jax.jit(lambda *x, f=f: both(f, *x))(*arguments) for f in (ours, attention.attend))
+    computed = (jax.jit(lambda *x, f=f: both(f, *x))(*arguments) for f in (attend, attention.attend))
     for our, their in zip(*map(jax.tree.leaves, computed), strict=True):
         assert our.dtype == their.dtype
         our, their = (np.asarray(x, np.float32) for x in (our, their))
@@ -58,7 +54,7 @@ def test_large_logits_do_not_overflow(platform):
     np.testing.assert_allclose(jax.jit(attend)(q, k, v), jax.jit(attention.attend)(q, k, v), rtol=1e-4, atol=1e-3)
     small, bias = q / 1e4, 300 * bias
     np.testing.assert_allclose(
-        jax.jit(ours)(small, k, v, bias), jax.jit(attention.attend)(small, k, v, bias), rtol=1e-4, atol=1e-3
+        jax.jit(attend)(small, k, v, bias), jax.jit(attention.attend)(small, k, v, bias), rtol=1e-4, atol=1e-3
     )
 
 
@@ -85,12 +81,12 @@ def test_on_tpus_only_small_logits_skip_the_pass_for_their_maximum(monkeypatch):
     monkeypatch.setattr(softmax, "is_for", lambda platform: platform == "tpu")
     monkeypatch.setattr(jax.lax, "cond", cond)
     (q, k, v), bias, _ = inputs("float32")
-    ours(q, k, v, bias)
-    ours(3 * q, 3 * k, v, bias)
-    ours(q, k, v, 20 * bias)
-    ours(q.at[0, 0, 0, 0, 0].set(jnp.nan), k, v, bias)
+    attend(q, k, v, bias)
+    attend(3 * q, 3 * k, v, bias)
+    attend(q, k, v, 20 * bias)
+    attend(q.at[0, 0, 0, 0, 0].set(jnp.nan), k, v, bias)
     scale = jnp.ones((1, 3, 2, 1, 1)).at[:, 0, 1].set(20)  # a head whose queries are long, and keys short
-    ours(q * scale, k / scale, v, bias)
+    attend(q * scale, k / scale, v, bias)
     assert branches_taken == [True, False, False, False, True]
 
 

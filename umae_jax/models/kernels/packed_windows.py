@@ -9,7 +9,7 @@ from flax import nnx
 
 from umae_jax.models.attention import bias_of, merge_heads, split_heads
 from umae_jax.models.kernels.platforms import LANES, is_for
-from umae_jax.models.kernels.softmax import Bias, attend
+from umae_jax.models.kernels.softmax import attend
 from umae_jax.models.windows import Windows
 from umae_jax.positions import select_offset_case
 
@@ -20,25 +20,18 @@ def windows_per_tile(windows: int, tokens: int) -> int:
 
 
 def window_attention(
-    qkv: nnx.Linear,
-    proj: nnx.Linear,
-    x: jax.Array,
-    windows: Windows,
-    tables: jax.Array,
-    heads: int,
-    packed: int | None = None,
+    qkv: nnx.Linear, proj: nnx.Linear, x: jax.Array, windows: Windows, tables: jax.Array, heads: int
 ) -> jax.Array:
-    """Compute `attention.window_attention`; `packed` overrides `windows_per_tile`."""
+    """Compute `attention.window_attention`."""
     cut = windows.cut(x)
-    if packed is None:
-        packed = windows_per_tile(*cut.shape[1:3])
+    packed = windows_per_tile(*cut.shape[1:3])
     q, k, v = split_heads(qkv, cut, 3, heads) if packed == 1 else _split_packed(qkv, cut, heads, packed)
-    attended = attend(q, k, v, Bias(tables, lambda tables: _bias_of_pairs(tables, windows, packed)), packed)
+    attended = attend(q, k, v, tables, lambda tables: _bias_of_pairs(tables, windows, packed), packed)
     return windows.join(merge_heads(proj, attended), x.shape[1:3])
 
 
 def _split_packed(linear: nnx.Linear, x: jax.Array, heads: int, packed: int) -> tuple[jax.Array, ...]:
-    """`split_heads` for queries, keys and values of packed windows, [..., windows, N, C] with tiles = windows / packed.
+    """Compute `split_heads` for packed windows, [..., windows, N, C] with tiles = windows / packed.
 
     Returns:
         Queries [..., tiles, heads, d, packed * N]; keys and values [..., tiles, heads, packed * d, N].
@@ -48,11 +41,8 @@ def _split_packed(linear: nnx.Linear, x: jax.Array, heads: int, packed: int) -> 
     x = x.astype(linear.dtype)
     x = x.reshape(*x.shape[:-3], -1, packed, *x.shape[-2:])  # [..., tiles, packed, N, C]
     queries = jnp.einsum("...nc,chd->...hdn", x.reshape(*x.shape[:-3], -1, x.shape[-1]), kernel[:, 0]) + bias[0]
-    split = [queries]
-    for part in (1, 2):
-        stacked = jnp.einsum("...snc,chd->...hsdn", x, kernel[:, part]) + bias[part][..., None, :, :]
-        split.append(stacked.reshape(*stacked.shape[:-3], -1, stacked.shape[-1]))
-    return tuple(split)
+    stacked = (jnp.einsum("...snc,chd->...hsdn", x, kernel[:, i]) + bias[i][..., None, :, :] for i in (1, 2))
+    return queries, *(part.reshape(*part.shape[:-3], -1, part.shape[-1]) for part in stacked)
 
 
 def _pack(pairs: jax.Array, axis: int, packed: int) -> jax.Array:

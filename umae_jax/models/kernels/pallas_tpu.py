@@ -36,51 +36,37 @@ Maps = tuple[Any, ...]  # arrays [B, H, W, C], or Refs to them inside the kernel
 
 
 class Terms(NamedTuple):
-    """The terms added to queries, keys and values, and to the logits, in the kernel's layout.
+    """The terms added to queries, keys and values, and to the logits, in the kernel's layout; all float32.
 
     Attributes:
-        biases: float32 [3, C], of the linear layers of queries, keys and values.
-        tables: float32 [products, 9 or 1, K, heads * Q], the position bias of each case, with the heads of a product
-            side by side; None without position bias.
-        offsets: float32 [B, windows, 2, heads * N], dy and dx of each token's unit; None with a single case.
-        regions: float32 [windows, 1, heads * N]: tokens of different regions do not attend to each other; None: all do.
+        biases: [3, C], of the linear layers of queries, keys and values.
+        tables: [products, 9 or 1, K, heads * Q], the position bias of each case, with the heads of a product together.
+        offsets: [B, windows, 2, heads * N], dy and dx of each token's unit; None with a single case.
+        regions: [windows, 1, heads * N]: tokens of different regions do not attend to each other; None: all do.
     """
 
     biases: jax.Array | Ref
-    tables: jax.Array | Ref | None
-    offsets: jax.Array | Ref | None
-    regions: jax.Array | Ref | None
+    tables: jax.Array | Ref | None = None
+    offsets: jax.Array | Ref | None = None
+    regions: jax.Array | Ref | None = None
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """Static settings of a call.
-
-    Attributes:
-        heads: number of heads that share the channels.
-        windows: number of windows along the rows and columns of a map.
-        shift: rows and columns by which maps are rolled towards the origin before they are cut.
-        interpret: let JAX interpret the kernel, on any device.
-    """
+    """Static settings of a call."""
 
     heads: int
-    windows: tuple[int, int]
-    shift: tuple[int, int]
-    interpret: bool
+    windows: tuple[int, int]  # along the rows and columns of a map
+    shift: tuple[int, int]  # rows and columns by which maps are rolled towards the origin before they are cut
+    interpret: bool  # let JAX interpret the kernel, on any device
 
 
 class _Product(NamedTuple):
-    """A group of heads computed in one matrix product.
+    """A group of heads computed in one matrix product."""
 
-    Attributes:
-        number: index among the products of a map.
-        masks: for each head, bool [1, channels]: its own channels among those read.
-        scale: of the queries.
-    """
-
-    number: int
-    masks: list[jax.Array]
-    scale: float
+    number: int  # index among the products of a map
+    masks: list[jax.Array]  # for each head, bool [1, channels]: its own channels among those read
+    scale: float  # of the queries
 
     def spread(self, x: jax.Array) -> jax.Array:
         """[N, channels] -> [heads * N, channels]: each head's own channels, zeros elsewhere."""
@@ -92,7 +78,7 @@ class _Product(NamedTuple):
         return sum((jnp.where(mask, part, 0) for mask, part in zip(self.masks, parts, strict=True)), jnp.float32(0))
 
 
-def heads_per_product(heads: int, channels: int, queries: int) -> int:
+def _heads_per_product(heads: int, channels: int, queries: int) -> int:
     """Return the number of heads per product: a divisor of the number of heads that are read together."""
     group = min(heads, LANES * heads // channels)
     return max(size for size in range(1, group + 1) if group % size == 0 and (size == 1 or size * queries <= MAX_LANES))
@@ -100,7 +86,7 @@ def heads_per_product(heads: int, channels: int, queries: int) -> int:
 
 def _groups(heads: int, channels: int, queries: int) -> Iterator[tuple[slice, list[_Product]]]:
     """Yield the channels that are read together, and the products of their heads."""
-    width, size = channels // heads, heads_per_product(heads, channels, queries)
+    width, size = channels // heads, _heads_per_product(heads, channels, queries)
     group = min(heads, LANES // width)
     for first in range(0, heads, group):
         count = min(group, heads - first)
@@ -135,13 +121,11 @@ def _in_windows(
     scratch: tuple[Ref, ...],
     compute: Callable[..., Maps],
 ) -> None:
-    """Apply a function to each window of maps.
+    """Apply a function to each window of maps [images, H, W, C].
 
     Args:
-        settings: of the call.
-        inputs, outputs: maps [images, H, W, C]; the first inputs are queries, keys and values.
-        biases: [3, C], added to the first three inputs.
-        grad_biases: [3, C], accumulates the sums of the first three outputs.
+        biases: [3, C], added to the first three inputs: queries, keys and values.
+        grad_biases: [3, C], accumulates the sums of the outputs.
         scratch: per input and output, float32 [H, W, channels that are read together].
         compute: image, window, products, windows of the inputs [N, channels] -> windows of the outputs.
     """
@@ -180,15 +164,14 @@ def _in_windows(
                 ref[image, :, :, lanes] = _roll(x, (-settings.shift[0], -settings.shift[1])).astype(ref.dtype)
 
 
-def _differences(row: jax.Array, keys: int) -> jax.Array:
-    """Return the difference of one number per token, key minus query: [1, Q] -> [K, Q]."""
-    return _dot(row[:, :keys], jnp.ones_like(row), 0, 0) - row
+def _differences(row: jax.Array, keys: int, lanes: int) -> jax.Array:
+    """Return the difference of one number per token, key minus query: [1, heads * N] -> [keys, lanes]."""
+    return (_dot(row[:, :keys], jnp.ones_like(row), 0, 0) - row)[:, :lanes]
 
 
-def _steps(offsets: Ref, image: jax.Array, window: jax.Array, shape: tuple[int, ...]) -> list[jax.Array]:
-    """Return the differences of dy and of dx of all pairs, float32 [K, heads * Q]."""
-    rows = (offsets[image, window, axis : axis + 1] for axis in (0, 1))
-    return [_differences(row, shape[0])[:, : shape[1]] for row in rows]
+def _steps(offsets: Ref, image: jax.Array, window: jax.Array, keys: int, lanes: int) -> list[jax.Array]:
+    """Return the differences of dy and of dx of all pairs, float32 [keys, lanes]."""
+    return [_differences(offsets[image, window, axis : axis + 1], keys, lanes) for axis in (0, 1)]
 
 
 def _add_to_tables(
@@ -199,7 +182,7 @@ def _add_to_tables(
     if terms.offsets is None:
         grad_tables[product.number, 0, :, :lanes] += grad_logits
         return
-    row, column = _steps(terms.offsets, image, window, grad_logits.shape)
+    row, column = _steps(terms.offsets, image, window, *grad_logits.shape)
     for case in range(9):
         pairs = (row == case // 3 - 1) & (column == case % 3 - 1)
         grad_tables[product.number, case, :, :lanes] += jnp.where(pairs, grad_logits, 0)
@@ -216,11 +199,11 @@ def _weights(
         if terms.offsets is None:
             logits += tables[0]
         else:
-            row, column = _steps(terms.offsets, image, window, logits.shape)
+            row, column = _steps(terms.offsets, image, window, keys, lanes)
             rows = [select_by_sign(column, tables[3 * case : 3 * case + 3]) for case in range(3)]
             logits += select_by_sign(row, rows)
         if terms.regions is not None:
-            apart = _differences(terms.regions[window], keys)[:, :lanes]
+            apart = _differences(terms.regions[window], keys, lanes)
             logits += jnp.where(apart == 0, 0.0, ACROSS_BORDERS)
     exponentials = jnp.exp(logits - logits.max(axis=0, keepdims=True))
     return exponentials * (1 / exponentials.sum(axis=0, keepdims=True))
@@ -276,25 +259,13 @@ def _backward_kernel(
 
 
 def _call(
-    kernel: Callable[..., None],
-    settings: _Settings,
-    maps: Maps,
-    terms: Terms,
-    outputs: Maps,
-    grad_terms: Any,  # noqa: ANN401
-) -> Any:  # noqa: ANN401
-    """Run a kernel over all images, several per step.
+    kernel: Callable[..., None], settings: _Settings, maps: Maps, terms: Terms, outputs: Maps, grad_terms: Maps | None
+) -> tuple[Maps, Maps]:
+    """Run a kernel over all images, several per step -> the output maps, and gradients summed over images.
 
     Args:
-        kernel: `_forward_kernel` or `_backward_kernel`.
-        settings: of the call.
         maps: inputs, the queries first.
-        terms: see `Terms`.
-        outputs: arrays of the shapes and dtypes of the output maps.
-        grad_terms: arrays of the shapes of the gradients summed over images, float32.
-
-    Returns:
-        The output maps and the summed gradients.
+        outputs, grad_terms: arrays of the shapes and dtypes of the results.
     """
     batch, height, width, channels = maps[0].shape
     max_images = max(1, TOKENS_PER_STEP // (height * width))
@@ -315,7 +286,7 @@ def _call(
         out_specs=(tuple(map(per_step, outputs)), jax.tree.map(whole, grad_terms)),
         scratch_shapes=[pltpu.VMEM((*array.shape[1:3], lanes), jnp.float32) for array in (*maps, *outputs)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=VMEM_BYTES),
-        cost_estimate=cost(settings, maps, terms, outputs),
+        cost_estimate=_cost(settings, maps, terms, outputs),
         interpret=settings.interpret,
         name=kernel.__name__.strip("_"),
     )(maps, terms)
@@ -326,12 +297,11 @@ def _map_terms(terms: Terms, per_step: Callable[[Any], Any], whole: Callable[[An
     return jax.tree.map(whole, terms)._replace(offsets=None if terms.offsets is None else per_step(terms.offsets))
 
 
-def cost(settings: _Settings, maps: Maps, terms: Terms, outputs: Maps) -> pl.CostEstimate:
-    """Estimate a lower bound of the operations and bytes of a call, forward or backward.
+def _cost(settings: _Settings, maps: Maps, terms: Terms, outputs: Maps) -> pl.CostEstimate:
+    """Estimate a loose lower bound of a call: matrix products, exponentials, and bytes of channels in whole lanes.
 
-    Bytes count channels in whole lanes, operations the matrix products, transcendentals the exponentials. The bound is
-    loose: a product over d channels costs a matrix unit the same as one over 128, and the kernel spends its time on the
-    vector unit, some ten (forward) to forty (backward, with nine cases) operations per pair.
+    The kernel spends its time on the vector unit, some ten (forward) to forty (backward, with nine cases) operations
+    per pair.
     """
     (batch, height, width, channels), (_, rows, columns, _) = maps[0].shape, maps[1].shape
     pairs = batch * height * width * rows * columns // math.prod(settings.windows)
@@ -361,7 +331,7 @@ def _backward(settings: _Settings, residuals: tuple[Maps, Terms], gradient: jax.
     maps, terms = residuals
     learned = terms.biases, terms.tables
     grad_maps, (grad_biases, grad_tables) = _call(_backward_kernel, settings, (*maps, gradient), terms, maps, learned)
-    return grad_maps, Terms(grad_biases, grad_tables, None, None)
+    return grad_maps, Terms(grad_biases, grad_tables)
 
 
 _attend.defvjp(_forward, _backward)
@@ -381,13 +351,12 @@ def _supports(tokens: int, channels: int, heads: int) -> bool:
 
     It needs a mesh, as in a compiled training step; pictures and probes, with few images, use the plain form.
     """
-    width = channels // heads
-    fills = LANES % width == 0 or channels <= LANES
+    fills = LANES % (channels // heads) == 0 or channels <= LANES
     return not jax.sharding.get_abstract_mesh().empty and tokens % SUBLANES == 0 and fills
 
 
 def supports_windows(shape: tuple[int, ...], windows: Windows, heads: int) -> bool:
-    """Return whether `attend_in_windows` supports maps of a shape [B, H, W, C].
+    """Return whether `window_attention` supports maps of a shape [B, H, W, C].
 
     Windows must tile the maps without padding, cut the mask units at the same places, and have at most MAX_TOKENS
     tokens. Their rows must be whole sublanes, unless one window covers the map.
@@ -403,52 +372,23 @@ def supports_windows(shape: tuple[int, ...], windows: Windows, heads: int) -> bo
 
 
 def supports_all(tokens: int, first_query: int, channels: int, heads: int) -> bool:
-    """Return whether `attend_to_all` supports this number of tokens, with queries from `first_query` on."""
+    """Return whether `self_attention` supports this number of tokens, with queries from `first_query` on."""
     counts = (tokens, tokens - first_query)
     return tokens <= MAX_TOKENS and all(_supports(count, channels, heads) for count in counts)
 
 
-def window_attention(qkv: nnx.Linear, proj: nnx.Linear, x: jax.Array, windows: Windows, tables: jax.Array) -> jax.Array:
-    """Compute `attention.window_attention` where `supports_windows`."""
-    maps, biases = _split_channels(qkv, x)
-    return proj(attend_in_windows(maps, biases, windows, tables[:, 0]))
-
-
-def self_attention(qkv: nnx.Linear, proj: nnx.Linear, x: jax.Array, heads: int, first_query: int) -> jax.Array:
-    """Compute `attention.self_attention` where `supports_all`."""
-    (q, k, v), biases = _split_channels(qkv, x)
-    return proj(attend_to_all((q[:, first_query:], k, v), biases, heads))
-
-
-def _split_channels(qkv: nnx.Linear, x: jax.Array) -> tuple[Maps, jax.Array]:
-    """Return queries, keys and values [..., heads * d] without their biases, and these, float32 [3, heads * d]."""
-    kernels = jnp.split(qkv.kernel[...].astype(qkv.dtype), 3, axis=-1)
-    x = x.astype(qkv.dtype)
-    biases = cast(nnx.Param[jax.Array], qkv.bias)[...].reshape(3, -1)
-    return tuple(jnp.einsum("...c,cd->...d", x, kernel) for kernel in kernels), biases
-
-
-def attend_in_windows(
-    maps: Maps, biases: jax.Array, windows: Windows, tables: jax.Array, *, interpret: bool = False
+def window_attention(
+    qkv: nnx.Linear, proj: nnx.Linear, x: jax.Array, windows: Windows, tables: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """Softmax attention within windows of maps.
-
-    Args:
-        maps: queries, keys and values [B, H, W, heads * d], without their biases.
-        biases: float32 [3, heads * d], of queries, keys and values.
-        windows: of the maps.
-        tables: float32 [9 or 1, heads, N keys, N queries], the bias of each case, in the order of `select_offset_case`.
-        interpret: let JAX interpret the kernels, on any device.
-
-    Returns:
-        [B, H, W, heads * d].
-    """
-    shape = batch, height, width, channels = maps[0].shape
+    """Compute `attention.window_attention` where `supports_windows`; `interpret` runs it on any device."""
+    maps, biases = _split_channels(qkv, x)
+    tables = tables[:, 0]  # all windows share them
+    batch, height, width, channels = x.shape
     counts = (height // windows.size[0], width // windows.size[1])
     if counts == (1, 1):  # one row of all tokens
         maps = tuple(x.reshape(batch, 1, height * width, channels) for x in maps)
     cases, heads, tokens, _ = tables.shape
-    together = heads_per_product(heads, channels, tokens)
+    together = _heads_per_product(heads, channels, tokens)
     products = -(-heads // together)
     tables = jnp.pad(tables, ((0, 0), (0, products * together - heads), (0, 0), (0, 0)))
     tables = tables.reshape(cases, products, together, tokens, tokens).transpose(1, 0, 3, 2, 4)
@@ -460,20 +400,22 @@ def attend_in_windows(
         None if regions is None else jnp.tile(jnp.asarray(regions, jnp.float32), together)[:, None],
     )
     settings = _Settings(heads, counts, windows.shift, interpret)
-    return _on_each_device(settings, maps, terms).reshape(shape)
+    return proj(_on_each_device(settings, maps, terms).reshape(x.shape))
 
 
-def attend_to_all(maps: Maps, biases: jax.Array, heads: int, *, interpret: bool = False) -> jax.Array:
-    """Softmax attention among all tokens.
-
-    Args:
-        maps: queries [B, Q, heads * d], keys and values [B, K, heads * d], without their biases.
-        biases: float32 [3, heads * d], of queries, keys and values.
-        heads: number of heads.
-        interpret: let JAX interpret the kernels, on any device.
-
-    Returns:
-        [B, Q, heads * d].
-    """
+def self_attention(
+    qkv: nnx.Linear, proj: nnx.Linear, x: jax.Array, heads: int, first_query: int, *, interpret: bool = False
+) -> jax.Array:
+    """Compute `attention.self_attention` where `supports_all`; `interpret` runs it on any device."""
+    (q, k, v), biases = _split_channels(qkv, x)
     settings = _Settings(heads, (1, 1), (0, 0), interpret)
-    return _on_each_device(settings, tuple(x[:, None] for x in maps), Terms(biases, None, None, None))[:, 0]
+    maps = tuple(x[:, None] for x in (q[:, first_query:], k, v))
+    return proj(_on_each_device(settings, maps, Terms(biases))[:, 0])
+
+
+def _split_channels(qkv: nnx.Linear, x: jax.Array) -> tuple[Maps, jax.Array]:
+    """Return queries, keys and values [..., heads * d] without their biases, and these, float32 [3, heads * d]."""
+    kernels = jnp.split(qkv.kernel[...].astype(qkv.dtype), 3, axis=-1)
+    x = x.astype(qkv.dtype)
+    biases = cast(nnx.Param[jax.Array], qkv.bias)[...].reshape(3, -1)
+    return tuple(jnp.einsum("...c,cd->...d", x, kernel) for kernel in kernels), biases

@@ -12,7 +12,6 @@ And each pass over pairs has full lanes.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,32 +23,35 @@ from umae_jax.models.kernels.platforms import is_for
 MAX_UNSHIFTED_LOGIT = 50.0
 
 
-class Bias(NamedTuple):
-    """A bias of the logits.
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    tables: jax.Array | None = None,
+    bias_of_pairs: Callable[[jax.Array], jax.Array] = lambda tables: tables,
+    packed: int = 1,
+) -> jax.Array:
+    """Compute `attention.attend`.
 
-    Attributes:
-        tables: float32, the values that the bias is made of.
-        of_pairs: from the tables to the bias of each pair, broadcastable to [..., heads, K, Q]. It selects one value
-            for each pair, and may lower some pairs further, but not all pairs of a query.
+    Args:
+        q, k, v: as there; with `packed` windows, Q counts the queries of all, and keys and values are stacked.
+        tables: float32, the values that the bias is made of; None without a bias.
+        bias_of_pairs: from the tables to the bias, broadcastable to [..., heads, K, Q]. It selects one value for each
+            pair, and may lower some pairs further, but not all pairs of a query.
+        packed: number of windows that lie side by side.
     """
-
-    tables: jax.Array
-    of_pairs: Callable[[jax.Array], jax.Array] = lambda tables: tables
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: Bias | None = None, packed: int = 1) -> jax.Array:
-    """Compute `attention.attend`; with `packed` windows, Q counts their queries, and keys and values are stacked."""
     q = q * jnp.asarray(q.shape[-2] ** -0.5, q.dtype)
-    if bias is None:
-        bias = Bias(jnp.zeros((1,) * q.ndim, jnp.float32))
-    of_pairs = jnp.broadcast_to(bias.of_pairs(bias.tables), (*q.shape[:-2], k.shape[-1], q.shape[-1]))
-    fixed_q, fixed_k, tables = jax.lax.stop_gradient((q, k, bias.tables))
+    if tables is None:
+        tables = jnp.zeros((1,) * q.ndim, jnp.float32)
+    bias = jnp.broadcast_to(bias_of_pairs(tables), (*q.shape[:-2], k.shape[-1], q.shape[-1]))
+    fixed_q, fixed_k, tables = jax.lax.stop_gradient((q, k, tables))
     spread = _spread(fixed_q, packed)
-    shift = _shift(spread, fixed_k, Bias(tables, bias.of_pairs), packed)
-    return _attend(q, k, v, of_pairs, spread, shift, packed)
+    return _attend(q, k, v, bias, spread, _shift(spread, fixed_k, tables, bias_of_pairs, packed), packed)
 
 
-def _shift(q: jax.Array, k: jax.Array, bias: Bias, packed: int) -> jax.Array | None:
+def _shift(
+    q: jax.Array, k: jax.Array, tables: jax.Array, bias_of_pairs: Callable[[jax.Array], jax.Array], packed: int
+) -> jax.Array | None:
     """Return the shift that is subtracted from the logits of each query: float32 [..., heads, 1, Q], or None.
 
     Softmax is shift-invariant; subtract an upper bound of the logits to stay inside float32. None asks for the maximum
@@ -62,7 +64,7 @@ def _shift(q: jax.Array, k: jax.Array, bias: Bias, packed: int) -> jax.Array | N
     """
 
     def max_logits(q: jax.Array) -> jax.Array:
-        return _logits(q, k, bias.of_pairs(bias.tables)).max(axis=-2, keepdims=True)
+        return _logits(q, k, bias_of_pairs(tables)).max(axis=-2, keepdims=True)
 
     def max_length(x: jax.Array) -> jax.Array:  # [..., heads]
         return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-2).max(axis=-1))
@@ -72,7 +74,7 @@ def _shift(q: jax.Array, k: jax.Array, bias: Bias, packed: int) -> jax.Array | N
     if packed > 1:  # barriers keep the compiler from storing logits between their maximum and their exponentials
         return jax.lax.optimization_barrier(max_logits(jax.lax.optimization_barrier(q)))
     return jax.lax.cond(
-        jnp.max(max_length(q) * max_length(k)) + jnp.max(jnp.abs(bias.tables)) < MAX_UNSHIFTED_LOGIT,
+        jnp.max(max_length(q) * max_length(k)) + jnp.max(jnp.abs(tables)) < MAX_UNSHIFTED_LOGIT,
         lambda: jnp.zeros((*q.shape[:-2], 1, q.shape[-1]), jnp.float32),
         lambda: max_logits(q),
     )
@@ -139,5 +141,5 @@ _attend.defvjp(_forward, _backward)
 
 
 def _logits(q: jax.Array, k: jax.Array, bias: jax.Array) -> jax.Array:
-    """float32 [..., heads, K, Q]."""
+    """Return the logits of all pairs, float32 [..., heads, K, Q]."""
     return jnp.einsum("...dk,...dq->...kq", k, q, preferred_element_type=jnp.float32) + bias
