@@ -50,6 +50,9 @@ def join(
     multihost.initialize(cluster, preemption=preemption)
     if not jax.distributed.is_initialized():
         return
+    # All processes must find the same programs in their cache, or some wait for others to compile with them. On CPUs,
+    # programs of several processes never have the same key twice. JAX opens its cache at the first compilation, below.
+    startup.use_cache(workdir / startup.CACHE_FOLDER if workdir and jax.default_backend() != "cpu" else None)
     ignored = {"config", "workdir", *vars(cluster)}
     settings: dict[str, Any] = {"command": Path(sys.argv[0]).stem}
     for module, module_flags in flags.FLAGS.flags_by_module_dict().items():
@@ -59,9 +62,6 @@ def join(
     if config is not None:
         settings |= {key: str(value) for key, value in flat(config).items()}
     multihost.check_agreement(settings, workdir)
-    # All processes must find the same programs in their cache, or some wait for others to compile with them. On CPUs,
-    # programs of several processes never have the same key twice.
-    startup.use_cache(workdir / startup.CACHE_FOLDER if workdir and jax.default_backend() != "cpu" else None)
     startup.mark("connecting the processes")
 
 
