@@ -120,7 +120,7 @@ from umae_jax import multihost
 from pathlib import Path
 cluster = multihost.ClusterFlags()
 flags.FLAGS(sys.argv[:1])
-multihost.initialize(cluster)
+multihost.initialize(cluster, preemption=True)
 import jax
 index = jax.process_index()
 def attempt(fingerprint, workdir):
@@ -162,10 +162,7 @@ def test_two_processes_agree_and_the_watchdog_ends_a_stuck_collective(tmp_path):
     started = [python(WORKER, str(tmp_path), **slurm(index, port)) for index in range(2)]
     results = []
     for process in started:
-        line = "[Gloo]"
-        while line.startswith("[Gloo]"):
-            line = process.stdout.readline()
-        results.append(json.loads(line))
+        results.append(json.loads(next(line for line in process.stdout if line.startswith("{"))))  # after Gloo's lines
     started[1].send_signal(signal.SIGINT)
     time.sleep(0.5)
     printed = [process.communicate(timeout=60) for process in started]
@@ -199,7 +196,7 @@ flags.FLAGS(sys.argv)
 multihost.NOTICE_SECONDS = 1
 multihost.initialize(cluster)
 multihost.broadcast_json(0)
-print("connected", flush=True)
+print("all connected", flush=True)
 while True:
     multihost.broadcast_json(0)
     time.sleep(0.1)
@@ -225,8 +222,7 @@ def test_missing_processes_are_listed():
 def test_a_silent_process_ends_the_others_after_the_heartbeat_timeout():
     silent, other = connect(2, "--heartbeat_timeout=10")
     for process in (silent, other):
-        while process.stdout.readline() != "connected\n":
-            pass
+        assert any("all connected" in line for line in process.stdout)
     silent.send_signal(signal.SIGSTOP)
     begin = time.monotonic()
     _, errors = other.communicate(timeout=60)
