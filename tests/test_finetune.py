@@ -15,12 +15,12 @@ from tests.images import write_folder
 from umae_jax.weights.stored_run import best_checkpoint
 
 CLASSES = ("cat", "dog", "owl")
-BOTH = ("--config.validation.every_epochs=2",)  # of 36 images in batches of 16: every 4 steps
+EVERY_4_STEPS = ("--config.validation.every_epochs=2",)  # 36 images in batches of 16
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """36 labelled images to train on, 21 to validate on of which one cannot be read, as options of a command."""
+    """Options of a command: 36 labelled training images, 21 validation images, one of them unreadable."""
     root = tmp_path_factory.mktemp("images")
     write_folder(root / "training", 36, CLASSES)
     write_folder(root / "validation", 21, CLASSES)
@@ -34,24 +34,24 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory, folders):
     workdir = tmp_path_factory.mktemp("pretrained")
-    commands.pretrain(workdir, *folders, *BOTH)
+    commands.pretrain(workdir, *folders, *EVERY_4_STEPS)
     return workdir
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, folders, pretrained):
-    """A run that was never stopped: its directory and what it printed."""
+    """An uninterrupted run: its directory, standard output and standard error."""
     workdir = tmp_path_factory.mktemp("finished")
-    return workdir, *commands.finetune(workdir, *folders, *BOTH, f"--config.init={pretrained}")
+    return workdir, *commands.finetune(workdir, *folders, *EVERY_4_STEPS, f"--config.init={pretrained}")
 
 
 def test_pretraining_measures_knn_accuracy(pretrained):
     measured = {line["step"]: line["knn_top1"] for line in commands.lines(pretrained) if "knn_top1" in line}
     assert list(measured) == [0, 4, 8, 12]
-    assert measured[12] > 0.6  # these pictures are told apart by their colours
+    assert measured[12] > 0.6  # chance is about 1/3
 
 
-def test_a_run_leaves_accuracy_and_its_best_and_last_checkpoints(finished):
+def test_a_run_writes_its_accuracy_and_its_best_and_last_checkpoints(finished):
     workdir, output, errors = finished
     lines = commands.lines(workdir)
     validated = {line["step"]: line for line in lines if "validation_top1" in line}
@@ -74,16 +74,16 @@ def test_a_run_leaves_accuracy_and_its_best_and_last_checkpoints(finished):
     np.testing.assert_allclose(rates, [0, peak / 2, *cosine], rtol=1e-4, atol=1e-12)
 
 
-def test_killed_again_and_again_it_ends_the_same(finished, folders, pretrained, tmp_path):
-    chance = random.Random(1)
-    overrides = (*folders, *BOTH, f"--config.init={pretrained}", "--config.checkpoint_every=3")
+def test_a_run_killed_twice_ends_with_the_same_metrics(finished, folders, pretrained, tmp_path):
+    rng = random.Random(1)
+    overrides = (*folders, *EVERY_4_STEPS, f"--config.init={pretrained}", "--config.checkpoint_every=3")
     for last in (3, 8):
         arguments = ("--config", "tests/tiny_classifier.py", "--workdir", tmp_path, *overrides)
         with commands.start("finetune", *arguments) as process:
             for line in process.stderr:
                 if line.startswith("step ") and int(re.match(r"step (\d+)", line)[1]) >= last:
                     break
-            time.sleep(chance.uniform(0, 0.05))
+            time.sleep(rng.uniform(0, 0.05))
             process.send_signal(signal.SIGKILL)
     commands.finetune(tmp_path, *overrides)
     assert commands.lines(tmp_path) == commands.lines(finished[0])
@@ -91,16 +91,16 @@ def test_killed_again_and_again_it_ends_the_same(finished, folders, pretrained, 
     assert (best[0].value, best[0].folder.name) == (best[1].value, best[1].folder.name)
 
 
-def test_a_signal_in_the_last_validation_is_obeyed_and_the_validation_made_up_for(folders, tmp_path):
-    """Also in the average of the parameters, which is what is validated."""
-    more = [f"{folders[1]}_more", "--config.optimizer.ema_decay=0.5", "--config.total_steps=4", *BOTH]
+def test_a_run_stopped_in_its_last_validation_repeats_it_when_continued(folders, tmp_path):
+    """The run keeps an EMA of the parameters and validates it."""
+    options = [f"{folders[1]}_more", "--config.optimizer.ema_decay=0.5", "--config.total_steps=4", *EVERY_4_STEPS]
     validation = folders[1].partition(":")[2]
     for path in Path(validation).rglob("*.jpg"):
         for copy in range(30):
-            place = Path(f"{validation}_more", path.parent.name, f"{path.stem}_{copy}.jpg")
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(path.read_bytes())
-    arguments = ("--config", "tests/tiny_classifier.py", "--workdir", tmp_path, folders[0], *more)
+            target = Path(f"{validation}_more", path.parent.name, f"{path.stem}_{copy}.jpg")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    arguments = ("--config", "tests/tiny_classifier.py", "--workdir", tmp_path, folders[0], *options)
     with commands.start("finetune", *arguments) as process:
         for line in process.stderr:
             if line.startswith("step 4/4 | loss"):
@@ -111,19 +111,19 @@ def test_a_signal_in_the_last_validation_is_obeyed_and_the_validation_made_up_fo
     assert "stopped by SIGTERM at step 4" in errors
     validated = [line["step"] for line in commands.lines(tmp_path) if "validation_top1" in line]
     assert validated == [0]
-    commands.finetune(tmp_path, folders[0], *more)
+    commands.finetune(tmp_path, folders[0], *options)
     line = commands.lines(tmp_path)[-1]
     assert (line["step"], line["validation_images"]) == (4, 600)
     output, _ = commands.run("evaluate", "--workdir", tmp_path, "--json")
     assert json.loads(output)["top1"] == line["validation_top1"]
 
 
-def test_other_numbers_of_devices_see_the_same_losses(finished, folders, pretrained, tmp_path):
-    commands.finetune(tmp_path, *folders, *BOTH, f"--config.init={pretrained}", devices=2)
+def test_losses_do_not_depend_on_the_number_of_devices(finished, folders, pretrained, tmp_path):
+    commands.finetune(tmp_path, *folders, *EVERY_4_STEPS, f"--config.init={pretrained}", devices=2)
     np.testing.assert_allclose(commands.losses(tmp_path), commands.losses(finished[0]), rtol=1e-5)
 
 
-def test_evaluation_agrees_with_the_run_on_any_devices_and_for_any_batch_size(finished):
+def test_evaluation_agrees_with_the_run_for_any_number_of_devices_and_batch_size(finished):
     workdir = finished[0]
     last = next(line for line in reversed(commands.lines(workdir)) if "validation_top1" in line)
     for devices, batch_size in ((1, 3), (8, 64)):
@@ -139,7 +139,7 @@ def test_evaluation_agrees_with_the_run_on_any_devices_and_for_any_batch_size(fi
         }
 
 
-def test_pictures_are_classified_by_name(finished, folders, tmp_path):
+def test_evaluate_prints_class_probabilities_per_image(finished, folders, tmp_path):
     write_folder(tmp_path, 2)
     (tmp_path / "broken.png").write_bytes(b"")
     output, errors = commands.run("evaluate", "--workdir", finished[0], "--images", tmp_path, "--best")
@@ -148,9 +148,9 @@ def test_pictures_are_classified_by_name(finished, folders, tmp_path):
     for line, name in zip(lines, ("000.jpg", "001.jpg"), strict=True):
         path, rest = line.split(": ")
         assert Path(path).name == name
-        shares = dict(part.rsplit(" ", 1) for part in rest.split(", "))
-        assert shares.keys() == set(CLASSES)
-        assert sum(float(share.removesuffix("%")) for share in shares.values()) == pytest.approx(100, abs=0.3)
+        probabilities = dict(part.rsplit(" ", 1) for part in rest.split(", "))
+        assert probabilities.keys() == set(CLASSES)
+        assert sum(float(value.removesuffix("%")) for value in probabilities.values()) == pytest.approx(100, abs=0.3)
     assert "broken.png cannot be read" in errors
 
 
@@ -166,26 +166,26 @@ def test_any_stage_of_any_run_can_be_probed(pretrained):
     )
 
 
-def error_of(module, *arguments):
+def error_line(module, *arguments):
     _, errors = commands.run(module, *arguments, status=2)
     assert "Traceback" not in errors
     return errors.splitlines()[-1]
 
 
-def test_every_mistake_of_the_user_is_one_sentence(finished, folders, pretrained, tmp_path):
+def test_every_user_error_is_one_line(finished, folders, pretrained, tmp_path):
     config = ("--config", "tests/tiny_classifier.py", "--workdir", tmp_path / "run")
     others = (*folders, f"--config.init={pretrained}", "--config.model.heads=(2,2)")
-    assert "other sizes (model.heads is (1, 2) there, (2, 2) here)" in error_of("finetune", *config, *others)
-    assert "there is no file or directory nowhere" in error_of("finetune", *config, *folders, "--config.init=nowhere")
-    assert "model.method: um_mae" in error_of("finetune", "--config", "tests/tiny.py", "--workdir", tmp_path / "run")
-    assert "--probe knn" in error_of("evaluate", "--workdir", pretrained)
+    assert "other sizes (model.heads is (1, 2), not (2, 2))" in error_line("finetune", *config, *others)
+    assert "there is no file or directory nowhere" in error_line("finetune", *config, *folders, "--config.init=nowhere")
+    assert "model.method: um_mae" in error_line("finetune", "--config", "tests/tiny.py", "--workdir", tmp_path / "run")
+    assert "--probe knn" in error_line("evaluate", "--workdir", pretrained)
     other = write_folder(tmp_path / "others", 4, ("cat", "dog", "emu"))
-    assert "holds no best checkpoint" in error_of("evaluate", "--workdir", pretrained, "--probe", "knn", "--best")
-    assert "--source and --stage" in error_of("evaluate", "--workdir", finished[0], "--stage", "0")
+    assert "holds no best checkpoint" in error_line("evaluate", "--workdir", pretrained, "--probe", "knn", "--best")
+    assert "--source and --stage" in error_line("evaluate", "--workdir", finished[0], "--stage", "0")
     before = sorted(path.name for path in pretrained.iterdir())
-    message = error_of("finetune", "--config", "tests/tiny_classifier.py", "--workdir", pretrained, *folders)
-    assert "another model (model.method is um_mae there, classifier here)" in message
+    message = error_line("finetune", "--config", "tests/tiny_classifier.py", "--workdir", pretrained, *folders)
+    assert "another model (model.method is um_mae, not classifier)" in message
     assert sorted(path.name for path in pretrained.iterdir()) == before
-    assert "was not trained on these classes" in error_of(
+    assert "was not trained on these classes" in error_line(
         "evaluate", "--workdir", finished[0], "--validation", f"folder:{other}"
     )

@@ -1,4 +1,4 @@
-"""The launchers print their commands; nothing runs here but the notebook."""
+"""Launch scripts, checked by the commands that they print with --dry-run; only the notebook is executed."""
 
 import os
 import shlex
@@ -18,7 +18,7 @@ RUN = ("umae_jax.pretrain", "--config", "configs/quickstart.py", "--workdir", "/
 
 
 def launch(script, *arguments, status=0, **settings):
-    done = subprocess.run(
+    result = subprocess.run(
         [LAUNCH / script, *arguments],
         env={**os.environ, "HOME": "/home/me", **settings},
         capture_output=True,
@@ -26,14 +26,14 @@ def launch(script, *arguments, status=0, **settings):
         check=False,
         timeout=60,
     )
-    assert done.returncode == status, done
-    return done.stdout if status == 0 else done.stderr
+    assert result.returncode == status, result
+    return result.stdout if status == 0 else result.stderr
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.glob("*.sh")))
 def test_scripts_pass_shellcheck(script):
-    done = subprocess.run(["shellcheck", LAUNCH / script], capture_output=True, text=True, check=False)
-    assert not done.returncode, done.stdout
+    result = subprocess.run(["shellcheck", LAUNCH / script], capture_output=True, text=True, check=False)
+    assert not result.returncode, result.stdout
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.glob("*.sh")))
@@ -41,15 +41,15 @@ def test_scripts_print_their_usage(script):
     assert f"launch/{script} [--dry-run]" in launch(script, status=2)
 
 
-def test_a_pod_is_created_installed_used_and_deleted():
+def test_a_pod_is_created_set_up_used_and_deleted():
     printed = launch("tpu_pod.sh", "--dry-run", "all", "--", *RUN, NAME="pod", PROJECT="p", ZONE="z", SPOT="1")
     commands = [shlex.split(line) for line in printed.splitlines()]
     verbs = [command[4] for command in commands if command[0] == "gcloud"]
     assert verbs == ["create", "ssh", "scp", "ssh", "ssh", "scp", "delete"]
     assert all({"--zone=z", "--project=p"} <= set(command) for command in commands if command[0] == "gcloud")
     assert {"pod", "--node-id=pod", "--accelerator-type=v5litepod-16", "--spot"} <= set(commands[0])
-    (on_workers,) = (part for part in commands[4] if part.startswith("--command="))
-    assert shlex.split(on_workers.partition("python -m ")[2].partition(" 2>&1")[0]) == list(RUN)
+    (worker_option,) = (part for part in commands[4] if part.startswith("--command="))
+    assert shlex.split(worker_option.partition("python -m ")[2].partition(" 2>&1")[0]) == list(RUN)
     assert "--worker=all" in commands[4]
 
 
@@ -57,13 +57,13 @@ def test_a_pod_is_created_installed_used_and_deleted():
     ("arguments", "message"),
     [(("run",), "write the command after --"), (("up", "--", "now"), "up takes no command")],
 )
-def test_wrong_arguments_are_one_sentence(arguments, message):
+def test_wrong_arguments_give_a_one_line_error(arguments, message):
     errors = launch("tpu_pod.sh", "--dry-run", *arguments, status=2)
     assert errors.startswith(f"error: {message}")
     assert errors.count("\n") == 1
 
 
-def test_a_node_installs_checks_and_runs():
+def test_a_gpu_node_installs_the_package_runs_the_doctor_and_trains():
     commands = [shlex.split(line) for line in launch("gpu_node.sh", "--dry-run", *RUN).splitlines()]
     assert [command[1:3] for command in commands] == [
         ["-m", "venv"],
@@ -77,8 +77,8 @@ def test_a_node_installs_checks_and_runs():
 def test_a_slurm_job_has_one_process_per_gpu_and_is_requeued_after_saving():
     job = launch("slurm.sh", "--dry-run", *RUN, NODES="4", GPUS="2", PARTITION="gpu")
     options = [line.removeprefix("#SBATCH --") for line in job.splitlines() if line.startswith("#SBATCH")]
-    wanted = {"nodes=4", "ntasks-per-node=2", "gpus-per-node=2", "partition=gpu", "requeue", "signal=TERM@120"}
-    assert wanted <= set(options)
+    expected = {"nodes=4", "ntasks-per-node=2", "gpus-per-node=2", "partition=gpu", "requeue", "signal=TERM@120"}
+    assert expected <= set(options)
     (line,) = (line for line in job.splitlines() if line.startswith("srun"))
     assert shlex.split(line.partition("-m ")[2].partition(" ||")[0]) == list(RUN)
     assert 'if [ "$status" = 143 ]; then scontrol requeue' in job
@@ -86,7 +86,7 @@ def test_a_slurm_job_has_one_process_per_gpu_and_is_requeued_after_saving():
     assert not checked.returncode, checked.stderr
 
 
-def test_the_container_and_the_task_name_files_that_exist():
+def test_the_files_named_in_the_dockerfile_and_the_skypilot_task_exist():
     for line in (LAUNCH / "Dockerfile").read_text().splitlines():
         if line.startswith("COPY"):
             assert all((ROOT / name).exists() for name in line.split()[1:-1])
@@ -120,7 +120,7 @@ def test_the_notebook_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     }
 
 
-def test_the_notebook_keeps_its_outputs_with_pictures(notebook):
+def test_the_notebook_is_stored_with_its_outputs_and_pictures(notebook):
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
     assert all(output.output_type != "error" for output in outputs)
@@ -129,10 +129,10 @@ def test_the_notebook_keeps_its_outputs_with_pictures(notebook):
     assert all(cell.execution_count for cell in cells)
 
 
-def test_every_folder_of_the_package_is_copied_to_where_it_is_installed():
+def test_the_pod_script_and_the_dockerfile_copy_every_package_folder():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     folders = {folder for folder in project["tool"]["setuptools"]["package-dir"].values() if folder != "umae_jax"}
     assert folders
-    for place in ("tpu_pod.sh", "Dockerfile"):
-        lines = [line for line in (LAUNCH / place).read_text().splitlines() if "scp" in line or line.startswith("COPY")]
-        assert folders <= set(shlex.split(" ".join(lines))), place
+    for name in ("tpu_pod.sh", "Dockerfile"):
+        lines = [line for line in (LAUNCH / name).read_text().splitlines() if "scp" in line or line.startswith("COPY")]
+        assert folders <= set(shlex.split(" ".join(lines))), name

@@ -183,7 +183,7 @@ def test_two_processes_agree_and_the_watchdog_ends_a_stuck_collective(tmp_path):
     assert not list((tmp_path / "shared").iterdir())
     assert printed[0][0] == printed[1][0]  # the same step
     assert printed[0][0].endswith(f" {signal.SIGTERM:d}\n")
-    assert "saving and leaving" in printed[0][1]
+    assert "saving and exiting" in printed[0][1]
     assert "in broadcast_json" in printed[0][1]
 
 

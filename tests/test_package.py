@@ -20,12 +20,12 @@ def python(*arguments, **options):
 
 
 def test_every_package_is_listed():
-    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "umae_jax").rglob("*.py")}
+    packages = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "umae_jax").rglob("*.py")}
     listed = set(SETTINGS["tool"]["setuptools"]["packages"])
-    assert found == {name for name in listed if not name.startswith(("umae_jax.configs", "umae_jax.docs"))}
+    assert packages == {name for name in listed if not name.startswith(("umae_jax.configs", "umae_jax.docs"))}
 
 
-def test_the_version_is_the_package_s():
+def test_pyproject_and_the_package_have_the_same_version():
     assert SETTINGS["project"]["version"] == umae_jax.__version__
 
 
@@ -41,7 +41,7 @@ def test_the_exported_names_are_listed():
         _ = umae_jax.no_such_name
 
 
-def test_a_wheel_holds_configurations_and_method_and_runs_without_the_checkout(tmp_path):
+def test_a_wheel_contains_configurations_and_docs_and_runs_without_the_checkout(tmp_path):
     checkout, target = tmp_path / "checkout", tmp_path / "target"
     ignored = shutil.ignore_patterns("__pycache__")
     for name in ("umae_jax", "configs", "docs"):

@@ -92,7 +92,7 @@ def test_killed_again_and_again_it_ends_with_the_same_losses(tmp_path, never_sto
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_leaves(tmp_path, never_stopped, number):
+def test_a_signal_saves_and_exits(tmp_path, never_stopped, number):
     # Checkpoints are so rare that only the signal can have written one.
     rare = ("--config.total_steps=40", "--config.checkpoint_every=1000")
     with commands.start("pretrain", "--config", "tests/tiny.py", "--workdir", tmp_path, *rare) as process:
@@ -194,8 +194,8 @@ def test_the_checkpoint_of_another_model_is_refused(finished):
     before = (finished[0] / "config.json").read_bytes()
     _, errors = commands.pretrain(finished[0], *changes, status=2)
     assert "checkpoints of another model" in errors
-    assert "model.window is 8 there, 4 here" in errors
-    assert "model.decoder_depth is 1 there, 2 here" in errors
+    assert "model.window is 8, not 4" in errors
+    assert "model.decoder_depth is 1, not 2" in errors
     assert "seed" not in errors
     assert (finished[0] / "config.json").read_bytes() == before
 

@@ -43,7 +43,7 @@ def finetune(config: ConfigDict | _Path, workdir: _Path) -> None:
 
 
 def _train(command: str, config: ConfigDict | _Path, workdir: _Path) -> None:
-    from umae_jax import startup  # here, as loading an encoder needs no training
+    from umae_jax import startup  # imported here: loading an encoder needs no training code
     from umae_jax.tasks.command import train
 
     startup.restart()
@@ -60,15 +60,15 @@ def evaluate(
     stage: int | None = None,
     batch_size: int = 256,
 ) -> dict[str, Any]:
-    """Measure the accuracy of a classifier, or of a probe of frozen features.
+    """Measure the accuracy of a classifier, or of a probe on frozen features.
 
     Args:
         workdir: directory of a run.
-        probe: kind of probe; None: the run is a classifier's.
-        best: evaluate the checkpoint with the best validation, not the newest.
+        probe: kind of probe; None: evaluate the classifier itself.
+        best: evaluate the best checkpoint, not the newest.
         validation: labelled images to measure on, "folder:PATH" or "tfds:NAME"; None: those of the run.
         source: labelled training images of the probe; None: those of the run.
-        stage: stage that is probed, from 0, or -1 for the last; None: that of the run's configuration.
+        stage: stage to probe, from 0, or -1 for the last; None: the stage in the run's configuration.
         batch_size: images per batch, over all devices.
 
     Returns:
@@ -81,7 +81,7 @@ def evaluate(
 
     require(
         probe is not None or (source is None and stage is None),
-        "source and stage belong to a probe; give probe, or leave them out",
+        "source and stage belong to a probe; set probe, or omit them",
     )
     path = locate(workdir, "workdir")
     run = evaluation.open_run(path, best=best, source=source, validation=validation, stage=stage)

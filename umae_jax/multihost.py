@@ -1,7 +1,7 @@
 """Several processes that train together, connected by JAX's coordination service.
 
-On a cluster that JAX knows (Cloud TPU, GKE, SLURM, Open MPI) no flags are needed. JAX ends a process that loses another
-one: at once where a connection breaks, otherwise after --heartbeat_timeout.
+On a cluster that JAX knows (Cloud TPU, GKE, SLURM, Open MPI) no flags are needed. If one
+process is lost, JAX ends the others: at once if a connection breaks, otherwise after --heartbeat_timeout.
 """
 
 import contextlib
@@ -33,9 +33,9 @@ from jax.experimental import multihost_utils
 from umae_jax.errors import PreemptionRequested, UserError, listing, require
 from umae_jax.files import AnyPath, explain, first_line, write_whole
 
-NOTICE_SECONDS = 10.0  # of waiting for other processes before a line says so
-VISIBLE_SECONDS = 10.0  # within which a shared file system shows a file that another host wrote
-EXIT_SECONDS = 10.0  # for which a failed process waits for the others
+NOTICE_SECONDS = 10.0  # wait for other processes before a message reports it
+VISIBLE_SECONDS = 10.0  # max delay until a shared file system shows another host's file
+EXIT_SECONDS = 10.0  # max wait of a failed process for the others
 PACKAGES = (
     *("umae_jax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax", "orbax-checkpoint", "grain"),
     *("numpy", "pillow"),
@@ -51,11 +51,11 @@ class ClusterFlags:
         self.num_processes = integer("num_processes", None, "Number of processes; 1: ignore the cluster.", 1)
         self.process_id = integer("process_id", None, "Index of this process, from 0.", 0)
         self.initialization_timeout = integer("initialization_timeout", 300, "Seconds to wait for all processes.", 1)
-        self.heartbeat_timeout = integer("heartbeat_timeout", 100, "Seconds of silence that end a process.", 1)
+        self.heartbeat_timeout = integer("heartbeat_timeout", 100, "Seconds without heartbeat that end the run.", 1)
 
 
 def initialize(cluster: ClusterFlags, *, preemption: bool = False) -> None:
-    """Connect the processes, as the flags or the cluster say; do nothing for a single process.
+    """Connect the processes given by the flags or by the cluster; do nothing for a single process.
 
     Call it before JAX creates its devices. If a process is missing after --initialization_timeout, JAX aborts all
     others, with an error that lists the missing ones.
@@ -70,10 +70,10 @@ def initialize(cluster: ClusterFlags, *, preemption: bool = False) -> None:
     address, count, index = cluster.coordinator_address.value, cluster.num_processes.value, cluster.process_id.value
     if count == 1:
         return
-    given = [value is not None for value in (address, count, index)]
+    is_set = [value is not None for value in (address, count, index)]
     require(
-        any(given) == all(given),
-        "--coordinator_address, --num_processes and --process_id belong together; write all, or none",
+        any(is_set) == all(is_set),
+        "--coordinator_address, --num_processes and --process_id belong together; set all or none",
     )
     if address is not None and count is not None and index is not None:
         require(
@@ -90,10 +90,10 @@ def initialize(cluster: ClusterFlags, *, preemption: bool = False) -> None:
                 count,
                 index,
                 cluster_detection_method="deactivate" if address else None,
-                initialization_timeout=timeout + 5,  # the service comes first: its error lists the missing processes
+                initialization_timeout=timeout + 5,  # the service times out first: its error lists missing processes
                 heartbeat_timeout_seconds=cluster.heartbeat_timeout.value,
             )
-    except Exception as error:  # from the network, or from any cluster's detection
+    except Exception as error:  # errors of the network or of cluster detection
         if isinstance(error, ValueError) and "coordinator_address" in str(error):
             return  # JAX finds no cluster
         raise UserError(
@@ -106,8 +106,8 @@ def initialize(cluster: ClusterFlags, *, preemption: bool = False) -> None:
 def _report_missing_processes(timeout: int) -> Iterator[None]:
     """Announce a long wait, and make JAX's service list the processes that are missing after `timeout` seconds.
 
-    JAX passes its initialization timeout only to the clients, whose error names no process. The error of the service
-    does, but its timeout, one hour, has no public setting.
+    JAX passes its initialization timeout only to the clients, whose error names no process. The coordination service's
+    error names them, but its timeout, one hour, has no public setting.
     """
     line = f'still waiting for other processes, up to {timeout} s; JAX then aborts and lists "timed out task names"\n'
     notice = threading.Timer(NOTICE_SECONDS, os.write, (2, line.encode()))
@@ -126,7 +126,7 @@ def _report_missing_processes(timeout: int) -> Iterator[None]:
 
 
 def is_primary() -> bool:
-    """Return whether this is process 0, which prints and writes for all."""
+    """Return whether this is process 0, the only one that prints and writes files."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
@@ -139,7 +139,7 @@ def _all_gather_bytes(data: bytes) -> list[bytes]:
 
 
 def all_gather_json(value: Any) -> list[Any]:  # noqa: ANN401 - any JSON
-    """Return the JSON values of all processes, by index; all must call it, in the same order."""
+    """Return the JSON values of all processes by index; all processes must call it, in the same order."""
     return [json.loads(data) for data in _all_gather_bytes(json.dumps(value).encode())]
 
 
@@ -155,7 +155,7 @@ def gather_rows(array: np.ndarray) -> np.ndarray:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the software that decides what a process computes, by name."""
+    """Return, by name, the version of each package that affects results, and a hash of this package's source code."""
     by_name = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -187,29 +187,29 @@ def check_agreement(fingerprint: dict[str, Any], workdir: AnyPath | None) -> Non
         )
     if workdir is None:
         return
-    mark, fault = workdir / f".shared-{secrets.token_hex(8)}", ""
+    marker, failure = workdir / f".shared-{secrets.token_hex(8)}", ""
     if is_primary():
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            write_whole(mark, b"")
+            write_whole(marker, b"")
         except Exception as error:
-            fault = explain(error) or first_line(error)
-    name, fault = broadcast_json([mark.name, fault])
-    require(not fault, f"--workdir: {fault}")
-    visible = all_gather_json(_appears(workdir / name))
+            failure = explain(error) or first_line(error)
+    name, failure = broadcast_json([marker.name, failure])
+    require(not failure, f"--workdir: {failure}")
+    visible = all_gather_json(_wait_until_visible(workdir / name))
     if is_primary():
-        mark.unlink(missing_ok=True)
-    blind = [f"process {index} on {host}" for index, (host, _) in enumerate(hosts) if not visible[index]]
+        marker.unlink(missing_ok=True)
+    failed = [f"process {index} on {host}" for index, (host, _) in enumerate(hosts) if not visible[index]]
     require(
-        not blind,
-        f"--workdir: {listing(blind, 3)} cannot see the files of process 0 in {workdir}; share it among all processes",
+        not failed,
+        f"--workdir: {listing(failed, 3)} cannot see the files of process 0 in {workdir}; share it among all processes",
     )
 
 
-def _appears(path: AnyPath) -> bool:
+def _wait_until_visible(path: AnyPath) -> bool:
     end = time.monotonic() + VISIBLE_SECONDS
     while time.monotonic() < end:
-        with contextlib.suppress(Exception):  # any failure to look is a failure to see
+        with contextlib.suppress(Exception):  # an error counts as not visible
             if path.exists():
                 return True
         time.sleep(0.1)
@@ -217,25 +217,25 @@ def _appears(path: AnyPath) -> bool:
 
 
 class StopSignal:
-    """Asks a run to save and leave, on SIGTERM or SIGINT; a context manager.
+    """Context manager that asks a run to save and exit on SIGTERM or SIGINT.
 
-    A single process leaves at the next poll. Several processes leave at the same poll, whichever received the signal:
-    JAX's preemption service handles SIGTERM, from `initialize` on, and SIGINT is passed on to it. A second signal acts
-    as usual; with several processes a second SIGTERM does so once all have agreed.
+    A single process exits at the next poll. Several processes exit at the same poll, whichever received the signal:
+    JAX's preemption service handles SIGTERM, from `initialize` on, and receives SIGINT as SIGTERM. A second signal has
+    its default effect; with several processes a second SIGTERM has it once all processes have agreed.
 
     Attributes:
-        received: number of the signal, once the run should leave.
+        received: number of the signal once the run should exit, else None.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._several = jax.process_count() > 1
-        # JAX compares the count of polls, not steps: it agrees on the next count even before the first poll.
+        self._multiprocess = jax.process_count() > 1
+        # Processes agree on a count of polls, not on a step, so a signal before the first poll works too.
         self._polls = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGINT,) if self._multiprocess else (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -246,21 +246,21 @@ class StopSignal:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.__exit__()
         self._announce(number)
-        if self._several:
+        if self._multiprocess:
             signal.raise_signal(signal.SIGTERM)
         else:
             self.received = number
 
     def _announce(self, number: int) -> None:
-        name = signal.Signals(number).name  # not print: a signal may interrupt one
-        os.write(2, f"{name}: saving and leaving after this step; repeat it to leave at once\n".encode())
+        name = signal.Signals(number).name  # os.write, because the signal may interrupt a print
+        os.write(2, f"{name}: saving and exiting after this step; repeat it to exit at once\n".encode())
 
     def poll(self) -> int | None:
-        """Return the number of the signal if the run should save and leave before the next step, else None.
+        """Return the number of the signal if the run should save and exit before the next step, else None.
 
         Several processes must call `poll` and `check` equally often, in the same order.
         """
-        if self._several and self.received is None:
+        if self._multiprocess and self.received is None:
             self._polls += 1
             if multihost_utils.reached_preemption_sync_point(self._polls):
                 self.received = signal.SIGTERM
@@ -270,7 +270,7 @@ class StopSignal:
         return self.received
 
     def check(self) -> None:
-        """Raise PreemptionRequested if the run should save and leave; call it in long evaluations."""
+        """Raise PreemptionRequested if the run should save and exit; call it in long evaluations."""
         if self.poll() is not None:
             raise PreemptionRequested
 
@@ -285,12 +285,12 @@ class Watchdog:
         self._seconds = seconds
 
     def arm(self) -> None:
-        """Start to wait for a step, anew if armed already."""
+        """Start the timer of a step; restart it if it is running."""
         if self._seconds:
             faulthandler.dump_traceback_later(self._seconds, exit=True, file=2)
 
     def cancel(self) -> None:
-        """Stop waiting."""
+        """Stop the timer."""
         if self._seconds:
             faulthandler.cancel_dump_traceback_later()
 

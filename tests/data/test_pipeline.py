@@ -70,15 +70,15 @@ def test_batches_have_the_abstract_shapes_on_all_devices(tmp_path):
     assert len(batch["image"].sharding.device_set) == jax.device_count() == 8
 
 
-def test_a_stream_continues_in_mid_epoch(folder):
+def test_a_stream_resumes_in_mid_epoch(folder):
     whole = take(open_train(folder), 6)
-    rest = take(open_train(folder, first_sample=24), 3)
-    for ours, theirs in zip(rest, whole[3:], strict=True):
-        assert_equal(ours, theirs)
+    resumed = take(open_train(folder, first_sample=24), 3)
+    for batch, expected in zip(resumed, whole[3:], strict=True):
+        assert_equal(batch, expected)
 
 
 class PartialSharding:
-    """A sharding that gives this process every n-th row, from the last to the first, each on two devices."""
+    """A sharding that gives this process every `processes`-th row, each on two devices, not in ascending order."""
 
     def __init__(self, process, processes):
         self.process, self.processes = process, processes
@@ -94,8 +94,8 @@ def test_a_process_reads_the_rows_of_its_devices(folder, monkeypatch, processes)
     monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda _, array: array)
     for process in range(processes):
         part = take(open_train(folder, first_sample=8, sharding=PartialSharding(process, processes)), 3)
-        for ours, theirs in zip(part, whole, strict=True):
-            assert_equal(ours, {name: array[process::processes] for name, array in theirs.items()})
+        for local, batch in zip(part, whole, strict=True):
+            assert_equal(local, {name: array[process::processes] for name, array in batch.items()})
 
 
 def test_processes_must_share_a_batch_evenly(folder, monkeypatch):
@@ -116,7 +116,7 @@ def load_indices(sample_index, record_index):
 
 
 @pytest.mark.parametrize("size", [16, 5])
-def test_every_epoch_has_every_record_once_in_an_order_of_its_own(size):
+def test_every_epoch_reads_every_record_once_in_its_own_order(size):
     loader = TrainLoader(
         size, load_indices, batch_size=8, sharding=batch_sharding(make_mesh()), seed=3, readers=THREADS
     )
@@ -125,7 +125,7 @@ def test_every_epoch_has_every_record_once_in_an_order_of_its_own(size):
     np.testing.assert_array_equal(batch["pair"], np.stack([batch["sample_index"], batch["record"]], axis=1))
     for epoch, records in enumerate(np.split(batch["record"], 16)):
         order = np.arange(size, dtype=np.int32)
-        np.random.default_rng((3, epoch, size)).shuffle(order)  # a run continues in this order after an update
+        np.random.default_rng((3, epoch, size)).shuffle(order)  # fixed: runs resume in this order after an upgrade
         np.testing.assert_array_equal(records, order)
 
 
@@ -152,7 +152,7 @@ def test_broken_files_are_skipped_counted_and_named_once(folder, caplog):
         assert sum(str(name) in record.getMessage() for record in caplog.records) == 1
 
 
-def test_many_broken_neighbours_are_never_replaced_by_blanks(tmp_path):
+def test_many_broken_neighbours_are_never_replaced_by_blank_images(tmp_path):
     folder = write_folder(tmp_path / "images", 60)
     for path in sorted(folder.iterdir())[10:30]:
         path.write_bytes(b"not an image")
@@ -173,7 +173,7 @@ def test_mostly_unreadable_data_stops_the_run(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_errors_of_load_reach_the_user(tmp_path, workers):
+def test_errors_in_a_worker_reach_the_user(tmp_path, workers):
     loader = open_train(
         write_folder(tmp_path, 12, ("ant", "bee", "cat")), labels=(2, "data.source"), readers=Readers(1, workers)
     )
@@ -194,7 +194,7 @@ def test_evaluation_reads_every_record_once_in_order(tmp_path, workers):
         np.testing.assert_array_equal(batch["image"][index], central_pixels(source[index].data, SIZE))
 
 
-def test_unreadable_records_are_not_valid_and_named_once(tmp_path, caplog):
+def test_unreadable_records_are_invalid_and_named_once(tmp_path, caplog):
     write_folder(tmp_path, 8, CLASSES)
     (tmp_path / "bee" / "001.jpg").write_bytes(b"")
     named = set()
@@ -208,7 +208,7 @@ def test_unreadable_records_are_not_valid_and_named_once(tmp_path, caplog):
     assert caplog.text.count("001.jpg") == 1
 
 
-def test_evaluation_draws_a_number_of_records(tmp_path):
+def test_evaluation_can_draw_a_random_subset_of_the_records(tmp_path):
     write_folder(tmp_path, 40, CLASSES)
     batch = concatenate(open_eval(tmp_path, images=24))
     assert batch["valid"].sum() == 24

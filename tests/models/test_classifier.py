@@ -34,8 +34,8 @@ def encode(model, images, drop_keys=None):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_are_the_head_of_the_normed_mean_over_patch_tokens(name):
-    """A ViT's class token is not among its maps."""
+def test_logits_are_the_head_of_the_normalised_mean_of_the_patch_tokens(name):
+    """The mean excludes a ViT's class token."""
     model = build(name, **SMALL)
     images = random_images()
     logits = run(model, images)
@@ -44,8 +44,9 @@ def test_logits_are_the_head_of_the_normed_mean_over_patch_tokens(name):
     features = encode(model, images)
     assert (features.class_token is not None) == (name == "vit_classifier")
     mean = np.asarray(features.maps[-1]).mean((1, 2))
-    normed = (mean - mean.mean(-1, keepdims=True)) / np.sqrt(mean.var(-1, keepdims=True) + 1e-6)
-    np.testing.assert_allclose(logits * 1e5, normed @ np.asarray(model.head.kernel[...]) * 1e5, atol=1e-4)
+    normalised = (mean - mean.mean(-1, keepdims=True)) / np.sqrt(mean.var(-1, keepdims=True) + 1e-6)
+    # The head's initial weights are about 1e-5.
+    np.testing.assert_allclose(logits * 1e5, normalised @ np.asarray(model.head.kernel[...]) * 1e5, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,7 +68,7 @@ def test_the_head_starts_near_zero():
 
 
 @pytest.mark.parametrize("name", ["pvt_classifier", "vit_classifier"])
-def test_positions_are_learned_from_the_sincos_table_on(name):
+def test_learned_positions_start_at_the_sincos_table(name):
     model = build(name, **SMALL)
     state = nnx.state(model, nnx.Param)
     table = np.asarray(state["encoder"]["positions"]["table"][...])
@@ -87,21 +88,21 @@ def test_positions_are_fixed_in_pre_training(name):
     assert "positions" not in nnx.state(build(name), nnx.Param)["encoder"]
 
 
-def drops_of(model):
+def drop_paths(model):
     stages = getattr(model.encoder, "stages", [model.encoder])
     return [block.drop for stage in stages for block in stage.blocks]
 
 
 @pytest.mark.parametrize(("name", "depths"), [(NAMES[0], (2, 1, 1, 1)), (NAMES[1], (2, 1, 1, 1)), (NAMES[2], (5,))])
 def test_the_drop_path_rate_rises_linearly_over_all_blocks(name, depths):
-    drops = drops_of(build(name, depths=depths, drop_path=0.2, **SMALL))
+    drops = drop_paths(build(name, depths=depths, drop_path=0.2, **SMALL))
     np.testing.assert_allclose([drop.rate for drop in drops], [0, 0.05, 0.1, 0.15, 0.2])
     assert [drop.block for drop in drops] == list(range(5))
 
 
 @pytest.mark.parametrize("name", ["swin_um_window8", "pvt_um", "vit_um", "simmim_vit"])
 def test_nothing_is_dropped_in_pre_training(name):
-    assert all(drop.rate == 0 for drop in drops_of(build(name)))
+    assert all(drop.rate == 0 for drop in drop_paths(build(name)))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -113,7 +114,7 @@ def test_without_keys_nothing_is_dropped(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_dropped_branches_depend_only_on_the_key_of_the_image(name):
-    """They do not depend on its place in the batch or on the other images."""
+    """Neither the position of an image in the batch nor the other images change its dropped branches."""
     model = build(name, drop_path=0.5, **SMALL)
     images, keys = random_images(4), jax.random.split(jax.random.key(5), 4)
     together = np.asarray(encode(model, images, keys).maps[-1])
@@ -125,7 +126,7 @@ def test_dropped_branches_depend_only_on_the_key_of_the_image(name):
 
 
 def test_a_block_drops_its_two_branches_independently():
-    """The second of two blocks has the whole rate; its two branches make four equally likely outputs."""
+    """Only the second of the two blocks drops, with rate 0.5: its two branches give four equally likely outputs."""
     model = build("vit_classifier", drop_path=0.5, **SMALL)
     images = jnp.repeat(random_images(1), 256, axis=0)
     outputs = np.asarray(encode(model, images, jax.random.split(jax.random.key(0), 256)).maps[-1])
@@ -139,7 +140,7 @@ def test_a_block_drops_its_two_branches_independently():
             representatives.append(output)
             counts.append(1)
     assert len(counts) == 4
-    assert min(counts) > 35  # of 64 expected
+    assert min(counts) > 35  # 64 expected
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
@@ -167,25 +168,25 @@ def test_blocks_and_branches_drop_independently():
         ("vit_classifier", {"image_size": (24, 56), "channels": 1, "classes": 3}),
     ],
 )
-def test_other_shapes_compute(name, changes):
+def test_other_shapes_give_finite_logits(name, changes):
     logits = run(build(name, **changes), random_images(2, changes["image_size"], 1))
     assert logits.shape == (2, 3)
     assert np.isfinite(logits).all()
 
 
-def names_of(model):
+def parameter_names(model):
     return [".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_parameter_has_the_layer_of_the_reference_s_block(name):
+def test_layer_indices_follow_the_block_numbers_of_the_reference(name):
     """The reference numbers blocks through all stages; merges belong to a stage's first block (SPEC 10, 13)."""
     config = golden.config_of(name)
     model = nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)))
     theirs = {entry.ours: entry.theirs for entry in entries(config)}
     last = sum(config.model.depths) + 1
     assert model.num_layers == last
-    layers = {parameter: model.layer_index(parameter) for parameter in names_of(model)}
+    layers = {parameter: model.layer_index(parameter) for parameter in parameter_names(model)}
     for parameter, layer in layers.items():
         if match := re.match(r"blocks\.(\d+)\.", theirs[parameter]):
             assert layer == int(match[1]) + 1, parameter
@@ -212,7 +213,7 @@ def test_every_parameter_has_the_layer_of_the_reference_s_block(name):
 )
 def test_layers_by_name(name, parameter, layer):
     model = nnx.eval_shape(lambda: build_model(golden.config_of(name), nnx.Rngs(0)))
-    assert parameter in names_of(model)
+    assert parameter in parameter_names(model)
     assert model.layer_index(parameter) == layer
 
 

@@ -72,8 +72,8 @@ def zeros(batch, grid, width):
 def test_positions_on_the_table_s_own_grid_are_the_table(class_token, learned):
     positions = PositionTable(8, (4, 6), class_token=class_token, learned=learned)
     np.testing.assert_array_equal(positions(zeros(2, (4, 6), 8), None), sincos_table(8, (4, 6))[None])
-    assert np.asarray(positions.of_class_token()).shape == (1, int(class_token), 8)
-    assert (np.asarray(positions.of_class_token()) == 0).all()
+    assert np.asarray(positions.class_token_position()).shape == (1, int(class_token), 8)
+    assert (np.asarray(positions.class_token_position()) == 0).all()
 
 
 @pytest.mark.parametrize("grid", [(8, 12), (2, 3), (4, 9), (7, 5)])
@@ -85,7 +85,7 @@ def test_positions_on_another_grid_are_the_table_resized(class_token, grid):
     positions.table[...] = flat
     expected = jax.image.resize(table, (1, *grid, 8), "bicubic", antialias=True)
     np.testing.assert_allclose(positions(zeros(1, grid, 8), None), expected, atol=1e-6)
-    assert (np.asarray(positions.of_class_token()) == 7).all()
+    assert (np.asarray(positions.class_token_position()) == 7).all()
 
 
 @pytest.mark.parametrize("own_grid", [(8, 12), (4, 4)])

@@ -15,7 +15,7 @@ def plan():
     return make_plan(tiny.get_config(), local_target(), 160, 8e9, {"loss/mul": 80}, print, search=False)
 
 
-def test_plans_are_printed_side_by_side(plan):
+def test_plans_are_the_columns_of_one_table(plan):
     kernels = {"decoder, attention, forward": KernelBound(3, 10, 10, 10, 1.0, 2.0)}
     other = replace(plan, target="other", fits=False, reason="needs 20.00 GiB", kernels=kernels, kernel_seconds=2e-3)
     rows = [line.split("  ") for line in table([plan, other]).splitlines()]
@@ -30,7 +30,7 @@ def test_plans_are_printed_side_by_side(plan):
     assert values["images/s/chip"] == ["-", "-"]
 
 
-def test_costs_of_parts_are_printed_where_cycles_are_known(plan):
+def test_costs_of_parts_are_printed_if_cycles_are_known(plan):
     assert part_tables(plan, local_target()) == ""
     bound = KernelBound(3, 10, 10, 10, 1.0, 2.0)
     scheduled = replace(plan, cycles_by_part={"loss": Passes(10**6, 2 * 10**6)}, kernels={"loss, forward": bound})
@@ -39,7 +39,7 @@ def test_costs_of_parts_are_printed_where_cycles_are_known(plan):
     assert text.count("loss") == 2
 
 
-def test_a_batch_that_does_not_divide_is_an_error():
+def test_a_batch_size_that_is_no_multiple_of_the_devices_is_an_error():
     config = tiny.get_config()
     config.batch_size = 12
     with pytest.raises(UserError, match="batch_size: 12"):

@@ -76,7 +76,7 @@ def test_prints_plain_lines_without_a_terminal(tmp_path):
     report = Report(tmp_path, 0, 10, stream)
     report.training(5, VALUES)
     report.training(6, {**VALUES, "skipped_images": 2, "skipped_updates": 1})
-    report.measured(6, {"top1": 0.123456, "images": 1000})
+    report.evaluation(6, {"top1": 0.123456, "images": 1000})
     report.close()
     first, second, third = stream.getvalue().splitlines()
     assert first.startswith("step 5/10 | loss 0.5000 | 100.0 images/s | waiting for data 25% | ")

@@ -146,7 +146,7 @@ def test_a_classifier_of_other_classes_is_rejected():
 
 
 def test_another_method_is_rejected():
-    with pytest.raises(UserError, match=r"model.method is um_mae there, classifier here"):
+    with pytest.raises(UserError, match=r"model.method is um_mae, not classifier"):
         check_same_run(tiny.get_config(), tiny_classifier.get_config(), DIR)
 
 

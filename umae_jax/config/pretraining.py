@@ -4,7 +4,7 @@ from typing import Any
 
 from umae_jax.config.base import BOOLEAN, ENCODERS, METHODS, Key, Method, integer, number
 
-DECODER_DEPTHS = {"swin_large": 8, "vit_large": 8, "vit_huge": 8}  # of the other sizes: 2
+DECODER_DEPTHS = {"swin_large": 8, "vit_large": 8, "vit_huge": 8}  # other sizes: 2
 
 _FACTOR = Key(2, "mask units along the side of an encoder token; pyramids have units of 16 x 16 pixels", integer(1))
 _NORM_PIX = "predict pixels normalised by the mean and variance of their unit"

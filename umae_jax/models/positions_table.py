@@ -50,7 +50,7 @@ class PositionTable(nnx.Module):
             return self.table[...]
         return jnp.asarray(fixed_positions(self.width, self.grid, self.leading))
 
-    def of_class_token(self) -> jax.Array:
+    def class_token_position(self) -> jax.Array:
         """Return the position embedding of the class token, [1, 1, width]."""
         return self._values()[:, : self.leading]
 

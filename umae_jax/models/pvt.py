@@ -27,11 +27,11 @@ class PooledAttention(nnx.Module):
         self.kv = layers.linear(width, 2 * width, dtype=dtype, rngs=rngs)
         self.proj = layers.linear(width, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, reduction: int) -> jax.Array:
-        """[B, H, W, C] -> [B, H, W, C]; there are H / reduction x W / reduction keys and values."""
+    def __call__(self, x: jax.Array, sr_ratio: int) -> jax.Array:
+        """Attend, [B, H, W, C] -> [B, H, W, C], to H / sr_ratio x W / sr_ratio keys and values."""
         batch, height, width, channels = x.shape
         (q,) = split_heads(self.q, x.reshape(batch, -1, channels), 1, self.heads)  # [B, heads, d, Q]
-        pooled = x.reshape(batch, height // reduction, reduction, width // reduction, reduction, channels)
+        pooled = x.reshape(batch, height // sr_ratio, sr_ratio, width // sr_ratio, sr_ratio, channels)
         pooled = self.norm(self.reduce(pooled.mean((2, 4)))).reshape(batch, -1, channels)
         k, v = split_heads(self.kv, pooled, 2, self.heads)  # [B, heads, d, K]
         return merge_heads(self.proj, kernels.attend(q, k, v)).reshape(x.shape)
@@ -48,10 +48,10 @@ class PvtBlock(kernels.Block):
         self.norm2 = layers.layer_norm(width, epsilon=layers.PYRAMID_EPSILON, rngs=rngs)
         self.mlp = layers.Mlp(width, stage.mlp_ratio * width, dtype=dtype, rngs=rngs)
 
-    def forward(self, x: jax.Array, reduction: int, drop_keys: jax.Array | None) -> jax.Array:
-        """[B, H, W, C] -> [B, H, W, C]."""
+    def forward(self, x: jax.Array, sr_ratio: int, drop_keys: jax.Array | None) -> jax.Array:
+        """Apply the block, [B, H, W, C] -> [B, H, W, C]."""
         with jax.named_scope("attention"):
-            x = x + self.drop(self.attention(self.norm1(x), reduction), drop_keys, 0)
+            x = x + self.drop(self.attention(self.norm1(x), sr_ratio), drop_keys, 0)
         with jax.named_scope("mlp"):
             return x + self.drop(self.mlp(self.norm2(x)), drop_keys, 1)
 
@@ -64,13 +64,13 @@ class PvtStage(nnx.Module):
         self.merge = None if inputs is None else layers.convolution(inputs, width, side=2, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List(PvtBlock(stage, drop, dtype=dtype, rngs=rngs) for drop in stage.drops)
 
-    def __call__(self, x: jax.Array, reduction: int, drop_keys: jax.Array | None) -> jax.Array:
-        """[B, H, W, C] -> [B, H', W', C'], half the size after a convolution."""
+    def __call__(self, x: jax.Array, sr_ratio: int, drop_keys: jax.Array | None) -> jax.Array:
+        """Apply the stage, [B, H, W, C] -> [B, H', W', C']; a convolution halves the height and width."""
         if self.merge is not None:
             with jax.named_scope("merge"):
                 x = self.merge(patchify(x, 2))
         for block in self.blocks:
-            x = block(x, reduction, drop_keys)
+            x = block(x, sr_ratio, drop_keys)
         return x
 
 
@@ -78,9 +78,9 @@ class Pvt(Encoder):
     """PVT with average pooling for keys and values.
 
     Args:
-        sr_ratios: for each stage, the side of the blocks pooled for keys and values on a whole image; half that, but
-            at least 1, on the compact grid. Another number than of stages raises a UserError.
-        grid, learned_positions: of its `PositionTable`.
+        sr_ratios: one ratio per stage, the side of the squares of tokens pooled for keys and values on a whole image;
+            half that, but at least 1, on the compact grid. Another number of ratios raises a UserError.
+        grid, learned_positions: arguments of `PositionTable`.
     """
 
     def __init__(
@@ -101,27 +101,27 @@ class Pvt(Encoder):
         self.positions = PositionTable(sizes.widths[0], grid, learned=learned_positions)
         self.stages = nnx.List(PvtStage(stage, dtype=dtype, rngs=rngs) for stage in sizes.stages())
 
-    def _reductions(self, compact: bool) -> tuple[int, ...]:
-        return tuple(max(1, reduction // 2) for reduction in self.sr_ratios) if compact else self.sr_ratios
+    def _sr_ratios(self, compact: bool) -> tuple[int, ...]:
+        return tuple(max(1, sr_ratio // 2) for sr_ratio in self.sr_ratios) if compact else self.sr_ratios
 
     def check_grid(self, grid: tuple[int, int], *, compact: bool) -> None:
         """Raise a UserError unless sr_ratios divide the grid at every stage."""
-        for stage, reduction in enumerate(self._reductions(compact)):
+        for stage, sr_ratio in enumerate(self._sr_ratios(compact)):
             rows, columns = (size // 2**stage for size in grid)
-            where = f"stage {stage + 1}{' on the compact grid (half of model.sr_ratios)' if compact else ''}"
-            message = f"model.sr_ratios: {reduction} does not divide the {rows} x {columns} tokens of {where}"
-            fitting = tuple(2**halvings for halvings in reversed(range(len(self.widths))))
-            require(rows % reduction == columns % reduction == 0, f"{message}; choose {fitting}")
+            location = f"stage {stage + 1}{' on the compact grid (half of model.sr_ratios)' if compact else ''}"
+            message = f"model.sr_ratios: {sr_ratio} does not divide the {rows} x {columns} tokens of {location}"
+            valid = tuple(2**exponent for exponent in reversed(range(len(self.widths))))
+            require(rows % sr_ratio == columns % sr_ratio == 0, f"{message}; choose {valid}")
 
     def __call__(self, tokens: jax.Array, mask: Mask | None = None, drop_keys: jax.Array | None = None) -> Features:
         """See `Encoder.__call__`."""
         self.check_grid((tokens.shape[1], tokens.shape[2]), compact=mask is not None)
         x = tokens + self.positions(tokens, mask if mask is None else uniform(mask))
         maps = []
-        reductions = self._reductions(mask is not None)
-        for number, (stage, reduction) in enumerate(zip(self.stages, reductions, strict=True), 1):
+        sr_ratios = self._sr_ratios(mask is not None)
+        for number, (stage, sr_ratio) in enumerate(zip(self.stages, sr_ratios, strict=True), 1):
             with jax.named_scope(f"stage_{number}"):
-                x = stage(x, reduction, drop_keys)
+                x = stage(x, sr_ratio, drop_keys)
             maps.append(x)
         if self.norm is not None:
             maps[-1] = self.norm(maps[-1])

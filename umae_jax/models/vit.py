@@ -17,8 +17,8 @@ class Vit(Encoder):
     """ViT with sin-cos positions. Its tokens need no neighbours, so it takes random masks as well as uniform ones.
 
     Args:
-        sizes: of its one stage; several raise a UserError.
-        grid, learned_positions: of its `PositionTable`.
+        sizes: sizes of a single stage; more stages raise a UserError.
+        grid, learned_positions: arguments of `PositionTable`.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Vit(Encoder):
         """See `Encoder.__call__`."""
         batch, rows, columns, width = tokens.shape
         x = (tokens + self.positions(tokens, mask)).reshape(batch, rows * columns, width)
-        class_token = self.class_token[...] + self.positions.of_class_token()
+        class_token = self.class_token[...] + self.positions.class_token_position()
         class_token = jnp.broadcast_to(class_token.astype(x.dtype), (batch, 1, width))
         x = jnp.concatenate([class_token, x], axis=1)  # [B, 1 + N, C]
         with jax.named_scope("stage_1"):

@@ -14,13 +14,15 @@ class CompiledStats(NamedTuple):
         argument_bytes: memory of the arguments.
         temp_bytes: temporary memory.
         peak_bytes: peak memory; donated arguments count once.
-        bytes_accessed: moved between memory and chip, by XLA's cost analysis.
-        cycles: scheduled by XLA:TPU, without collectives, Pallas kernels and `lax.cond` branches; None elsewhere.
-        worst_case_cycles: the same with the longest branch of each `lax.cond`. The branch in attention depends on the
-            size of the logits; its shorter side does nothing.
+        bytes_accessed: bytes moved between memory and chip, from XLA's cost analysis.
+        cycles: cycles scheduled by XLA:TPU, without collectives, Pallas kernels and `lax.cond` branches; None on
+            other platforms.
+        worst_case_cycles: `cycles` and the longest branch of each `lax.cond`. Attention has one, depending on the
+            size of the logits; its shorter branch does nothing.
         cycles_by_scope: `cycles` by the scope of the operation.
-        bytes_by_scope: operands and results of each operation; close to `bytes_accessed`, not equal.
-        collectives: between devices.
+        bytes_by_scope: bytes of operands and results by the scope of the operation; their sum is only close to
+            `bytes_accessed`.
+        collectives: collective operations between devices.
         kernels: number of calls of each Pallas kernel.
     """
 

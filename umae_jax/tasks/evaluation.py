@@ -18,7 +18,7 @@ def open_run(
     validation: str | None = None,
     stage: int | None = None,
 ) -> StoredRun:
-    """Read a run onto every device, with other data or another stage to probe.
+    """Read a run, its parameters replicated on every device; arguments that are not None override its configuration.
 
     Raises:
         UserError: if the directory holds no run, or the run has no such stage.
@@ -34,7 +34,7 @@ def open_run(
     config.validation.source = validation or config.validation.source
     if stage is not None:
         stages = len(config.model.depths)
-        require(-stages <= stage < stages, f"--stage: {stage} is none of the {stages} stages, 0 to {stages - 1}")
+        require(-stages <= stage < stages, f"--stage: {stage} is not in {-stages}..{stages - 1}")
         config.probe.stage = stage
     return run
 
@@ -48,7 +48,7 @@ def evaluate_run(run: StoredRun, *, probe: str | None = None, batch_size: int = 
         batch_size: global; rounded up to a multiple of the number of devices.
 
     Returns:
-        A line for people, and the values by name.
+        A summary in one line, and the metrics by name.
     """
     devices = jax.device_count()
     batch_size = -(-batch_size // devices) * devices

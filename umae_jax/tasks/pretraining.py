@@ -23,7 +23,7 @@ KNN = "knn_top1"
 
 
 class Task(BaseTask):
-    """Trains a `MaskedImageModel` on images without labels; with labels it can probe the features on the way."""
+    """Trains a `MaskedImageModel` on images without labels; with labels it can also probe features during training."""
 
     command = "pretrain"
 
@@ -32,7 +32,7 @@ class Task(BaseTask):
         return {"image": jax.ShapeDtypeStruct((*self.config.image_size, self.config.model.channels), jnp.uint8)}
 
     def loss(self, model: MaskedImageModel, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Flip and mask each image by its own key; the loss is the model's."""
+        """Flip and mask each image with its own key, and return the model's loss."""
         with jax.named_scope("images"):
             keys = jax.vmap(jax.random.split)(sample_keys(self.config.seed, batch["sample_index"]))
             images, mask = random_flip(batch["image"], keys[:, 0]), model.sample_mask(keys[:, 1])
@@ -46,8 +46,8 @@ class Task(BaseTask):
         """See `BaseTask.prepare`."""
         require(
             self.config.init is None,
-            "init: pre-training begins from scratch; to continue from a file of weights, make a run's directory of it "
-            "with python -m umae_jax.convert FILE --workdir DIR, and continue there",
+            "init: pre-training starts from scratch; to continue from a weight file, convert it to a run directory "
+            "with python -m umae_jax.convert FILE --workdir DIR, and continue that run",
         )
         self.validation = labelled.open_matching_validation(self.config, self.source)
         self.measured_last = KNN if self.validation and self.config.validation.every_epochs else None
@@ -58,22 +58,22 @@ class Task(BaseTask):
         return len(self.source)
 
     def sample_loader(self) -> Callable[[int, int], Sample]:
-        """Return random resized crops."""
+        """Return the function that loads a random resized crop."""
         config = self.config
         return LoadCrop(self.source, config.seed, config.image_size, config.model.channels, config.data.area)
 
     def hooks(self, context: RunContext) -> Sequence[Hook]:
-        """Return the pictures of reconstructions, and the kNN probe if there are labelled validation images."""
+        """Return the hooks that draw reconstructions and, with labelled validation images, probe with kNN."""
         hooks = []
         if self.config.picture_every:
-            hooks.append(Hook(self.config.picture_every, self._drawing(context)))
+            hooks.append(Hook(self.config.picture_every, self._picture_hook(context)))
         if self.validation is not None:
             every = steps_of_epochs(self.config.validation.every_epochs, self.num_samples, self.config.batch_size)
-            hooks.append(Hook(every, self._probe(context), metric=KNN))
+            hooks.append(Hook(every, self._knn_probe(context), metric=KNN))
         return hooks
 
-    def _drawing(self, context: RunContext) -> Callable[[int, Params], dict[str, float]]:
-        """Draw the first images of the data, always under the same masks."""
+    def _picture_hook(self, context: RunContext) -> Callable[[int, Params], dict[str, float]]:
+        """Return a function that draws reconstructions of the first images of the data, always with the same masks."""
         config = self.config
         illustrate = pictures.make_illustrator(
             context.graph,
@@ -91,16 +91,16 @@ class Task(BaseTask):
 
         return draw
 
-    def _probe(self, context: RunContext) -> Callable[[int, Params], dict[str, float]]:
-        """Measure the kNN accuracy of the frozen features."""
+    def _knn_probe(self, context: RunContext) -> Callable[[int, Params], dict[str, float]]:
+        """Return a function that measures the kNN accuracy of the frozen features."""
         config, validation = self.config, self.validation
         assert validation is not None
         batch_size = config.batch_size // config.grad_accum_steps
-        read = probing.FeatureReader(config, context.graph, context.params, context.mesh, batch_size, context.check)
+        extract = probing.FeatureReader(config, context.graph, context.params, context.mesh, batch_size, context.check)
 
         def probe(_step: int, params: Params) -> dict[str, float]:
-            bank = read(params, self.source, "data.source", config.probe.images)
-            queries = read(params, validation, "validation.source")
+            bank = extract(params, self.source, "data.source", config.probe.images)
+            queries = extract(params, validation, "validation.source")
             options = {"neighbors": config.probe.neighbors, "temperature": config.probe.temperature}
             accuracy = probing.knn_accuracy(bank, queries, classes=len(self.source.classes), **options)
             unreadable = bank.unreadable + queries.unreadable

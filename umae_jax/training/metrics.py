@@ -20,20 +20,20 @@ from umae_jax.errors import UserError
 from umae_jax.files import AnyPath, in_bucket, write_whole
 
 METRICS_FILE = "metrics.jsonl"
-FLUSH_SECONDS = 30  # delay of TensorBoard, and of everything in a bucket
+FLUSH_SECONDS = 30  # interval of writing to TensorBoard and to a bucket
 
 
 def _lines(path: AnyPath) -> Iterator[tuple[int, bytes]]:
-    """Yield the step and the text of each line, except lines that a kill cut short."""
+    """Yield the step and the bytes of each line; skip lines that a killed process left incomplete."""
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             if line.endswith(b"\n"):
                 yield json.loads(line)["step"], line
 
 
-def metrics_of(workdir: AnyPath, step: int) -> set[str]:
+def metric_names(workdir: AnyPath, step: int) -> set[str]:
     """Return the names of the metrics that a run has written for a step."""
-    return {name for other, line in _lines(workdir / METRICS_FILE) if other == step for name in json.loads(line)}
+    return {name for at, line in _lines(workdir / METRICS_FILE) if at == step for name in json.loads(line)}
 
 
 def duration(seconds: float) -> str:
@@ -46,14 +46,14 @@ def duration(seconds: float) -> str:
 
 
 class MetricsWriter:
-    """Writes metrics as JSON lines, each at once, and for TensorBoard.
+    """Writes metrics to a JSON Lines file, without a buffer, and to TensorBoard.
 
-    The calling thread does all the writing, so that a full disk raises in the call that meets it. Files in a bucket
-    cannot grow: they grow in a local folder, and `flush` uploads them.
+    All writing happens in the calling thread, so a full disk raises in the call that writes. A bucket cannot append to
+    a file: its files are written to a local folder, and `flush` uploads them.
 
     Args:
         workdir: the run's directory.
-        step: from which the run continues; lines of later steps are dropped, TensorBoard hides them.
+        step: step from which the run continues; later lines are removed from the file, and TensorBoard hides them.
     """
 
     def __init__(self, workdir: AnyPath, step: int) -> None:
@@ -64,7 +64,7 @@ class MetricsWriter:
         self._local = Path(tempfile.mkdtemp() if in_bucket(workdir) else workdir)
         self._jsonl, self._board_folder = self._local / METRICS_FILE, self._local / "tensorboard"
         self._board_folder.mkdir(exist_ok=True)
-        write_whole(self._jsonl, b"".join(line for other, line in _lines(workdir / METRICS_FILE) if other <= step))
+        write_whole(self._jsonl, b"".join(line for at, line in _lines(workdir / METRICS_FILE) if at <= step))
         self._file = self._jsonl.open("ab", buffering=0)  # no buffer that could fail in `close`
         self._board = EventsWriter(str(self._board_folder / "events"))
         start = SessionLog(status=SessionLog.START)
@@ -72,7 +72,7 @@ class MetricsWriter:
         self._flushed = time.monotonic()
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
-        """Write the metrics of a step. JSON has no nan and infinity: they become strings.
+        """Write the metrics of a step; NaN and infinity become strings, because JSON has neither.
 
         Raises:
             OSError: naming the file that cannot be written.
@@ -82,10 +82,10 @@ class MetricsWriter:
 
         finite = {key: value if abs(value) < float("inf") else str(value) for key, value in values.items()}
         line = (json.dumps({"step": step, **finite}) + "\n").encode()
-        with _naming(self._jsonl):
-            if self._file.write(line) != len(line):  # the disk took a part
+        with _add_path(self._jsonl):
+            if self._file.write(line) != len(line):  # short write: the disk is full
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with _naming(self._board_folder):
+        with _add_path(self._board_folder):
             for key, value in values.items():
                 self._board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(key, value)))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
@@ -95,20 +95,20 @@ class MetricsWriter:
                 logging.warning("%s; trying again in %d s", error, FLUSH_SECONDS)
 
     def flush(self) -> None:
-        """Make everything written so far survive this process, and visible to TensorBoard.
+        """Write out all buffers: metrics survive the end of this process, and TensorBoard shows them.
 
         Raises:
             OSError, UserError: naming the file that cannot be written.
         """
         self._flushed = time.monotonic()
-        with _naming(self._board_folder):
+        with _add_path(self._board_folder):
             self._board.flush()
         if in_bucket(self._workdir):
             for path in (self._jsonl, *self._board_folder.iterdir()):
                 write_whole(self._workdir / path.relative_to(self._local), path.read_bytes())
 
     def close(self) -> None:
-        """Close the files, ignoring errors: `flush` has raised them before."""
+        """Close the files and ignore errors, which an earlier `flush` has raised."""
         with contextlib.suppress(OSError, UserError):
             self.flush()
         for file in (self._file, self._board):
@@ -119,8 +119,8 @@ class MetricsWriter:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Add a path to an error of the file system that names none."""
+def _add_path(path: Path) -> Iterator[None]:
+    """Add the path to every OSError that is raised inside."""
     try:
         yield
     except OSError as error:
@@ -128,13 +128,13 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 class Report:
-    """Reports a run, from process 0: metrics to files, and lines or, on a terminal, a bar to standard error.
+    """Reports a run, only from process 0: metrics to files; progress to standard error, on a terminal as a bar.
 
     Args:
         workdir: the run's directory.
-        first: steps done before this start.
-        total: steps of the whole run.
-        stream: instead of standard error.
+        first: number of steps done before this process started.
+        total: number of steps of the whole run.
+        stream: stream for the progress; None: standard error.
     """
 
     def __init__(self, workdir: AnyPath, first: int, total: int, stream: TextIO | None = None) -> None:
@@ -151,7 +151,7 @@ class Report:
         )
 
     def advance(self, step: int) -> None:
-        """Move the bar to a step."""
+        """Move the progress bar to a step."""
         self._bar.update(step - self._bar.n)
 
     def training(self, step: int, values: dict[str, float | int]) -> None:
@@ -170,7 +170,7 @@ class Report:
         else:
             self._bar.set_postfix_str(", ".join(parts))
 
-    def measured(self, step: int, values: dict[str, float]) -> None:
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
         """Report the metrics of an evaluation."""
         if self._writer is not None:
             self._writer.write(step, values)
@@ -185,7 +185,7 @@ class Report:
         self._bar.refresh()
 
     def flush(self) -> None:
-        """Make everything reported so far survive this process."""
+        """Write out all buffers, so that the metrics survive the end of this process."""
         if self._writer is not None:
             self._writer.flush()
 

@@ -21,7 +21,7 @@ from umae_jax.files import AnyPath, write_whole
 from umae_jax.models.kernels import check_platform
 from umae_jax.multihost import StopSignal, Watchdog, all_gather_json, broadcast_json, is_primary
 from umae_jax.training.checkpoint import Checkpoints
-from umae_jax.training.metrics import Report, metrics_of
+from umae_jax.training.metrics import Report, metric_names
 from umae_jax.training.optimizer import learning_rate_schedule
 from umae_jax.training.sharding import batch_sharding, make_mesh, shardings_of
 from umae_jax.training.state import AbstractRun, abstract_run, initialize
@@ -67,7 +67,7 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
         devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
         cli.say(f"{parameters:,} parameters, {task.num_samples:,} images, {devices}")
         context = RunContext(run.graph, run.state.params, mesh, workdir, stop.check)
-        done = broadcast_json(sorted(metrics_of(workdir, first_step)))  # measured before a signal ended the run
+        done = broadcast_json(sorted(metric_names(workdir, first_step)))  # measured before a signal ended the run
         if first_step > total_steps or (first_step == total_steps and not _missing(task, done)):
             cli.say(f"{workdir} has reached step {first_step} already; set total_steps above that to go on")
             return
@@ -143,7 +143,7 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
                         save(number, metrics)
                         saved, saving = number, False
                     if metrics:  # after the checkpoint: a run killed in between evaluates again
-                        report.measured(number, metrics)
+                        report.evaluation(number, metrics)
             except PreemptionRequested:  # the hook starts again when the run continues here
                 signal, saving = stop.received, number not in (0, saved)
             # Save.
@@ -284,11 +284,11 @@ def check_same_run(old: ConfigDict, new: ConfigDict, workdir: AnyPath) -> None:
             f"batch_size is {before} in {workdir}, {after} here; a run counts its steps in one batch size; set it back "
             "(grad_accum_steps saves memory) or choose another --workdir"
         )
-    of_model = ("image_size", "optimizer.ema_decay")
-    model = {key: values for key, values in changed.items() if key.startswith("model.") or key in of_model}
+    model_keys = ("image_size", "optimizer.ema_decay")
+    model = {key: values for key, values in changed.items() if key.startswith("model.") or key in model_keys}
     model = {key: values for key, values in model.items() if key == "model.method"} or model  # it explains the others
     if model:
-        fields = "; ".join(f"{key} is {before} there, {after} here" for key, (before, after) in model.items())
+        fields = "; ".join(f"{key} is {before}, not {after}" for key, (before, after) in model.items())
         raise UserError(f"{workdir} holds checkpoints of another model ({fields}); choose another --workdir")
     if changed.pop("init", None):
         cli.say("init has changed, and is not read again: the run continues from its own checkpoint")

@@ -51,15 +51,15 @@ def make_train_step(
 
     An update whose loss or gradient is not finite is skipped: parameters and optimizer state keep their values. The
     learning rate follows the state's step, not a counter of the optimizer, so a skipped update does not delay the
-    schedule. (`optax.apply_if_finite` applies bad updates after a number of them, and does not look at the loss.)
+    schedule. (`optax.apply_if_finite` applies non-finite updates after several in a row, and ignores the loss.)
 
     Args:
-        loss_function: mean over a batch.
-        optimizer: direction of an update, without the learning rate.
+        loss_function: (parameters, batch) -> mean loss of the batch, further scalars to report.
+        optimizer: Optax transformation without a learning rate; the step multiplies its updates by the schedule's.
         schedule: step -> learning rate.
-        grad_accum_steps: parts that a batch is computed in, one after the other.
-        group_size: neighbouring samples that stay in one part.
-        ema_decay: decay of the moving average in a state that keeps one.
+        grad_accum_steps: number of equal parts of a batch, computed one after the other.
+        group_size: number of neighbouring samples that stay in one part.
+        ema_decay: decay of the EMA of the parameters; None: the state has no EMA.
         shardings: `NamedSharding`s of the parameters. Sharded parameters are gathered before use; their gradients are
             summed and sharded again.
     """
@@ -71,12 +71,12 @@ def make_train_step(
         if shardings is None:
             return jax.value_and_grad(loss_function, has_aux=True)(params, batch)
 
-        # Gathered inside the differentiated function, so that a gradient is whole until it has been summed. Gathered
-        # outside, the compiler passes shards around in loops of permutations that cost more than they hide.
-        def loss_of_shards(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        # Gather inside the differentiated function, so that gradients are sharded only after their sum. With a gather
+        # outside, the compiler emits loops of collective permutes that cost more time than they hide.
+        def sharded_loss(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
             return loss_function(jax.tree.map(gather, params, shardings), batch)
 
-        value, gradient = jax.value_and_grad(loss_of_shards, has_aux=True)(params, batch)
+        value, gradient = jax.value_and_grad(sharded_loss, has_aux=True)(params, batch)
         return value, jax.lax.with_sharding_constraint(gradient, shardings)
 
     def accumulate(params: Params, batch: Batch) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Params]:
@@ -137,12 +137,12 @@ def make_train_step(
 
 
 def lower_step(train_step: TrainStep, state: TrainState, batch: Batch, mesh: Mesh) -> jax.stages.Lowered:
-    """Lower the step for compilation ahead of time, so that nothing compiles later on; it donates its state.
+    """Lower the step for ahead-of-time compilation; the step donates its state.
 
     Args:
         train_step: from `make_train_step`.
-        state, batch: arrays or `jax.ShapeDtypeStruct`s with the shardings of the step's inputs; the new state has the
-            same.
+        state, batch: arrays or `jax.ShapeDtypeStruct`s with the shardings of the step's inputs; the new state
+            has the same shardings.
         mesh: the devices.
     """
     jitted = jax.jit(

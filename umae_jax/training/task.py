@@ -43,7 +43,7 @@ class RunContext(NamedTuple):
         params: shapes, dtypes and shardings of the parameters.
         mesh: the devices.
         workdir: the run's directory.
-        check: raises PreemptionRequested when the run is asked to leave; call it in long evaluations.
+        check: raises PreemptionRequested when the run should save and exit; call it in long evaluations.
     """
 
     graph: nnx.GraphDef

@@ -1,11 +1,11 @@
 """Softmax attention as one Pallas kernel for TPUs, forward and backward: within windows of a map, or among all tokens.
 
-No array of all pairs of tokens leaves fast memory. The kernel cuts its windows out of maps [B, H, W, C] by indexing,
-selects the position bias from its nine cases, and computes the softmax again in the backward pass.
+Arrays of all pairs of tokens stay in VMEM. The kernel slices its windows from maps [B, H, W, C], selects the position
+bias from its nine cases, and recomputes the softmax in the backward pass.
 
-Keys lie along sublanes, and the queries of several heads side by side along lanes. For that, queries are repeated for
-each head, with the channels of that head and zeros elsewhere: a product of [K, C] and [heads * Q, C] over up to 128
-channels costs a matrix unit the same as one over d channels, and its result fills the lanes even for small windows.
+Keys lie along sublanes, and the queries of several heads side by side along lanes. Queries are repeated for each head,
+with zeros in the channels of the other heads. A product of [K, C] and [heads * Q, C] over up to 128 channels takes the
+MXU no longer than one over d channels, and its result fills the lanes even for small windows.
 """
 
 import math
@@ -25,13 +25,13 @@ from umae_jax.models.kernels.platforms import LANES
 from umae_jax.models.windows import ACROSS_BORDERS, Windows
 from umae_jax.positions import select_by_sign
 
-VMEM_BYTES = 48 * 2**20  # limit of a kernel's fast memory; a v5p has 64 MiB, other chips 128
-SUBLANES = 8  # of a vector register of float32, by LANES
-MAX_LANES = 256  # limit of the lanes of one product's result
-MAX_TOKENS = 1024  # of a window: arrays of all its pairs must fit in fast memory
+VMEM_BYTES = 48 * 2**20  # VMEM limit of a kernel; a v5p has 64 MiB, other chips 128
+SUBLANES = 8  # rows of a float32 vector register, [SUBLANES, LANES]
+MAX_LANES = 256  # max lanes of the result of one product
+MAX_TOKENS = 1024  # max tokens of a window: arrays of all its pairs must fit in VMEM
 TOKENS_PER_STEP = 1024  # approximate number of tokens per step of the kernel's grid
 
-Ref = Any  # Pallas: one step's block of an array, in fast memory
+Ref = Any  # Pallas: one grid step's block of an array, in VMEM
 Maps = tuple[Any, ...]  # arrays [B, H, W, C], or Refs to them inside the kernel
 
 
@@ -58,7 +58,7 @@ class _Settings:
     heads: int
     windows: tuple[int, int]  # along the rows and columns of a map
     shift: tuple[int, int]  # rows and columns by which maps are rolled towards the origin before they are cut
-    interpret: bool  # let JAX interpret the kernel, on any device
+    interpret: bool  # use Pallas's interpret mode, which runs on any device
 
 
 class _Product(NamedTuple):
@@ -69,17 +69,17 @@ class _Product(NamedTuple):
     scale: float  # of the queries
 
     def spread(self, x: jax.Array) -> jax.Array:
-        """[N, channels] -> [heads * N, channels]: each head's own channels, zeros elsewhere."""
+        """Repeat tokens for each head, [N, channels] -> [heads * N, channels], with zeros in other heads' channels."""
         return jnp.concatenate([jnp.where(mask, x, 0) for mask in self.masks])
 
     def collect(self, x: jax.Array) -> jax.Array:
-        """[heads * N, channels] -> [N, channels]: each head's own channels."""
+        """Keep each head's own channels, [heads * N, channels] -> [N, channels]."""
         parts = jnp.split(x, len(self.masks))
         return sum((jnp.where(mask, part, 0) for mask, part in zip(self.masks, parts, strict=True)), jnp.float32(0))
 
 
 def _heads_per_product(heads: int, channels: int, queries: int) -> int:
-    """Return the number of heads per product: a divisor of the number of heads that are read together."""
+    """Return the number of heads per product, a divisor of the number of heads whose channels are read together."""
     group = min(heads, LANES * heads // channels)
     return max(size for size in range(1, group + 1) if group % size == 0 and (size == 1 or size * queries <= MAX_LANES))
 
@@ -93,8 +93,8 @@ def _groups(heads: int, channels: int, queries: int) -> Iterator[tuple[slice, li
         channel = jax.lax.broadcasted_iota(jnp.int32, (1, count * width), 1)
         products = []
         for start in range(0, count, size):
-            ends = range(start * width, min(start + size, count) * width, width)
-            masks = [(channel >= end) & (channel < end + width) for end in ends]
+            head_starts = range(start * width, min(start + size, count) * width, width)
+            masks = [(channel >= first_channel) & (channel < first_channel + width) for first_channel in head_starts]
             products.append(_Product((first + start) // size, masks, width**-0.5))
         yield slice(first * width, (first + count) * width), products
 
@@ -112,7 +112,7 @@ def _roll(x: jax.Array, shift: tuple[int, int]) -> jax.Array:
     return pltpu.roll(x, x.shape[1] - columns, 1) if columns else x
 
 
-def _in_windows(
+def _apply_to_windows(
     settings: _Settings,
     inputs: Maps,
     biases: Ref,
@@ -125,12 +125,12 @@ def _in_windows(
 
     Args:
         biases: [3, C], added to the first three inputs: queries, keys and values.
-        grad_biases: [3, C], accumulates the sums of the outputs.
+        grad_biases: [3, C], the sums of the outputs over all tokens are added to it; None: no sums.
         scratch: per input and output, float32 [H, W, channels that are read together].
         compute: image, window, products, windows of the inputs [N, channels] -> windows of the outputs.
     """
 
-    def place(ref: Ref, row: jax.Array, column: int) -> tuple[Any, ...]:
+    def slices(ref: Ref, row: jax.Array, column: int) -> tuple[Any, ...]:
         rows, columns = (size // count for size, count in zip(ref.shape[:2], settings.windows, strict=True))
         return pl.ds(row * rows, rows), pl.ds(column * columns, columns)
 
@@ -151,11 +151,11 @@ def _in_windows(
             @pl.loop(0, settings.windows[0])
             def per_row(row: jax.Array, local: slice = local, products: list[_Product] = products) -> None:
                 for column in range(settings.windows[1]):
-                    windows = [copy[*place(copy, row, column), local].reshape(-1, local.stop) for copy in rolled]
+                    windows = [copy[*slices(copy, row, column), local].reshape(-1, local.stop) for copy in rolled]
                     computed = compute(image, row * settings.windows[1] + column, products, *windows)
                     for copy, x in zip(results, computed, strict=True):
-                        at = place(copy, row, column)
-                        copy[*at, local] = x.reshape(at[0].size, at[1].size, local.stop)
+                        rows, columns = slices(copy, row, column)
+                        copy[rows, columns, local] = x.reshape(rows.size, columns.size, local.stop)
 
             for number, (ref, copy) in enumerate(zip(outputs, results, strict=True)):
                 x = copy[:, :, local]
@@ -165,12 +165,12 @@ def _in_windows(
 
 
 def _differences(row: jax.Array, keys: int, lanes: int) -> jax.Array:
-    """Return the difference of one number per token, key minus query: [1, heads * N] -> [keys, lanes]."""
+    """Return key minus query for all pairs, from one number per token: [1, heads * N] -> [keys, lanes]."""
     return (_dot(row[:, :keys], jnp.ones_like(row), 0, 0) - row)[:, :lanes]
 
 
-def _steps(offsets: Ref, image: jax.Array, window: jax.Array, keys: int, lanes: int) -> list[jax.Array]:
-    """Return the differences of dy and of dx of all pairs, float32 [keys, lanes]."""
+def _offset_differences(offsets: Ref, image: jax.Array, window: jax.Array, keys: int, lanes: int) -> list[jax.Array]:
+    """Return the differences of dy and of dx, key minus query, for all pairs; each float32 [keys, lanes]."""
     return [_differences(offsets[image, window, axis : axis + 1], keys, lanes) for axis in (0, 1)]
 
 
@@ -182,13 +182,13 @@ def _add_to_tables(
     if terms.offsets is None:
         grad_tables[product.number, 0, :, :lanes] += grad_logits
         return
-    row, column = _steps(terms.offsets, image, window, *grad_logits.shape)
+    row, column = _offset_differences(terms.offsets, image, window, *grad_logits.shape)
     for case in range(9):
         pairs = (row == case // 3 - 1) & (column == case % 3 - 1)
         grad_tables[product.number, case, :, :lanes] += jnp.where(pairs, grad_logits, 0)
 
 
-def _weights(
+def _softmax(
     terms: Terms, image: jax.Array, window: jax.Array, product: _Product, k: jax.Array, q: jax.Array
 ) -> jax.Array:
     """Compute the softmax over keys, float32 [K, heads * Q], from keys [K, C] and spread queries [heads * Q, C]."""
@@ -199,17 +199,17 @@ def _weights(
         if terms.offsets is None:
             logits += tables[0]
         else:
-            row, column = _steps(terms.offsets, image, window, keys, lanes)
+            row, column = _offset_differences(terms.offsets, image, window, keys, lanes)
             rows = [select_by_sign(column, tables[3 * case : 3 * case + 3]) for case in range(3)]
             logits += select_by_sign(row, rows)
         if terms.regions is not None:
-            apart = _differences(terms.regions[window], keys, lanes)
-            logits += jnp.where(apart == 0, 0.0, ACROSS_BORDERS)
+            region_difference = _differences(terms.regions[window], keys, lanes)
+            logits += jnp.where(region_difference == 0, 0.0, ACROSS_BORDERS)
     exponentials = jnp.exp(logits - logits.max(axis=0, keepdims=True))
     return exponentials * (1 / exponentials.sum(axis=0, keepdims=True))
 
 
-def _forward_kernel(settings: _Settings, maps: Maps, terms: Terms, outputs: Maps, _of: None, *scratch: Ref) -> None:
+def _forward_kernel(settings: _Settings, maps: Maps, terms: Terms, outputs: Maps, _grad: None, *scratch: Ref) -> None:
     """Compute attention from queries, keys and values."""
     dtype = maps[0].dtype
 
@@ -218,11 +218,11 @@ def _forward_kernel(settings: _Settings, maps: Maps, terms: Terms, outputs: Maps
         k, v = k.astype(dtype), v.astype(dtype)
         attended = jnp.zeros_like(q)
         for product in products:
-            weights = _weights(terms, image, window, product, k, product.spread(q * product.scale).astype(dtype))
+            weights = _softmax(terms, image, window, product, k, product.spread(q * product.scale).astype(dtype))
             attended += product.collect(_dot(weights.astype(dtype), v, 0, 0))
         return (attended,)
 
-    _in_windows(settings, maps, terms.biases, outputs, None, scratch, compute)
+    _apply_to_windows(settings, maps, terms.biases, outputs, None, scratch, compute)
 
 
 def _backward_kernel(
@@ -233,7 +233,7 @@ def _backward_kernel(
     grad_biases, grad_tables = grad_terms
 
     @pl.when(pl.program_id(0) == 0)
-    def begin() -> None:
+    def zero_grad_terms() -> None:
         for grad_term in jax.tree.leaves(grad_terms):
             grad_term[...] = jnp.zeros_like(grad_term)
 
@@ -244,7 +244,7 @@ def _backward_kernel(
         for product in products:
             queries = product.spread(q * product.scale).astype(dtype)
             spread = product.spread(gradient).astype(dtype)
-            weights = _weights(terms, image, window, product, k, queries)
+            weights = _softmax(terms, image, window, product, k, queries)
             grad_weights = _dot(v, spread, 1, 1)
             grad_logits = weights * (grad_weights - (weights * grad_weights).sum(axis=0, keepdims=True))
             if grad_tables is not None:
@@ -255,13 +255,13 @@ def _backward_kernel(
             grad_q += product.collect(_dot(grad_logits, k, 0, 0)) * product.scale
         return grad_q, grad_k, grad_v
 
-    _in_windows(settings, maps, terms.biases, outputs, grad_biases, scratch, compute)
+    _apply_to_windows(settings, maps, terms.biases, outputs, grad_biases, scratch, compute)
 
 
 def _call(
     kernel: Callable[..., None], settings: _Settings, maps: Maps, terms: Terms, outputs: Maps, grad_terms: Maps | None
 ) -> tuple[Maps, Maps]:
-    """Run a kernel over all images, several per step -> the output maps, and gradients summed over images.
+    """Run a kernel, several images per grid step; return the output maps, and gradients summed over images.
 
     Args:
         maps: inputs, the queries first.
@@ -298,7 +298,7 @@ def _map_terms(terms: Terms, per_step: Callable[[Any], Any], whole: Callable[[An
 
 
 def _cost(settings: _Settings, maps: Maps, terms: Terms, outputs: Maps) -> pl.CostEstimate:
-    """Estimate a loose lower bound of a call: matrix products, exponentials, and bytes of channels in whole lanes.
+    """Return a loose lower bound of a call's cost: matrix products, exponentials, and bytes padded to whole lanes.
 
     The kernel spends its time on the vector unit, some ten (forward) to forty (backward, with nine cases) operations
     per pair.
@@ -349,10 +349,10 @@ def _on_each_device(settings: _Settings, maps: Maps, terms: Terms) -> jax.Array:
 def _supports(tokens: int, channels: int, heads: int) -> bool:
     """Return whether the kernel supports this number of tokens in a row of a window.
 
-    It needs a mesh, as in a compiled training step; pictures and probes, with few images, use the plain form.
+    It needs a mesh, as in a compiled training step; pictures and probes, with few images, use the plain attention.
     """
-    fills = LANES % (channels // heads) == 0 or channels <= LANES
-    return not jax.sharding.get_abstract_mesh().empty and tokens % SUBLANES == 0 and fills
+    lane_aligned = LANES % (channels // heads) == 0 or channels <= LANES
+    return not jax.sharding.get_abstract_mesh().empty and tokens % SUBLANES == 0 and lane_aligned
 
 
 def supports_windows(shape: tuple[int, ...], windows: Windows, heads: int) -> bool:
@@ -362,9 +362,9 @@ def supports_windows(shape: tuple[int, ...], windows: Windows, heads: int) -> bo
     tokens. Their rows must be whole sublanes, unless one window covers the map.
     """
     rows, columns = windows.size
-    alone = windows.size == shape[1:3]
+    single_window = windows.size == shape[1:3]
     return (
-        _supports(rows * columns if alone else columns, shape[3], heads)
+        _supports(rows * columns if single_window else columns, shape[3], heads)
         and rows * columns <= MAX_TOKENS
         and not any(windows.padding)
         and windows.differences.shape[1] == 1
@@ -380,7 +380,7 @@ def supports_all(tokens: int, first_query: int, channels: int, heads: int) -> bo
 def window_attention(
     qkv: nnx.Linear, proj: nnx.Linear, x: jax.Array, windows: Windows, tables: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """Compute `attention.window_attention` where `supports_windows`; `interpret` runs it on any device."""
+    """Compute `attention.window_attention` if `supports_windows`; `interpret`: interpret mode, on any device."""
     maps, biases = _split_channels(qkv, x)
     tables = tables[:, 0]  # all windows share them
     batch, height, width, channels = x.shape
@@ -388,16 +388,16 @@ def window_attention(
     if counts == (1, 1):  # one row of all tokens
         maps = tuple(x.reshape(batch, 1, height * width, channels) for x in maps)
     cases, heads, tokens, _ = tables.shape
-    together = _heads_per_product(heads, channels, tokens)
-    products = -(-heads // together)
-    tables = jnp.pad(tables, ((0, 0), (0, products * together - heads), (0, 0), (0, 0)))
-    tables = tables.reshape(cases, products, together, tokens, tokens).transpose(1, 0, 3, 2, 4)
+    per_product = _heads_per_product(heads, channels, tokens)
+    products = -(-heads // per_product)
+    tables = jnp.pad(tables, ((0, 0), (0, products * per_product - heads), (0, 0), (0, 0)))
+    tables = tables.reshape(cases, products, per_product, tokens, tokens).transpose(1, 0, 3, 2, 4)
     offsets, regions = windows.offsets, windows.regions
     terms = Terms(
         biases,
-        tables.reshape(products, cases, tokens, together * tokens),
-        None if offsets is None else jnp.tile(offsets.astype(jnp.float32), together),
-        None if regions is None else jnp.tile(jnp.asarray(regions, jnp.float32), together)[:, None],
+        tables.reshape(products, cases, tokens, per_product * tokens),
+        None if offsets is None else jnp.tile(offsets.astype(jnp.float32), per_product),
+        None if regions is None else jnp.tile(jnp.asarray(regions, jnp.float32), per_product)[:, None],
     )
     settings = _Settings(heads, counts, windows.shift, interpret)
     return proj(_on_each_device(settings, maps, terms).reshape(x.shape))
@@ -406,7 +406,7 @@ def window_attention(
 def self_attention(
     qkv: nnx.Linear, proj: nnx.Linear, x: jax.Array, heads: int, first_query: int, *, interpret: bool = False
 ) -> jax.Array:
-    """Compute `attention.self_attention` where `supports_all`; `interpret` runs it on any device."""
+    """Compute `attention.self_attention` if `supports_all`; `interpret`: interpret mode, on any device."""
     (q, k, v), biases = _split_channels(qkv, x)
     settings = _Settings(heads, (1, 1), (0, 0), interpret)
     maps = tuple(x[:, None] for x in (q[:, first_query:], k, v))
@@ -414,8 +414,8 @@ def self_attention(
 
 
 def _split_channels(qkv: nnx.Linear, x: jax.Array) -> tuple[Maps, jax.Array]:
-    """Return queries, keys and values [..., heads * d] without their biases, and these, float32 [3, heads * d]."""
-    kernels = jnp.split(qkv.kernel[...].astype(qkv.dtype), 3, axis=-1)
+    """Return queries, keys and values [..., heads * d] without biases, and the biases, float32 [3, heads * d]."""
+    weights = jnp.split(qkv.kernel[...].astype(qkv.dtype), 3, axis=-1)
     x = x.astype(qkv.dtype)
     biases = cast(nnx.Param[jax.Array], qkv.bias)[...].reshape(3, -1)
-    return tuple(jnp.einsum("...c,cd->...d", x, kernel) for kernel in kernels), biases
+    return tuple(jnp.einsum("...c,cd->...d", x, weight) for weight in weights), biases
