@@ -21,7 +21,7 @@ from umae_jax.weights.stored_run import CLASSES_FILE, read_run
 
 
 @pytest.mark.parametrize("kind", ["swin_um_window4_no_secondary", "pvt_um", "vit_um", "simmim_pvt", "vit_classifier"])
-def test_an_imported_golden_file_gives_the_numbers_of_the_reference(kind, tmp_path):
+def test_an_imported_golden_file_reproduces_the_reference(kind, tmp_path):
     import_weights(golden.write_state_dict(kind, tmp_path / "golden.npz"), tmp_path / "run", golden.config_of(kind))
     stored = read_run(tmp_path / "run")
     assert stored.step == 0
@@ -36,7 +36,7 @@ def test_an_imported_golden_file_gives_the_numbers_of_the_reference(kind, tmp_pa
         assert float(loss) == pytest.approx(float(numbers["loss"]), rel=1e-5)
 
 
-def test_exporting_and_importing_by_command_gives_the_same_run(tmp_path):
+def test_the_export_and_import_commands_reproduce_the_run(tmp_path):
     config = tiny.get_config()
     config.data.source, config.data.data_dir = "folder:/home/somebody/pictures", "/home/somebody"
     store(tmp_path / "run", config, small.random_model(config)[1])
@@ -138,7 +138,7 @@ def test_files_for_transformers_can_be_imported(tmp_path):
     hub = tmp_path / "hub"
     export_weights(tmp_path / "run", hub / "model.safetensors", "vit_mae")
     config = import_weights(hub / "model.safetensors", tmp_path / "again")
-    assert config.model.secondary_ratio == 0  # the file has no token for it
+    assert config.model.secondary_ratio == 0  # ViTMAE has no token for hidden units
     exported, imported = (jax.device_get(read_run(tmp_path / name).params) for name in ("run", "again"))
     del exported["mask_token"]
     assert_same(exported, imported)
@@ -192,7 +192,7 @@ def test_a_full_disk_leaves_no_incomplete_files(swin, tmp_path):
 def test_an_empty_directory_behind_a_link_can_be_the_workdir(swin, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
-    (tmp_path / "empty" / ".incoming").mkdir()  # of an import that was killed
+    (tmp_path / "empty" / ".incoming").mkdir()  # left by a killed import
     import_weights(swin / "swin.safetensors", tmp_path / "link")
     assert read_run(tmp_path / "empty").step == 0
     assert {path.name for path in (tmp_path / "empty").iterdir()} == {"checkpoints", "config.json"}

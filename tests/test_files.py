@@ -17,7 +17,7 @@ from tests.images import write_folder
 from umae_jax import load_encoder
 from umae_jax.data.sources import open_folder
 from umae_jax.errors import UserError
-from umae_jax.files import absolute, explain, locate, locate_here, move_folder, write_together, write_whole
+from umae_jax.files import absolute, explain, locate, locate_local, move_folder, write_atomic, write_together
 from umae_jax.training import metrics
 
 COMMON = ("--config.total_steps=6", "--config.checkpoint_every=2", "--config.checkpoint_keep=2")
@@ -25,7 +25,7 @@ COMMON = ("--config.total_steps=6", "--config.checkpoint_every=2", "--config.che
 
 @pytest.fixture(scope="module")
 def bucket():
-    """A bucket for this process and those it starts; answered by an emulator of the service."""
+    """The URL of a bucket on a GCS emulator, for this process and its subprocesses."""
     port = commands.free_port()
     address = f"http://localhost:{port}"
     settings = {
@@ -69,14 +69,14 @@ def test_a_path_is_local_or_in_a_bucket(bucket):
     assert locate("~/x", "path") == Path.home() / "x"
     assert str(locate(f"{bucket}/x", "--workdir") / "y") == f"{bucket}/x/y"
     with pytest.raises(UserError, match="--output: gs://bucket/x is in a bucket"):
-        locate_here(f"{bucket}/x", "--output")
+        locate_local(f"{bucket}/x", "--output")
 
 
-def test_an_unreachable_bucket_is_one_sentence(bucket, monkeypatch):
-    def refuse(path):
+def test_an_unreachable_bucket_raises_a_one_sentence_error(bucket, monkeypatch):
+    def fail(path):
         raise ValueError("no credentials\nmore")
 
-    monkeypatch.setattr(type(epath.Path(bucket)), "exists", refuse)
+    monkeypatch.setattr(type(epath.Path(bucket)), "exists", fail)
     with pytest.raises(UserError, match=r"--workdir: gs://bucket/x: ValueError: no credentials"):
         locate(f"{bucket}/x", "--workdir")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -84,16 +84,16 @@ def test_an_unreachable_bucket_is_one_sentence(bucket, monkeypatch):
         locate(f"{bucket}/x", "init")
 
 
-def test_a_refusal_of_the_service_is_one_sentence(bucket, monkeypatch):
+def test_an_error_response_of_gcs_is_explained_in_one_sentence(bucket, monkeypatch):
     import gcsfs
 
     path = locate(f"{bucket}/x", "--workdir")
 
-    async def refuse(*arguments, **options):
+    async def fail(*arguments, **options):
         raise OSError("Forbidden: x\nand more")
 
-    monkeypatch.setattr(gcsfs.core, "retry_request", refuse)
-    monkeypatch.setattr(gcsfs.GCSFileSystem, "_request", refuse)
+    monkeypatch.setattr(gcsfs.core, "retry_request", fail)
+    monkeypatch.setattr(gcsfs.GCSFileSystem, "_request", fail)
     with pytest.raises(OSError, match="Forbidden") as failed:
         path.read_bytes()
     assert "(OSError: Forbidden: x)" in explain(failed.value)
@@ -105,7 +105,7 @@ def test_other_schemes_are_rejected():
         locate("s3://x/y", "--workdir")
 
 
-def test_buckets_do_without_tensorflow(bucket, tmp_path):
+def test_buckets_do_not_import_tensorflow(bucket, tmp_path):
     (tmp_path / "tensorflow").mkdir()
     (tmp_path / "tensorflow" / "__init__.py").write_text("raise RuntimeError('imported')")
     program = "from umae_jax.files import locate; print(locate('gs://bucket/x', 'x').exists())"
@@ -124,7 +124,7 @@ def test_metrics_survive_a_bucket_that_fails_for_a_while(bucket, monkeypatch):
     def fail(path, data):
         raise UserError("no network")
 
-    monkeypatch.setattr(metrics, "write_whole", fail)
+    monkeypatch.setattr(metrics, "write_atomic", fail)
     writer.write(1, {"loss": 1.0})  # warns, and tries again later
     with pytest.raises(UserError, match="no network"):
         writer.flush()  # before a checkpoint it must succeed
@@ -137,9 +137,9 @@ def test_metrics_survive_a_bucket_that_fails_for_a_while(bucket, monkeypatch):
     writer.close()
 
 
-def test_a_failed_write_to_a_bucket_is_one_sentence(bucket):
+def test_a_failed_write_to_a_bucket_raises_a_one_sentence_error(bucket):
     with pytest.raises(UserError, match="gs://none/x could not be written"):
-        write_whole(locate("gs://none/x", "path"), b"data")
+        write_atomic(locate("gs://none/x", "path"), b"data")
 
 
 def test_a_folder_moves_in_a_bucket_and_on_disk(bucket, tmp_path):
@@ -160,21 +160,21 @@ def test_absolute_paths(bucket, tmp_path, monkeypatch):
     assert str(absolute(epath.Path(f"{bucket}/x"))) == f"{bucket}/x"
 
 
-def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_writes_are_atomic(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    write_whole(path, b"old")
+    write_atomic(path, b"old")
 
     def fail(_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="No space left"):
-        write_whole(path, b"new")
+        write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_files_take_their_names_together(tmp_path):
+def test_if_one_file_of_a_group_cannot_be_written_none_is(tmp_path):
     with pytest.raises(OSError, match="No such file") as failed:
         write_together({tmp_path / "a": b"1", tmp_path / "no" / "b": b"2"})
     assert failed.value.filename == str(tmp_path / "no" / "b")

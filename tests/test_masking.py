@@ -44,7 +44,7 @@ def sampled_units(offset):
 
 @quick
 @given(seeds, sizes, st.integers(1, 3), st.floats(0, 0.99))
-def test_a_uniform_mask_samples_one_unit_per_cell_and_hides_the_exact_count(seed, cells, batch, ratio):
+def test_a_uniform_mask_samples_one_unit_per_cell_and_hides_the_exact_number_of_units(seed, cells, batch, ratio):
     mask = draw(seed, batch, cells, ratio)
     assert mask.offset.shape == mask.hidden.shape == (batch, *cells)
     assert mask.offset.dtype == jnp.int32
@@ -86,7 +86,7 @@ def test_compacted_tokens_come_from_their_original_coordinates(seed, cells, side
 
 
 def unit_at(x, unit, cells, side):
-    """One unit of one image, [side, side, C], by its row-major number."""
+    """Return one unit of one image, [side, side, C], by its row-major index."""
     row, column = divmod(int(unit), 2 * cells[1])
     return x[row * side : (row + 1) * side, column * side : (column + 1) * side]
 
@@ -110,7 +110,7 @@ def four_maps(x, order, side):
 
 @quick
 @given(seeds, sizes, st.integers(1, 3), st.floats(0, 0.99))
-def test_a_random_mask_orders_all_units_and_hides_exactly_its_count(seed, cells, batch, ratio):
+def test_a_random_mask_is_a_permutation_of_units_and_hides_the_exact_number_of_units(seed, cells, batch, ratio):
     mask = draw_random(seed, batch, cells, ratio)
     assert mask.order.shape == (batch, 4, *cells)
     assert mask.hidden.shape == (batch, *cells)

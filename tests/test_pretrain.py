@@ -1,4 +1,4 @@
-"""Pre-training as a user starts, stops and continues it."""
+"""End-to-end tests of `pretrain` and `visualize`: start, stop, resume, and user errors."""
 
 import json
 import os
@@ -23,7 +23,7 @@ LONGER = ("--config.total_steps=40", "--config.checkpoint_every=4")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run that was never stopped, with pictures: its directory and what it printed."""
+    """An uninterrupted run with pictures: its directory, stdout and stderr."""
     workdir = tmp_path_factory.mktemp("finished")
     output, errors = commands.pretrain(workdir, "--config.picture_every=6")
     return workdir, output, errors
@@ -36,7 +36,7 @@ def never_stopped(tmp_path_factory):
     return commands.losses(workdir)
 
 
-def test_a_run_leaves_metrics_pictures_checkpoints_and_its_configuration(finished):
+def test_a_run_writes_metrics_pictures_checkpoints_and_its_configuration(finished):
     workdir, output, errors = finished
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 13))
@@ -59,7 +59,7 @@ def test_a_run_leaves_metrics_pictures_checkpoints_and_its_configuration(finishe
     assert "Traceback" not in errors
 
 
-def test_the_same_command_after_the_end_changes_nothing(finished):
+def test_repeating_the_command_after_the_last_step_changes_nothing(finished):
     workdir, output, _ = finished
     before = (workdir / "metrics.jsonl").read_bytes()
     again, _ = commands.pretrain(workdir, "--config.picture_every=6")
@@ -68,23 +68,23 @@ def test_the_same_command_after_the_end_changes_nothing(finished):
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_other_numbers_of_devices_see_the_same_losses(finished, tmp_path, devices):
+def test_losses_do_not_depend_on_the_number_of_devices(finished, tmp_path, devices):
     commands.pretrain(tmp_path, devices=devices)
     ours, theirs = commands.losses(tmp_path), commands.losses(finished[0])
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
-def test_killed_again_and_again_it_ends_with_the_same_losses(tmp_path, never_stopped):
-    chance = random.Random(0)
+def test_a_run_killed_several_times_ends_with_the_same_losses(tmp_path, never_stopped):
+    rng = random.Random(0)
     continued, step = 0, 0
     for _ in range(3):
-        last = step + chance.randint(5, 11)
+        kill_step = step + rng.randint(5, 11)
         with commands.start("pretrain", "--config", "tests/tiny.py", "--workdir", tmp_path, *LONGER) as process:
             for line in process.stderr:
                 continued += line.startswith("continuing at step")
-                if line.startswith("step ") and (step := int(line.split()[1].split("/")[0])) >= last:
+                if line.startswith("step ") and (step := int(line.split()[1].split("/")[0])) >= kill_step:
                     break
-            time.sleep(chance.uniform(0, 0.05))
+            time.sleep(rng.uniform(0, 0.05))
             process.send_signal(signal.SIGKILL)
     _, errors = commands.pretrain(tmp_path, *LONGER)
     assert continued + ("continuing at step" in errors) >= 2
@@ -93,7 +93,7 @@ def test_killed_again_and_again_it_ends_with_the_same_losses(tmp_path, never_sto
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits(tmp_path, never_stopped, number):
-    # Checkpoints are so rare that only the signal can have written one.
+    # The run ends before its first periodic checkpoint, so only the signal can have written one.
     rare = ("--config.total_steps=40", "--config.checkpoint_every=1000")
     with commands.start("pretrain", "--config", "tests/tiny.py", "--workdir", tmp_path, *rare) as process:
         for line in process.stderr:
@@ -109,7 +109,7 @@ def test_a_signal_saves_and_exits(tmp_path, never_stopped, number):
     assert commands.losses(tmp_path) == never_stopped
 
 
-def test_a_truncated_checkpoint_falls_back_to_the_newest_whole_one(finished, tmp_path):
+def test_a_truncated_checkpoint_falls_back_to_the_newest_readable_one(finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)
     for path in (workdir / "checkpoints" / "12").rglob("*"):
@@ -122,7 +122,7 @@ def test_a_truncated_checkpoint_falls_back_to_the_newest_whole_one(finished, tmp
     assert commands.losses(workdir) == commands.losses(finished[0])
 
 
-def test_accumulation_and_half_precision_train(tmp_path):
+def test_gradient_accumulation_with_bfloat16_trains(tmp_path):
     commands.pretrain(tmp_path, "--config.grad_accum_steps=2", "--config.dtype=bfloat16", devices=4)
     losses = [loss for _, loss in commands.losses(tmp_path)]
     assert losses[-1] < losses[0]
@@ -140,12 +140,12 @@ def test_broken_images_are_skipped_counted_and_named(tmp_path):
     (folder / "003.jpg").write_bytes(b"not an image")
     _, errors = commands.pretrain(tmp_path / "run", f"--config.data.source=folder:{folder}")
     assert errors.count("skipped an image that cannot be read: ") == 1
-    assert "003.jpg (not an image that Pillow knows)" in errors
+    assert "003.jpg (not an image that Pillow can read)" in errors
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["skipped_images"] >= 16  # once in each of 16 epochs, and when it is drawn as a substitute for itself
 
 
-def test_worker_processes_see_the_same_losses(finished, tmp_path):
+def test_losses_do_not_depend_on_the_number_of_worker_processes(finished, tmp_path):
     commands.pretrain(tmp_path, "--config.data.workers=2")
     assert commands.losses(tmp_path) == commands.losses(finished[0])
 
@@ -172,7 +172,7 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("kind", BAD_INPUT)
-def test_bad_input_is_one_clear_sentence(tmp_path, kind):
+def test_bad_input_prints_one_sentence(tmp_path, kind):
     changes, message = BAD_INPUT[kind]
     arguments = ["--config", "tests/tiny.py", "--workdir", tmp_path / "run", *changes]
     with commands.start("pretrain", *arguments) as process:
@@ -184,12 +184,12 @@ def test_bad_input_is_one_clear_sentence(tmp_path, kind):
     assert re.search(message, errors), errors
 
 
-def test_an_empty_folder_is_one_clear_sentence(tmp_path):
+def test_an_empty_folder_prints_one_sentence(tmp_path):
     _, errors = commands.pretrain(tmp_path / "run", f"--config.data.source=folder:{tmp_path}", status=2)
     assert errors.startswith(f"error: there is no image in {tmp_path}")
 
 
-def test_the_checkpoint_of_another_model_is_refused(finished):
+def test_the_checkpoint_of_another_model_is_rejected(finished):
     changes = ("--config.model.window=4", "--config.model.decoder_depth=2", "--config.seed=3")
     before = (finished[0] / "config.json").read_bytes()
     _, errors = commands.pretrain(finished[0], *changes, status=2)
@@ -200,7 +200,7 @@ def test_the_checkpoint_of_another_model_is_refused(finished):
     assert (finished[0] / "config.json").read_bytes() == before
 
 
-def test_checkpoints_without_their_configuration_are_not_touched(finished, tmp_path):
+def test_checkpoints_without_config_json_are_rejected_and_kept(finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)
     (workdir / "config.json").unlink()
@@ -209,13 +209,13 @@ def test_checkpoints_without_their_configuration_are_not_touched(finished, tmp_p
     assert sorted(int(path.name) for path in (workdir / "checkpoints").iterdir()) == [5, 10, 12]
 
 
-def test_a_run_keeps_its_batch_size(finished):
+def test_another_batch_size_is_rejected(finished):
     _, errors = commands.pretrain(finished[0], "--config.batch_size=8", status=2)
     assert "batch_size is 16 in" in errors
     assert "Traceback" not in errors
 
 
-def test_pictures_may_be_asked_for_later(finished, tmp_path):
+def test_pictures_can_be_enabled_later(finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)
     shutil.rmtree(workdir / "reconstructions")
@@ -227,7 +227,7 @@ def test_pictures_may_be_asked_for_later(finished, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_whole_group_saves_too(tmp_path, number):
+def test_a_signal_to_the_process_group_saves_a_checkpoint(tmp_path, number):
     options = ("--config.total_steps=2000", "--config.checkpoint_every=1000", "--config.data.workers=1")
     with commands.start("pretrain", "--config", "tests/tiny.py", "--workdir", tmp_path, *options) as process:
         for line in process.stderr:
@@ -243,7 +243,7 @@ def test_a_signal_to_the_whole_group_saves_too(tmp_path, number):
 @pytest.mark.parametrize(
     ("arguments", "message"), [((), "--config is missing"), (("--config=tests/tiny.py",), "--workdir is missing")]
 )
-def test_what_must_be_given_is_asked_for(arguments, message):
+def test_a_missing_required_flag_is_named(arguments, message):
     _, errors = commands.run("pretrain", *arguments, status=2)
     assert message in errors
     assert errors.count("\n") == 1
@@ -256,8 +256,8 @@ def test_what_must_be_given_is_asked_for(arguments, message):
         (("--config.total_steps=5000", "--config.checkpoint_every=5000"), ": File too large"),
     ],
 )
-def test_a_full_disk_is_one_clear_sentence(tmp_path, options, message):
-    """A limit on the size of files stands in for a disk that has no more room."""
+def test_a_full_disk_prints_an_error_without_traceback(tmp_path, options, message):
+    """Use a file size limit in place of a full disk."""
     arguments = ["-m", "umae_jax.pretrain", "--config", "tests/tiny.py", "--workdir", str(tmp_path), *options]
     program = f"""
 import os, resource, sys
@@ -278,7 +278,7 @@ os.execv(sys.executable, [sys.executable, *{arguments}])
     assert done.returncode in (1, 2), done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-    assert "compilation cache" not in done.stderr  # which found no room either
+    assert "compilation cache" not in done.stderr  # its failed writes are not reported
 
 
 def test_visualize_draws_files_and_folders(finished, tmp_path):
@@ -303,7 +303,7 @@ VISUALIZE_ERRORS = {
 
 
 @pytest.mark.parametrize("kind", VISUALIZE_ERRORS)
-def test_visualize_says_what_is_wrong(finished, tmp_path, kind):
+def test_visualize_rejects_bad_input(finished, tmp_path, kind):
     changes, message = VISUALIZE_ERRORS[kind]
     write_folder(tmp_path / "images", 1)
     options = {"--workdir": finished[0], "--images": tmp_path / "images", "--output": tmp_path / "out.png", **changes}

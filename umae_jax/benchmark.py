@@ -68,9 +68,9 @@ def time_steps(config: ConfigDict) -> None:
         one.dtype = config.dtype
         check(one)
         cli.say(f"{Path(name).stem}: compiling")
-        contenders.append(steps.our_step(Path(name).stem, one))
+        contenders.append(steps.jax_step(Path(name).stem, one))
     contenders += [steps.peer_step(name, config) for name in _PEER.value]
-    steps.time_in_turn(contenders, _ROUNDS.value, cli.say)
+    steps.time_interleaved(contenders, _ROUNDS.value, cli.say)
     results = steps.results(contenders, config.batch_size)
     for contender, result in zip(contenders, results, strict=True):
         if _PARTS.value and contender.program:

@@ -16,7 +16,7 @@ from absl import flags
 from umae_jax import cli
 from umae_jax.config import check
 from umae_jax.errors import require
-from umae_jax.files import locate, locate_here
+from umae_jax.files import locate, locate_local
 from umae_jax.tasks.importing import import_weights
 from umae_jax.weights.exchange import REFERENCE, export_weights
 from umae_jax.weights.huggingface import LAYOUTS, resolve_weights
@@ -39,12 +39,12 @@ def main(source: str = "") -> None:
     path = resolve_weights(locate(source, "FILE or DIR"))
     require(path.exists(), f"there is no file or directory {path}")
     if path.is_dir():
-        output = locate_here(cli.required(_OUTPUT, "the file to write, .safetensors or .pth"), "--output")
+        output = locate_local(cli.required(_OUTPUT, "the file to write, .safetensors or .pth"), "--output")
         written = export_weights(path, output, _LAYOUT.value, best=_BEST.value)
         cli.say(f"also written: {', '.join(file.name for file in written[1:])}")
         cli.result(output)
     else:
-        workdir = locate_here(cli.required(_WORKDIR, "the run's directory to make"), "--workdir")
+        workdir = locate_local(cli.required(_WORKDIR, "the run's directory to make"), "--workdir")
         config = None
         if flags.FLAGS["config"].present:
             config = cli.read_config(_CONFIG)

@@ -27,7 +27,7 @@ from umae_jax.config import check
 from umae_jax.data.pipeline import host_cores
 from umae_jax.data.sources import open_source
 from umae_jax.errors import require
-from umae_jax.files import AnyPath, explain, locate, write_whole
+from umae_jax.files import AnyPath, explain, locate, write_atomic
 
 FLOATS = 1 << 22  # summed per device: 16 MiB
 ROUNDS = 5
@@ -72,7 +72,7 @@ def inspect_process(config: ConfigDict | None, workdir: AnyPath | None) -> dict[
         with attempt("--workdir"):
             workdir.mkdir(parents=True, exist_ok=True)
             path = workdir / f".doctor-{jax.process_index()}"
-            write_whole(path, b"written by umae_jax.doctor")
+            write_atomic(path, b"written by umae_jax.doctor")
             path.unlink()
     return {"host": socket.gethostname(), "description": description, "equal": equal, "faults": faults}
 

@@ -13,7 +13,7 @@ from absl import flags
 
 from umae_jax import cli, multihost
 from umae_jax.errors import require
-from umae_jax.files import locate, locate_here
+from umae_jax.files import locate, locate_local
 from umae_jax.tasks import evaluation, make_task, probing
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run.")
@@ -41,7 +41,7 @@ def main() -> None:
         workdir, best=_BEST.value, source=_SOURCE.value, validation=_VALIDATION.value, stage=_STAGE.value
     )
     if _IMAGES.value:
-        predictions = make_task(run.config).predict(run, locate_here(_IMAGES.value, "--images"))
+        predictions = make_task(run.config).predict(run, locate_local(_IMAGES.value, "--images"))
     else:
         predictions = iter([evaluation.evaluate_run(run, probe=_PROBE.value, batch_size=_BATCH_SIZE.value)])
     for line, values in predictions:

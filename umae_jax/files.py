@@ -1,4 +1,4 @@
-"""Local files and files in Google Cloud Storage (gs://BUCKET/PATH), written whole or not at all."""
+"""Local files and files in Google Cloud Storage (gs://BUCKET/PATH), with atomic writes."""
 
 import errno
 import functools
@@ -34,7 +34,7 @@ def explain(error: BaseException) -> str | None:
     """Return one sentence for an error that the user can fix, None for any other error."""
     if isinstance(error, UserError):
         return str(error)
-    if from_bucket(error):
+    if raised_by_gcsfs(error):
         return (
             f"the bucket cannot be reached ({first_line(error)}); check its name, the network and your permissions, "
             "and log in with gcloud auth application-default login"
@@ -44,8 +44,8 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-def from_bucket(error: BaseException | None) -> bool:
-    """Return whether gcsfs raised the error or one of its causes; the traceback decides, as types are too many."""
+def raised_by_gcsfs(error: BaseException | None) -> bool:
+    """Return whether gcsfs raised the error or one of its causes, by traceback: gcsfs raises too many types."""
     while error is not None:
         modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
         if any(module.partition(".")[0] == "gcsfs" for module in modules):
@@ -80,8 +80,8 @@ def locate(text: str | os.PathLike[str], name: str) -> epath.Path:
         UserError: if its scheme is unknown, or the bucket cannot be reached.
     """
     if not in_bucket(text):
-        known = re.match(r"\w+://|gs:/", os.fspath(text)) is None
-        require(known, f"{name}: {text} is neither a local path nor in a bucket; write {BUCKETS}BUCKET/PATH")
+        is_local = re.match(r"\w+://|gs:/", os.fspath(text)) is None
+        require(is_local, f"{name}: {text} is neither a local path nor in a bucket; write {BUCKETS}BUCKET/PATH")
         return epath.Path(text).expanduser()
     installed = importlib.util.find_spec("gcsfs") is not None
     require(installed, f'{name}: {BUCKETS} needs gcsfs; install it with pip install "umae_jax[gcs]"')
@@ -94,7 +94,7 @@ def locate(text: str | os.PathLike[str], name: str) -> epath.Path:
     return path
 
 
-def locate_here(text: str | os.PathLike[str], name: str) -> Path:
+def locate_local(text: str | os.PathLike[str], name: str) -> Path:
     """Return the path that the user wrote, which must be local."""
     require(not in_bucket(text), f"{name}: {text} is in a bucket; write a local path")
     return Path(locate(text, name))
@@ -102,7 +102,7 @@ def locate_here(text: str | os.PathLike[str], name: str) -> Path:
 
 @functools.cache
 def _gcs() -> fsspec.AbstractFileSystem:
-    """Return the file system of all buckets; the instance that etils creates gets its settings too."""
+    """Return the gcsfs file system; its settings also apply to the instance that etils creates."""
     settings = fsspec.config.conf.setdefault("gcs", {})
     settings["use_listings_cache"] = False  # other processes write too
     settings["requests_timeout"] = 60  # seconds; the default is none
@@ -111,7 +111,7 @@ def _gcs() -> fsspec.AbstractFileSystem:
 
 
 def read_file(path: str) -> bytes:
-    """Return the content of a file; in a bucket by one request, where epath sends two."""
+    """Return the content of a file. A file in a bucket takes one request; epath sends two."""
     if in_bucket(path):
         return _gcs().cat_file(path.removeprefix(BUCKETS))
     with open(path, "rb", buffering=0) as file:
@@ -119,15 +119,16 @@ def read_file(path: str) -> bytes:
 
 
 def files_in_bucket(folder: AnyPath) -> list[str]:
-    """Return the paths of all files below a folder, by one request, where epath sends one per subfolder."""
+    """Return the paths of all files below a folder in a bucket, in one request; epath sends one per subfolder."""
     return [f"{BUCKETS}{file}" for file in _gcs().find(str(folder).removeprefix(BUCKETS))]
 
 
-def write_whole(path: AnyPath, data: bytes) -> None:
-    """Write a file whole or not at all.
+def write_atomic(path: AnyPath, data: bytes) -> None:
+    """Write a file atomically.
 
     Raises:
-        OSError, UserError: naming the file that cannot be written, on disk or in a bucket.
+        OSError: if a local file cannot be written; it names the file.
+        UserError: if a file in a bucket cannot be written.
     """
     if not in_bucket(path):
         write_together({path: data})
@@ -139,10 +140,10 @@ def write_whole(path: AnyPath, data: bytes) -> None:
 
 
 def write_together(files: Mapping[AnyPath, bytes] | Mapping[Path, bytes]) -> None:
-    """Write local files that belong together: none takes its name before all have been written.
+    """Write local files that belong together: write all to temporary files, then rename them.
 
     Raises:
-        OSError: naming the file that cannot be written.
+        OSError: if a file cannot be written; it names the file.
     """
     temporary = {path: path.with_name(f".{path.name}.part") for path in files}
     path: AnyPath = next(iter(files))

@@ -2,10 +2,10 @@
 
 An image is a grid of *mask units*; a *cell* is a 2 x 2 group of units. Uniform sampling keeps one unit per cell, named
 by its *offset* 0..3 (row-major: dy = offset // 2, dx = offset % 2). An image thus splits into four *compact maps* of
-half its height and width: one of the sampled units side by side, three of the other units.
+half its height and width: one holds the sampled units side by side, three hold the other units.
 
-Masks work on any map whose height and width are the unit grid times a side k: pixels (k per unit), patches or units
-(k = 1), uint8 too. Selecting one of four units by `where` instead of a gather is dense and cheap on TPU.
+Masks apply to any map with k x k elements per unit, of any dtype: pixels, patches, or units (k = 1). They select one of
+four units by `where`, which is dense and cheap on TPU; a gather is not.
 """
 
 import math
@@ -20,7 +20,7 @@ class Mask(Protocol):
 
     @property
     def hidden(self) -> jax.Array:
-        """Bool [B, cell rows, cell columns]: True where the content of a sampled unit is hidden."""
+        """Return bool [B, cell rows, cell columns]: True where the content of a sampled unit is hidden."""
 
     def compact(self, x: jax.Array) -> jax.Array:
         """Return the sampled units side by side: [B or 1, H, W, C] -> [B, H / 2, W / 2, C]."""
@@ -29,7 +29,7 @@ class Mask(Protocol):
         """Return the units that were not sampled: [B or 1, H, W, C] -> [B, 3, H / 2, W / 2, C]."""
 
     def assemble(self, sampled: jax.Array, masked: jax.Array) -> jax.Array:
-        """Invert the two: [B, h, w, C] and [B, 3, h, w, C] (or broadcastable to it) -> [B, 2 h, 2 w, C]."""
+        """Invert `compact` and `masked_units`: [B, h, w, C], [B, 3, h, w, C] (or broadcastable) -> [B, 2 h, 2 w, C]."""
 
 
 class UniformMask(NamedTuple):
@@ -61,15 +61,15 @@ class UniformMask(NamedTuple):
         batch, height, width, channels = sampled.shape
         rows, columns = self.offset.shape[1:]
         k = height // rows
-        cut = (batch, rows, k, columns, k, channels)
+        split = (batch, rows, k, columns, k, channels)
         masked = jnp.broadcast_to(masked, (batch, 3, height, width, channels))
-        remaining = [masked[:, j].reshape(cut) for j in range(3)]
-        sampled, offset = sampled.reshape(cut), _per_cell(self.offset)
+        remaining = [masked[:, j].reshape(split) for j in range(3)]
+        sampled, offset = sampled.reshape(split), _per_cell(self.offset)
         units = []
         for place in range(4):
             before, after = remaining[min(place, 2)], remaining[max(place - 1, 0)]
             units.append(jnp.where(offset == place, sampled, jnp.where(offset > place, before, after)))
-        whole = jnp.stack(units, axis=1).reshape(batch, 2, 2, *cut[1:])
+        whole = jnp.stack(units, axis=1).reshape(batch, 2, 2, *split[1:])
         # [B, dy, dx, rows, k, columns, k, C] -> [B, rows, dy, k, columns, dx, k, C]
         return whole.transpose(0, 3, 1, 4, 5, 2, 6, 7).reshape(batch, 2 * height, 2 * width, channels)
 
@@ -85,7 +85,7 @@ def sample_uniform_mask(key: jax.Array, batch: int, cells: tuple[int, int], seco
     """Draw a uniform mask for each image.
 
     Args:
-        key: one key, from which image i takes `fold_in(key, i)`, or an array of `batch` keys, one per image.
+        key: one key per image, [batch], or a single key; image i then uses `fold_in(key, i)`.
         batch: number of images.
         cells: rows and columns of the grid of cells, (Gh / 2, Gw / 2).
         secondary_ratio: fraction of the sampled units to hide, in [0, 1).
@@ -103,7 +103,7 @@ def sample_uniform_mask(key: jax.Array, batch: int, cells: tuple[int, int], seco
 
 
 def image_keys(key: jax.Array, batch: int) -> jax.Array:
-    """Return one key per image, [B]: folded from one key, or the given ones; ValueError for another number of keys."""
+    """Return one key per image, [B]. A single key is folded with the image index; a wrong number raises ValueError."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if key.ndim == 0:
@@ -120,7 +120,7 @@ def sample_hidden(key: jax.Array, cells: tuple[int, int], secondary_ratio: float
 
 
 def unit_side(shape: tuple[int, ...], cells: tuple[int, ...]) -> int:
-    """Return the side of a unit in elements of a map [B, H, W, ...]; ValueError unless square units fill the cells."""
+    """Return the elements of a map [B, H, W, ...] along a unit's side; ValueError if the map has no square units."""
     height, width = shape[1:3]
     side = height // (2 * cells[0])
     if (2 * cells[0] * side, 2 * cells[1] * side) != (height, width) or side == 0:

@@ -31,7 +31,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 
 from umae_jax.errors import PreemptionRequested, UserError, listing, require
-from umae_jax.files import AnyPath, explain, first_line, write_whole
+from umae_jax.files import AnyPath, explain, first_line, write_atomic
 
 NOTICE_SECONDS = 10.0  # wait for other processes before a message reports it
 VISIBLE_SECONDS = 10.0  # max delay until a shared file system shows another host's file
@@ -191,7 +191,7 @@ def check_agreement(fingerprint: dict[str, Any], workdir: AnyPath | None) -> Non
     if is_primary():
         try:
             workdir.mkdir(parents=True, exist_ok=True)
-            write_whole(marker, b"")
+            write_atomic(marker, b"")
         except Exception as error:
             failure = explain(error) or first_line(error)
     name, failure = broadcast_json([marker.name, failure])

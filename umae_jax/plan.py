@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from umae_jax import cli
 from umae_jax.config import check
 from umae_jax.errors import require
-from umae_jax.files import locate_here, write_whole
+from umae_jax.files import locate_local, write_atomic
 from umae_jax.planning import growth, growth_report
 from umae_jax.planning.assembly import IMAGENET_IMAGES, count_images
 from umae_jax.planning.flops import count_flops, matmul_flops_by_scope
@@ -71,14 +71,14 @@ def print_plans(config: ConfigDict, targets: Sequence[Target], num_images: int) 
 def print_growth(config: ConfigDict, targets: Sequence[Target], name: str) -> None:
     """Compile variants of the configuration, write growth.json and growth.png to a folder, and print a table."""
     require(not (_PARTS.value or _JSON.value), "--growth writes growth.json, with parts; omit --json and --parts")
-    folder = locate_here(name, "--growth")
+    folder = locate_local(name, "--growth")
     require(
         importlib.util.find_spec("matplotlib") is not None,
         '--growth: matplotlib is missing; install it with pip install "umae_jax[plot]"',
     )
     variants = growth.make_variants(config, targets, cli.say)
     points = growth.measure(variants, folder / "costs", cli.say)
-    write_whole(folder / "growth.json", growth.to_json(points).encode())
+    write_atomic(folder / "growth.json", growth.to_json(points).encode())
     title = f"{config.model.encoder}, {config.model.method}: around {variants[0]}"
     growth_report.draw(points, title, folder / "growth.png")
     cli.result(growth_report.table(points))

@@ -11,7 +11,7 @@ from umae_jax.config import MAX_SEED
 from umae_jax.data.sources import open_images
 from umae_jax.data.transforms import first_readable
 from umae_jax.errors import require
-from umae_jax.files import locate, locate_here, write_whole
+from umae_jax.files import locate, locate_local, write_atomic
 from umae_jax.models.masked import MaskedImageModel
 from umae_jax.pictures import STATISTICS, make_illustrator
 from umae_jax.weights.stored_run import read_run
@@ -32,8 +32,8 @@ _STATISTICS = flags.DEFINE_enum(
 def main() -> None:
     """Draw the picture of the images, their masks and their reconstructions."""
     workdir = locate(cli.required(_WORKDIR, "the directory of a pre-training run"), "--workdir")
-    path = locate_here(cli.required(_IMAGES, "an image file or a folder of image files"), "--images")
-    output = locate_here(cli.required(_OUTPUT, "the PNG file to write"), "--output")
+    path = locate_local(cli.required(_IMAGES, "an image file or a folder of image files"), "--images")
+    output = locate_local(cli.required(_OUTPUT, "the PNG file to write"), "--output")
     require(output.suffix.lower() == ".png", f"--output: end {output} in .png")
     source = open_images(path)
     run = read_run(workdir)
@@ -44,7 +44,7 @@ def main() -> None:
     images = first_readable(source, _COUNT.value, run.config.image_size, run.config.model.channels)
     illustrate = make_illustrator(run.graph, images, seed=_SEED.value, statistics=_STATISTICS.value)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(output, illustrate(run.params, f"step {run.step}"))
+    write_atomic(output, illustrate(run.params, f"step {run.step}"))
     cli.result(output)
 
 

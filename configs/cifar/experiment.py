@@ -281,7 +281,7 @@ def draw(table: dict[str, dict[str, Any]], path: Path) -> None:
             capsize=3,
             label=title,
         )
-    axes.set_xlabel("pre-training, minutes of processor time")
+    axes.set_xlabel("pre-training, CPU minutes")
     axes.set_ylabel("top-1 on the test images, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
@@ -316,7 +316,7 @@ def main(_: list[str]) -> None:
 COLUMNS = {
     "kNN, %": ("knn_top1", 100.0),
     "fine-tuned, %": ("top1", 100.0),
-    "pre-training, minutes of processor time": ("pretrain_processor_seconds", 1 / 60),
+    "pre-training, CPU minutes": ("pretrain_processor_seconds", 1 / 60),
     "memory, MiB": ("pretrain_memory", 1.0),
 }
 

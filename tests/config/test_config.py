@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from flax import nnx
 
-from tests.config.test_presets import OneKey
+from tests.config.test_presets import ConstantRngs
 from umae_jax import list_models
 from umae_jax.config import (
     METHODS,
@@ -45,7 +45,7 @@ def test_every_bundled_configuration_loads_by_name_builds_and_survives_json(path
     check(config)
     if config.model.method == "classifier":
         config.model.classes = config.model.classes or 2
-    nnx.eval_shape(lambda: build_model(config, OneKey()))
+    nnx.eval_shape(lambda: build_model(config, ConstantRngs()))
     assert from_json(to_json(config)).to_dict() == config.to_dict()
     assert re.search(rf"--config {name}\b", path.read_text())
 

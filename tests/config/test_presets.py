@@ -1,4 +1,4 @@
-"""Build every preset with every method, in shapes alone."""
+"""Build every preset with every method, as abstract arrays (shapes only)."""
 
 import functools
 
@@ -15,17 +15,17 @@ from umae_jax.weights.names import entries
 PRESETS = [(size, method) for size, methods in list_models().items() for method in methods]
 
 
-class OneKey:
-    """Replaces nnx.Rngs, whose counter takes most of the time under eval_shape."""
+class ConstantRngs:
+    """Stand-in for nnx.Rngs that always returns the same key: the counter of nnx.Rngs is slow under eval_shape."""
 
     def params(self):
         return jax.random.key(0)
 
 
 @functools.cache
-def parameters(size, method):
+def abstract_params(size, method):
     config = default_config(size, method)
-    return nnx.state(nnx.eval_shape(lambda: build_model(config, OneKey())), nnx.Param)
+    return nnx.state(nnx.eval_shape(lambda: build_model(config, ConstantRngs())), nnx.Param)
 
 
 @pytest.mark.parametrize(
@@ -36,19 +36,19 @@ def parameters(size, method):
         ("pvt_small", "um_mae", 28_522_560),
     ],
 )
-def test_the_number_of_parameters(size, method, count):
-    assert sum(leaf.size for leaf in jax.tree.leaves(parameters(size, method))) == count
+def test_parameter_counts(size, method, count):
+    assert sum(leaf.size for leaf in jax.tree.leaves(abstract_params(size, method))) == count
 
 
 @pytest.mark.parametrize(("size", "method"), PRESETS)
-def test_every_preset_builds_and_the_reference_has_a_name_for_each_parameter(size, method):
-    paths = {".".join(map(str, keys)) for keys, _ in nnx.to_flat_state(parameters(size, method))}
+def test_every_preset_builds_and_each_parameter_has_its_own_reference_name(size, method):
+    paths = {".".join(map(str, keys)) for keys, _ in nnx.to_flat_state(abstract_params(size, method))}
     names = {entry.ours: entry.theirs for entry in entries(default_config(size, method))}
     assert paths - set(names) == set()
     assert len({names[path] for path in paths}) == len(paths)
 
 
-def test_only_a_vit_has_random_sampling():
+def test_only_vit_presets_have_the_mae_method():
     assert {size for size, method in PRESETS if method == "mae"} == {size for size in list_models() if "vit" in size}
 
 

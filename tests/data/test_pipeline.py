@@ -10,7 +10,7 @@ from umae_jax.config import default_config
 from umae_jax.data import pipeline
 from umae_jax.data.pipeline import EvalLoader, Readers, Sample, TrainLoader, abstract_batch, readers
 from umae_jax.data.sources import NO_LABEL, open_source
-from umae_jax.data.transforms import LoadCrop, LoadWhole
+from umae_jax.data.transforms import LoadCentralCrop, LoadCrop
 from umae_jax.errors import UserError
 from umae_jax.training.sharding import batch_sharding, make_mesh
 
@@ -28,7 +28,7 @@ def open_train(folder, *, labels=None, **changes):
 
 def open_eval(folder, *, batch_size=8, **changes):
     source = open_source(f"folder:{folder}")
-    load = LoadWhole(source, SIZE, 3, labels=(2, "validation.source"))
+    load = LoadCentralCrop(source, SIZE, 3, labels=(2, "validation.source"))
     options = {"readers": THREADS, "sharding": batch_sharding(make_mesh()), **changes}
     return EvalLoader(len(source), load, batch_size=batch_size, **options)
 

@@ -8,8 +8,8 @@ from tests.images import central_pixels, write_folder
 from umae_jax.data.sources import NO_LABEL, open_source
 from umae_jax.data.transforms import (
     READ_TRIES,
+    LoadCentralCrop,
     LoadCrop,
-    LoadWhole,
     central_crop,
     first_readable,
     random_crop,
@@ -68,7 +68,7 @@ def labelled(folder, count=4):
 
 def test_whole_images_are_loaded_with_their_labels(tmp_path):
     source = labelled(tmp_path)
-    load = LoadWhole(source, SIZE, 3, labels=(2, "validation.source"))
+    load = LoadCentralCrop(source, SIZE, 3, labels=(2, "validation.source"))
     for index in range(4):
         arrays, unreadable = load(index)
         np.testing.assert_array_equal(arrays["image"], central_pixels(source[index].data, SIZE))
@@ -77,7 +77,7 @@ def test_whole_images_are_loaded_with_their_labels(tmp_path):
 
 
 def test_blanks_are_black_and_have_no_label(tmp_path):
-    arrays, unreadable = LoadWhole(labelled(tmp_path), SIZE, 3, labels=(2, "validation.source"))(-1)
+    arrays, unreadable = LoadCentralCrop(labelled(tmp_path), SIZE, 3, labels=(2, "validation.source"))(-1)
     assert arrays["image"].shape == (*SIZE, 3)
     assert not arrays["image"].any()
     assert arrays["label"] == NO_LABEL
@@ -86,7 +86,7 @@ def test_blanks_are_black_and_have_no_label(tmp_path):
 
 def test_without_labels_there_is_only_the_image(tmp_path):
     source = labelled(tmp_path)
-    whole, crop = LoadWhole(source, SIZE, 1), LoadCrop(source, 0, SIZE, 1, 0.2)
+    whole, crop = LoadCentralCrop(source, SIZE, 1), LoadCrop(source, 0, SIZE, 1, 0.2)
     for arrays, _ in (whole(0), whole(-1), crop(0, 0)):
         assert {name: array.shape for name, array in arrays.items()} == {"image": (*SIZE, 1)}
 
@@ -119,7 +119,7 @@ def test_another_record_replaces_an_unreadable_one(tmp_path):
     arrays, unreadable = LoadCrop(source, 0, SIZE, 3, 0.2)(0, 0)
     assert arrays["image"].any()
     assert {record.name for record in unreadable} == {str(broken)}
-    assert LoadWhole(source, SIZE, 3)(0).unreadable == unreadable[:1]
+    assert LoadCentralCrop(source, SIZE, 3)(0).unreadable == unreadable[:1]
 
 
 def test_a_sample_gives_up_after_many_unreadable_records(tmp_path):
@@ -138,7 +138,7 @@ def test_labels_outside_the_classes_raise(tmp_path, label):
     with pytest.raises(UserError, match=f"data.source.*{value}.*0..1"):
         LoadCrop(source, 0, SIZE, 3, 0.2, labels=(2, "data.source"))(0, 0)
     with pytest.raises(UserError, match=f"validation.source.*{value}.*0..1"):
-        LoadWhole(source, SIZE, 3, labels=(2, "validation.source"))(0)
+        LoadCentralCrop(source, SIZE, 3, labels=(2, "validation.source"))(0)
 
 
 class Relabelled:

@@ -38,7 +38,7 @@ def test_each_stage_of_a_whole_image_has_half_the_resolution_of_the_one_before(n
 
 
 @pytest.mark.parametrize("name", [*NAMES, "vit_random"])
-def test_the_compact_grid_has_half_the_sides_of_the_whole_one(name):
+def test_maps_of_the_compact_grid_have_half_the_height_and_width(name):
     model = build(name, image_size=(64, 128))
     images, mask = random_case(model)
     features = encode(model, images, mask)
@@ -47,7 +47,7 @@ def test_the_compact_grid_has_half_the_sides_of_the_whole_one(name):
 
 
 @pytest.mark.parametrize("name", [*NAMES, "vit_random"])
-def test_hidden_units_hold_the_mask_token_and_go_through_the_norm_of_patches(name):
+def test_hidden_units_equal_the_mask_token_after_the_patch_norm(name):
     model = build(name, secondary_ratio=0.25)
     images, mask = random_case(model)
     token = jax.random.normal(jax.random.key(4), model.mask_token.shape)
@@ -56,7 +56,7 @@ def test_hidden_units_hold_the_mask_token_and_go_through_the_norm_of_patches(nam
     tokens = np.asarray(embed(model.encoder, mask.compact(images), mask.hidden, token))
     hidden = np.asarray(expand(mask.hidden, model.unit // model.encoder.patch))
     token = np.asarray(token)[0, 0]
-    if name.startswith("swin"):  # as initialised: nothing but the normalisation
+    if name.startswith("swin"):  # at initialisation the norm has scale 1 and bias 0
         token = (token - token.mean()) / np.sqrt(token.var() + 1e-6)
     np.testing.assert_allclose(tokens[hidden], np.broadcast_to(token, tokens[hidden].shape), atol=1e-5)
     np.testing.assert_array_equal(tokens[~hidden], content[~hidden])
@@ -69,7 +69,7 @@ def zeros(batch, grid, width):
 
 @pytest.mark.parametrize("class_token", [False, True])
 @pytest.mark.parametrize("learned", [False, True])
-def test_positions_on_the_table_s_own_grid_are_the_table(class_token, learned):
+def test_positions_on_the_grid_of_the_table_equal_the_table(class_token, learned):
     positions = PositionTable(8, (4, 6), class_token=class_token, learned=learned)
     np.testing.assert_array_equal(positions(zeros(2, (4, 6), 8), None), sincos_table(8, (4, 6))[None])
     assert np.asarray(positions.class_token_position()).shape == (1, int(class_token), 8)
@@ -78,7 +78,7 @@ def test_positions_on_the_table_s_own_grid_are_the_table(class_token, learned):
 
 @pytest.mark.parametrize("grid", [(8, 12), (2, 3), (4, 9), (7, 5)])
 @pytest.mark.parametrize("class_token", [False, True])
-def test_positions_on_another_grid_are_the_table_resized(class_token, grid):
+def test_positions_on_another_grid_equal_the_resized_table(class_token, grid):
     positions = PositionTable(8, (4, 6), class_token=class_token, learned=True)
     table = jax.random.normal(jax.random.key(0), (1, 4, 6, 8))
     flat = jnp.concatenate([jnp.full((1, int(class_token), 8), 7.0), table.reshape(1, 24, 8)], axis=1)
@@ -89,23 +89,23 @@ def test_positions_on_another_grid_are_the_table_resized(class_token, grid):
 
 
 @pytest.mark.parametrize("own_grid", [(8, 12), (4, 4)])
-def test_compacted_positions_are_those_of_the_original_places(own_grid):
-    """A map of 8 x 12 tokens, units of 2 x 2 of them; a table of that grid, or one that is resized to it first."""
+def test_compacted_positions_equal_those_at_the_original_coordinates(own_grid):
+    """Use a map of 8 x 12 tokens, 2 x 2 per unit, and a table of that grid or one that is resized to it."""
     positions = PositionTable(8, own_grid)
     whole = np.asarray(positions(zeros(1, (8, 12), 8), None))[0]
     uniform = sample_uniform_mask(jax.random.key(0), 3, (2, 3), 0.25)
     rows, columns = np.moveaxis(original_coordinates(uniform.offset, 2), -1, 0)
     np.testing.assert_array_equal(positions(zeros(3, (4, 6), 8), uniform), whole[rows, columns])
-    chosen = sample_random_mask(jax.random.key(0), 3, (2, 3), 0.25)
-    compacted = np.asarray(positions(zeros(3, (4, 6), 8), chosen))
+    random = sample_random_mask(jax.random.key(0), 3, (2, 3), 0.25)
+    compacted = np.asarray(positions(zeros(3, (4, 6), 8), random))
     for image, row, column in np.ndindex(3, 4, 6):
-        unit = divmod(int(chosen.order[image, 0, row // 2, column // 2]), 6)
+        unit = divmod(int(random.order[image, 0, row // 2, column // 2]), 6)
         expected = whole[2 * unit[0] + row % 2, 2 * unit[1] + column % 2]
         np.testing.assert_array_equal(compacted[image, row, column], expected)
 
 
 @pytest.mark.parametrize("name", ["pvt_classifier", "vit_classifier"])
-def test_an_encoder_meets_other_images_as_one_with_the_resized_table_would(name):
+def test_another_image_size_gives_the_features_of_a_resized_position_table(name):
     sizes = {"pvt_classifier": ((64, 64), (64, 128)), "vit_classifier": ((32, 32), (48, 24))}[name]
     ours, theirs = (nnx.clone(build(name, image_size=size).encoder) for size in sizes)
     leading = int(name == "vit_classifier")
@@ -141,7 +141,7 @@ def test_integer_pixels_are_normalised_by_mean_and_std():
     np.testing.assert_allclose(patches, expected.reshape(2, 4, 12), atol=1e-5)
 
 
-def test_floating_pixels_are_normalised_already():
+def test_float_images_are_not_normalised_again():
     encoder = build("pvt_um").encoder
     images = jnp.ones((1, 4, 4, 3))
     assert encoder.normalize(images) is images

@@ -1,4 +1,4 @@
-"""Swin: the position bias, windows against a computation pair by pair, and initialisation."""
+"""Swin: position bias, window attention against a pairwise reference, and initialisation."""
 
 import jax
 import jax.numpy as jnp
@@ -11,24 +11,24 @@ from tests.small import original_coordinates
 from umae_jax import masking
 from umae_jax.models.layers import NO_DROP
 from umae_jax.models.swin import PositionBias, SwinBlock
-from umae_jax.models.windows import ACROSS_BORDERS, make_windows
+from umae_jax.models.windows import MASK_VALUE, make_windows
 
 
 def position_bias(position, difference):
-    """SPEC 3 written out: coordinate differences [..., 2] to one bias per head."""
+    """Return one bias per head for coordinate differences [..., 2], as written in SPEC 3."""
     scaled = jnp.sign(difference) * jnp.log1p(jnp.abs(difference))
     return position.fc2(jax.nn.relu(position.fc1(scaled)))
 
 
 def direct_bias(position, windows, offset, grid):
-    """The MLP over the original coordinates of every pair of tokens of every window of every image."""
+    """Apply the MLP to the original coordinates of each pair of tokens in each window, image by image."""
     tokens_per_cell = grid[0] / offset.shape[1]
     if tokens_per_cell >= 1:
         coordinates = jnp.asarray(original_coordinates(offset, int(tokens_per_cell)), jnp.float32)
     else:  # the merge keeps the top-left coordinates of each group, divided by 2
         every = int(1 / tokens_per_cell)
         coordinates = jnp.asarray(original_coordinates(offset, 1)[:, ::every, ::every], jnp.float32) / every
-    cut = windows.cut(coordinates)
+    cut = windows.partition(coordinates)
     return position_bias(position, cut[:, :, :, None, :] - cut[:, :, None, :, :]).transpose(0, 1, 4, 2, 3)
 
 
@@ -43,37 +43,37 @@ def direct_bias(position, windows, offset, grid):
         ((8, 8), (4, 4), 4),  # stage 2
         ((4, 4), (4, 4), 8),  # stage 3, one window
         ((4, 8), (8, 16), 2),  # stage 4: a token spans 2 x 2 units
-        ((2, 4), (8, 16), 2),  # a stage more: 4 x 4 units
+        ((2, 4), (8, 16), 2),  # a fifth stage: a token spans 4 x 4 units
     ],
 )
-def test_the_nine_cases_are_the_bias_of_every_pair(grid, cells, window, shifted):
+def test_the_nine_cases_give_the_direct_bias_of_every_pair(grid, cells, window, shifted):
     position = PositionBias(3, 8, rngs=nnx.Rngs(0))
     offset = masking.sample_uniform_mask(jax.random.key(2), 3, cells, 0.25).offset
 
     windows = make_windows(grid, window, shifted=shifted, offset=offset)
-    ours, direct = windows.bias_of_pairs(position(windows)), direct_bias(position, windows, offset, grid)
+    ours, direct = windows.pair_bias(position(windows)), direct_bias(position, windows, offset, grid)
     mask = windows.mask
     if mask is not None:
         across = np.broadcast_to(mask[None, :, None] != 0, ours.shape)
-        assert (np.asarray(ours)[across] < ACROSS_BORDERS / 2).all()
+        assert (np.asarray(ours)[across] < MASK_VALUE / 2).all()
         ours, direct = np.where(across, 0, ours), np.where(across, 0, direct)
     np.testing.assert_allclose(ours, direct, atol=1e-5)
 
 
-def test_the_bias_on_a_whole_image_is_the_direct_one():
+def test_the_bias_on_a_whole_image_equals_the_direct_bias():
     position = PositionBias(2, 8, rngs=nnx.Rngs(0))
     windows = make_windows((8, 8), 4, shifted=False, offset=None)
     place = jnp.arange(4, dtype=jnp.float32)
     coordinates = jnp.stack(jnp.meshgrid(place, place, indexing="ij"), -1).reshape(-1, 2)
     direct = position_bias(position, coordinates[:, None] - coordinates[None, :]).transpose(2, 0, 1)
-    np.testing.assert_allclose(windows.bias_of_pairs(position(windows))[0, 0], direct, atol=1e-5)
+    np.testing.assert_allclose(windows.pair_bias(position(windows))[0, 0], direct, atol=1e-5)
 
 
 def visible_pairs(grid, window, shifted):
     """Return the pairs of tokens that attend to each other, bool [N, N].
 
-    Along each axis the window of a token counts from its start, or from `window // 2` where windows shift; what lies
-    before the first shifted window is a region of its own. Where the grid is no larger than a window, all see all.
+    Along each axis, windows start at multiples of `window`, plus `window // 2` if shifted; the tokens before the first
+    shifted window form a region of their own. An axis no longer than a window is one window.
     """
 
     def window_of(place, size):
@@ -87,7 +87,7 @@ def visible_pairs(grid, window, shifted):
 
 @jax.jit
 def block_by_pairs(block, x, coordinates, allowed):
-    """The block as SPEC 3 writes it, over all pairs of tokens of the grid at once, those not allowed left out."""
+    """Compute the block as written in SPEC 3, over all pairs of tokens of the grid, masked by `allowed`."""
     batch, rows, columns, width = x.shape
     tokens = x.reshape(batch, rows * columns, width)
     qkv = block.qkv(block.norm1(tokens)).reshape(batch, -1, 3, block.heads, width // block.heads)
@@ -110,14 +110,14 @@ def make_block():
     [
         ((8, 8), 4),
         ((6, 10), 4),  # padded along both axes
-        ((8, 5), 4),  # along one
+        ((8, 5), 4),  # padded along one axis
         ((9, 9), 4),  # three tokens of padding
-        ((7, 6), 6),  # and five
-        ((3, 10), 4),  # smaller than a window along one
+        ((7, 6), 6),  # five tokens of padding
+        ((3, 10), 4),  # smaller than a window along one axis
         ((4, 4), 8),
     ],
 )
-def test_a_block_on_a_whole_image_is_the_computation_pair_by_pair(grid, window, shifted):
+def test_a_block_on_a_whole_image_equals_the_pairwise_reference(grid, window, shifted):
     block = make_block()
     x = jax.random.normal(jax.random.key(1), (2, *grid, 8))
     windows = make_windows(grid, window, shifted=shifted, offset=None)
@@ -129,7 +129,7 @@ def test_a_block_on_a_whole_image_is_the_computation_pair_by_pair(grid, window, 
 
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize(("grid", "cells", "window"), [((8, 12), (4, 6), 4), ((8, 12), (2, 3), 4), ((4, 8), (2, 4), 4)])
-def test_a_block_on_the_compact_grid_is_the_computation_pair_by_pair(grid, cells, window, shifted):
+def test_a_block_on_the_compact_grid_equals_the_pairwise_reference(grid, cells, window, shifted):
     block = make_block()
     x = jax.random.normal(jax.random.key(1), (2, *grid, 8))
     offset = masking.sample_uniform_mask(jax.random.key(2), 2, cells, 0.25).offset
@@ -141,8 +141,8 @@ def test_a_block_on_the_compact_grid_is_the_computation_pair_by_pair(grid, cells
 
 
 @pytest.mark.parametrize(("grid", "window"), [((8, 8), 4), ((6, 10), 4)])
-def test_tokens_of_different_windows_do_not_meet_in_a_block(grid, window):
-    """A token's output has gradients in all tokens of its window, and in no other."""
+def test_a_token_depends_on_exactly_the_tokens_of_its_window(grid, window):
+    """The gradient of a token's output is nonzero for all tokens of its window and zero for all others."""
     block = make_block()
     x = jax.random.normal(jax.random.key(1), (1, *grid, 8))
     weights = jax.random.normal(jax.random.key(2), (8,))
@@ -153,10 +153,10 @@ def test_tokens_of_different_windows_do_not_meet_in_a_block(grid, window):
 
 
 def test_initialisation():
-    """The standard deviation of each kind of parameter, SPEC 9."""
+    """Check the standard deviation of each kind of parameter (SPEC 9)."""
     model = build("swin_um_window8", widths=(64, 128, 256, 512), depths=(1, 1, 1, 1), position_width=64)
     block, merge = model.encoder.stages[1].blocks[0], model.encoder.stages[1].merge
-    expected = {  # of a Xavier uniform: sqrt(2 / (inputs + outputs))
+    expected = {  # standard deviations; Xavier uniform has sqrt(2 / (inputs + outputs))
         "patch": (model.encoder.patch_embed.kernel, (2 / (48 + 64)) ** 0.5),
         "qkv": (block.qkv.kernel, (2 / (128 + 384)) ** 0.5),
         "mlp": (block.mlp.fc1.kernel, (2 / (128 + 512)) ** 0.5),

@@ -36,7 +36,7 @@ def test_nan_logits_never_rank_the_true_class_first():
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    """A configuration, its model and parameters, and a folder of 45 images of which two cannot be read."""
+    """A configuration, its model graph and parameters, and a source of 45 images, two of them unreadable."""
     folder = tmp_path_factory.mktemp("validation")
     write_folder(folder, 45, CLASSES)
     for path in sorted(folder.rglob("*.jpg"))[10:12]:
@@ -89,7 +89,7 @@ def apply(model, images):
         (("a", "b", "c"), ("a", "b"), r"^validation.source.*\(c only in data.source\)"),
     ],
 )
-def test_classes_that_do_not_fit_are_rejected(tmp_path, training, validation, message):
+def test_classes_that_do_not_match_are_rejected(tmp_path, training, validation, message):
     config = tiny_classifier.get_config()
     config.validation.source = f"folder:{write_folder(tmp_path / 'validation', 4, validation)}"
     source = open_source(f"folder:{write_folder(tmp_path / 'training', 4, training)}")
@@ -116,7 +116,7 @@ def test_a_data_set_without_a_readable_image_is_rejected(case, tmp_path):
         evaluate(jax.device_put(params, jax.devices()[0]))
 
 
-# The loss, and the first parameters.
+# The loss, and initialisation from a pre-trained encoder.
 
 PAIRS = {"swin_um_window4_no_secondary": "swin_classifier", "pvt_um": "pvt_classifier", "vit_um": "vit_classifier"}
 
@@ -133,9 +133,9 @@ def loss_of(config, graph):
     return lambda params, batch: task.loss(nnx.merge(graph, params), batch)
 
 
-def filled_with(params, given):
-    """Return parameters with some of them replaced."""
-    return nnx.from_flat_state({**dict(nnx.to_flat_state(params)), **dict(nnx.to_flat_state(given))})
+def replace_params(params, new):
+    """Return `params` with those in `new` replaced."""
+    return nnx.from_flat_state({**dict(nnx.to_flat_state(params)), **dict(nnx.to_flat_state(new))})
 
 
 @pytest.mark.parametrize("pretrained", PAIRS)
@@ -143,14 +143,14 @@ def test_a_classifier_gets_the_pretrained_encoder_and_keeps_its_own_head(pretrai
     source, config = golden.config_of(pretrained), golden.config_of(PAIRS[pretrained])
     graph, theirs = small.random_model(source)
     classifier, ours = small.random_model(config, seed=1)
-    filled = filled_with(ours, adapt_pretrained(config, ours["encoder"], source, theirs["encoder"]))
+    filled = replace_params(ours, adapt_pretrained(config, ours["encoder"], source, theirs["encoder"]))
     images = jax.random.normal(jax.random.key(0), (1, *config.image_size, 3))
 
     @jax.jit
     def feature(model, images):
         return model.encoder(model.encoder.embed(images)).maps[0]
 
-    # Only a final norm differs, which the map of an earlier stage does not pass.
+    # The encoders differ only in the final norm, which maps of earlier stages do not pass through.
     ours_first, theirs_first = (feature(nnx.merge(*parts), images) for parts in ((classifier, filled), (graph, theirs)))
     if len(config.model.depths) > 1:
         np.testing.assert_allclose(ours_first, theirs_first, atol=1e-5)
@@ -162,12 +162,12 @@ def test_a_classifier_gets_the_pretrained_encoder_and_keeps_its_own_head(pretrai
 
 
 @pytest.mark.parametrize(("pretrained", "leading"), [("pvt_um", 0), ("vit_um", 1)])
-def test_position_tables_are_resized_to_other_images(pretrained, leading):
+def test_position_tables_are_resized_to_another_image_size(pretrained, leading):
     source, config = golden.config_of(pretrained), golden.config_of(PAIRS[pretrained])
     config.image_size = tuple(2 * size for size in source.image_size)
-    wanted = small.random_model(config)[1]["encoder"]
-    fitted = adapt_pretrained(config, wanted, source, small.random_model(source)[1]["encoder"])
-    table = np.asarray(fitted["encoder"]["positions"]["table"][...])
+    initial = small.random_model(config)[1]["encoder"]
+    adapted = adapt_pretrained(config, initial, source, small.random_model(source)[1]["encoder"])
+    table = np.asarray(adapted["encoder"]["positions"]["table"][...])
     old, new = ([size // source.model.patch for size in image] for image in (source.image_size, config.image_size))
     width = source.model.widths[0]
     assert table.shape == (1, leading + new[0] * new[1], width)
@@ -178,7 +178,7 @@ def test_position_tables_are_resized_to_other_images(pretrained, leading):
     np.testing.assert_allclose(means[inner, inner], sincos_table(width, old)[inner, inner], atol=0.08)
 
 
-def test_a_table_of_the_same_grid_is_kept_as_it_is():
+def test_a_position_table_of_the_same_grid_is_unchanged():
     table = jax.random.normal(jax.random.key(0), (1, 13, 8))
     assert resize_positions(table, (3, 4), (3, 4), leading=1) is table
 
@@ -187,7 +187,7 @@ def test_a_table_of_the_same_grid_is_kept_as_it_is():
     ("key", "value"),
     [("widths", (16, 32, 64, 64)), ("depths", (2, 2, 1, 2)), ("heads", (2, 2, 4, 8)), ("position_width", 4)],
 )
-def test_sizes_that_do_not_fit_are_named(key, value):
+def test_encoder_sizes_that_do_not_match_are_named(key, value):
     source, config = golden.config_of("swin_um_window8"), golden.config_of("swin_classifier")
     params = small.random_model(source)[1]["encoder"]
     config.model[key], config.init = value, "DIR"
@@ -196,13 +196,13 @@ def test_sizes_that_do_not_fit_are_named(key, value):
     assert f"{source.model[key]}, not {value}" in str(error.value)
 
 
-def plain(config):
+def without_augmentation(config):
     config.augment.update(operations=0, erase=0.0, mixup=0.0, cutmix=0.0, label_smoothing=0.0)
     return config
 
 
 def test_without_augmentation_the_loss_is_cross_entropy_of_flipped_images():
-    config = plain(golden.config_of("vit_classifier"))
+    config = without_augmentation(golden.config_of("vit_classifier"))
     config.model.drop_path = 0.0
     graph, params = small.random_model(config)
     batch = batch_of()

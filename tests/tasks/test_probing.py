@@ -13,27 +13,27 @@ def clusters(count, classes, width=8, spread=0.3, seed=0):
     return Labelled(features.astype(np.float32), labels.astype(np.int32))
 
 
-def knn_by_hand(training, validation, classes, neighbors, temperature):
+def reference_knn(training, validation, classes, neighbors, temperature):
     def unit(x):
         return x / np.linalg.norm(x, axis=1, keepdims=True)
 
     similarity = unit(validation.features) @ unit(training.features).T
-    right = 0
+    correct = 0
     for row, label in zip(similarity, validation.labels, strict=True):
         nearest = np.argsort(-row)[:neighbors]
         votes = np.zeros(classes)
         np.add.at(votes, training.labels[nearest], np.exp(row[nearest] / temperature))
-        right += votes.argmax() == label
-    return right / len(validation.labels)
+        correct += votes.argmax() == label
+    return correct / len(validation.labels)
 
 
 @pytest.mark.parametrize(("neighbors", "temperature"), [(1, 0.07), (5, 0.07), (20, 1.0)])
-def test_knn_is_the_weighted_vote_of_the_nearest(neighbors, temperature):
+def test_knn_is_the_weighted_vote_of_the_nearest_neighbours(neighbors, temperature):
     training, validation = clusters(300, 6, spread=1.5), clusters(200, 6, spread=1.5, seed=1)
-    expected = knn_by_hand(training, validation, 6, neighbors, temperature)
+    expected = reference_knn(training, validation, 6, neighbors, temperature)
     assert 0.3 < expected < 0.99
     accuracy = knn_accuracy(training, validation, classes=6, neighbors=neighbors, temperature=temperature)
-    assert accuracy == pytest.approx(expected, abs=0.006)  # a tie
+    assert accuracy == pytest.approx(expected, abs=0.006)  # a tie may change one of 200
 
 
 def test_knn_accepts_more_queries_than_a_block_and_fewer_images_than_neighbours():
@@ -41,7 +41,7 @@ def test_knn_accepts_more_queries_than_a_block_and_fewer_images_than_neighbours(
     assert knn_accuracy(training, validation, classes=2, neighbors=20, temperature=0.07) > 0.9
 
 
-def test_the_temperature_does_not_matter_to_one_neighbour():
+def test_accuracy_with_one_neighbour_does_not_depend_on_the_temperature():
     training, validation = clusters(300, 6, spread=1.5), clusters(200, 6, spread=1.5, seed=1)
     accuracies = {
         knn_accuracy(training, validation, classes=6, neighbors=1, temperature=temperature)
@@ -50,7 +50,7 @@ def test_the_temperature_does_not_matter_to_one_neighbour():
     assert len(accuracies) == 1
 
 
-def test_knn_ignores_the_length_of_features():
+def test_knn_ignores_the_norm_of_features():
     training, validation = clusters(100, 4, spread=1.0), clusters(100, 4, spread=1.0, seed=1)
     options = {"classes": 4, "neighbors": 5, "temperature": 0.07}
     longer = Labelled(100 * validation.features, validation.labels)

@@ -18,7 +18,7 @@ from umae_jax.training.state import init_state
 from umae_jax.weights.stored_run import best_checkpoint, read_arrays
 
 
-def shapes_on(mesh, state):
+def abstract_on(mesh, state):
     return jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
         state,
@@ -37,7 +37,7 @@ def fill_of(state):
 
 @pytest.fixture
 def abstract():
-    return shapes_on(make_mesh(), make_state(0.0))
+    return abstract_on(make_mesh(), make_state(0.0))
 
 
 def steps_in(workdir):
@@ -51,7 +51,7 @@ def test_restores_onto_another_mesh(tmp_path, abstract, fsdp):
     assert checkpoints.restore(abstract) is None
     checkpoints.save(5, make_state(1.5), {"samples": 80, "skipped_images": 3})
     checkpoints.close()
-    target = shapes_on(make_mesh(fsdp), make_state(0.0))
+    target = abstract_on(make_mesh(fsdp), make_state(0.0))
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.any()
     state, data = checkpoints.restore(target)
@@ -62,7 +62,7 @@ def test_restores_onto_another_mesh(tmp_path, abstract, fsdp):
 
 
 def test_restores_a_checkpoint_of_the_first_version(tmp_path, abstract):
-    """It counts skipped images in the state."""
+    """The first version stored `skipped_images` in the state, not in the data item."""
     state = make_state(1.5)
     fields = {name: value for name, value in state._asdict().items() if value is not None}
     items = {"state": ocp.args.PyTreeSave(fields | {"skipped_images": jnp.int32(4)})}
@@ -78,7 +78,7 @@ def test_restores_a_checkpoint_of_the_first_version(tmp_path, abstract):
     checkpoints.close()
 
 
-def test_only_large_arrays_are_split_among_devices(tmp_path):
+def test_only_large_arrays_are_stored_in_one_chunk_per_device(tmp_path):
     state = init_state({"large": jnp.zeros((1024, 512)), "small": jnp.zeros((64, 512))}, optax.scale_by_adam())
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, jax.device_put(state, state_shardings(make_mesh(), state)), {"samples": 0})
@@ -110,8 +110,8 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path, abstract):
     assert best_checkpoint(tmp_path).value == 0.8
 
 
-def test_the_step_to_continue_from_can_become_the_best(tmp_path, abstract):
-    """A signal may have come between its checkpoint and its validation."""
+def test_the_restored_checkpoint_can_become_the_best(tmp_path, abstract):
+    """A run may stop after it saves a checkpoint and before it validates it."""
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(4, make_state(1.0), {"samples": 64})
     checkpoints.close()
@@ -126,7 +126,7 @@ def test_the_step_to_continue_from_can_become_the_best(tmp_path, abstract):
     assert best_checkpoint(tmp_path) == (0.1, tmp_path / "checkpoints" / "4")
 
 
-def test_the_best_checkpoint_of_the_first_version_counts(tmp_path, abstract):
+def test_a_best_checkpoint_of_the_first_version_is_compared_with_new_ones(tmp_path, abstract):
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step in (6, 9, 12):
         checkpoints.save(step, make_state(1.0), {"samples": 0})
@@ -146,9 +146,9 @@ def test_the_best_checkpoint_of_the_first_version_counts(tmp_path, abstract):
     assert best_checkpoint(tmp_path) == (0.7, tmp_path / "checkpoints" / "12")
 
 
-def test_the_ema_is_stored_as_average(tmp_path):
+def test_the_ema_is_stored_under_the_name_average(tmp_path):
     with_ema = init_state({"bias": jnp.full((7,), 2.0)}, optax.identity(), ema=True)
-    abstract = shapes_on(make_mesh(), with_ema)
+    abstract = abstract_on(make_mesh(), with_ema)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, with_ema._replace(params={"bias": jnp.zeros(7)}), {"samples": 0})
     checkpoints.wait()
@@ -183,25 +183,25 @@ def test_keeps_the_newest_and_every_nth_step(tmp_path):
     assert steps_in(tmp_path) == [4, 6, 7]
 
 
-@pytest.mark.parametrize("harm", ["truncate", "remove", "empty"])
-def test_moves_broken_checkpoints_aside_and_restores_the_newest_whole_one(tmp_path, abstract, caplog, harm, capfd):
+@pytest.mark.parametrize("damage", ["truncate", "remove", "empty"])
+def test_moves_broken_checkpoints_aside_and_restores_the_newest_readable_one(tmp_path, abstract, caplog, damage, capfd):
     checkpoints = Checkpoints(tmp_path, keep=3)
     for step in (1, 2):
         checkpoints.save(step, make_state(float(step)), {"samples": 10 * step})
     checkpoints.close()
     newest = tmp_path / "checkpoints" / "2"
-    if harm == "remove":
+    if damage == "remove":
         shutil.rmtree(newest / "state")
     for path in newest.rglob("*"):
         if path.is_file():
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if harm == "truncate" else b"")
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if damage == "truncate" else b"")
     checkpoints = Checkpoints(tmp_path, keep=3)
     with caplog.at_level(logging.WARNING):
         state, data = checkpoints.restore(abstract)
     assert (fill_of(state), data["samples"]) == (1.0, 10)
     assert "checkpoint 2 cannot be read" in caplog.text
     assert "Traceback" not in capfd.readouterr().err
-    checkpoints.save(2, state, data)  # its place is free again
+    checkpoints.save(2, state, data)  # step 2 can be saved again
     checkpoints.close()
     assert steps_in(tmp_path) == [1, 2]
     assert (tmp_path / "checkpoints_unreadable" / "2").is_dir()

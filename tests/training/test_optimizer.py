@@ -10,7 +10,7 @@ from umae_jax.models.build import build_model
 from umae_jax.training.optimizer import decay_mask, layer_scales, learning_rate_schedule, make_optimizer
 
 
-def test_no_decay_on_vectors_by_name():
+def test_weight_decay_applies_to_kernels_and_mask_tokens_only():
     state = nnx.state(build_model(tiny.get_config(), nnx.Rngs(0)), nnx.Param)
     names = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(state)]
     decayed = dict(zip(names, jax.tree.leaves(decay_mask(state)), strict=True))
@@ -39,7 +39,7 @@ def layer_index(name):
     return layers[name], 2
 
 
-def test_the_rate_of_every_layer_is_scaled_decay_and_all():
+def test_layer_decay_scales_the_whole_update_including_weight_decay():
     params = {name: jnp.ones((2, 2)) for name in ("patch_embed", "block", "head")}
     recipe = default_config("swin_tiny", "classifier").optimizer
     directions = []
@@ -52,9 +52,9 @@ def test_the_rate_of_every_layer_is_scaled_decay_and_all():
         np.testing.assert_allclose(directions[1][name], scale * directions[0][name], rtol=1e-6)
 
 
-def test_an_unknown_parameter_has_no_rate():
-    with pytest.raises(ValueError, match="stranger"):
-        layer_scales({"stranger": jnp.ones(2)}, layer_index, 0.5)
+def test_a_parameter_without_a_layer_raises():
+    with pytest.raises(ValueError, match="unknown"):
+        layer_scales({"unknown": jnp.ones(2)}, layer_index, 0.5)
 
 
 def test_the_schedule_warms_up_linearly_and_falls_as_half_a_cosine():
@@ -65,8 +65,8 @@ def test_the_schedule_warms_up_linearly_and_falls_as_half_a_cosine():
     np.testing.assert_allclose([float(schedule(float(step))) for step in steps], expected, atol=1e-9)
 
 
-def test_adamw_after_the_recipe():
-    """Two updates against the formula written out."""
+def test_adamw_follows_its_formula():
+    """Compare two updates with the formula of AdamW."""
     optimizer = make_optimizer(default_config().optimizer)
     params = {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([3.0])}
     gradients = [{"kernel": jnp.array([[0.1, 0.2]]), "bias": jnp.array([0.3])}] * 2
@@ -94,7 +94,7 @@ def test_clipping_bounds_the_gradient_before_adam_sees_it():
     np.testing.assert_allclose(moments[0], 0.1 * 0.5, rtol=1e-5)
 
 
-def test_fine_tuning_ends_at_its_final_rate():
+def test_the_fine_tuning_schedule_ends_at_the_final_learning_rate():
     config = default_config("swin_tiny", "classifier").optimizer
     schedule = learning_rate_schedule(config, batch_size=1024, warmup_steps=5, total_steps=100)
     np.testing.assert_allclose([float(schedule(5.0)), float(schedule(100.0))], [2e-3, 1e-6], rtol=1e-5)

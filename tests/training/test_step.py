@@ -83,14 +83,14 @@ def test_losses_are_equal_on_any_number_of_devices(one_device, shape):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_trains_alike_on_1_and_8_devices(name):
+def test_losses_of_every_model_are_equal_on_1_and_8_devices(name):
     (one, _), (eight, _) = (run(mesh_of(*shape), model=MODELS[name]) for shape in ((1, 1), (2, 4)))
     np.testing.assert_allclose(eight, one, rtol=2e-6)
     assert len(set(one)) == 3
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (8, 1)])
-def test_accumulated_parts_are_the_whole_batch(one_device, shape):
+def test_gradient_accumulation_equals_the_whole_batch(one_device, shape):
     losses, _ = run(mesh_of(*shape), grad_accum_steps=2)
     np.testing.assert_allclose(losses, one_device[0], rtol=2e-6)
 
@@ -102,7 +102,7 @@ def test_bfloat16_keeps_the_state_in_float32():
     assert np.isfinite(losses).all()
 
 
-def test_the_state_is_donated_and_nothing_compiles_after_the_start(caplog):
+def test_the_state_is_donated_and_steps_do_not_recompile(caplog):
     config, mesh = tiny.get_config(), mesh_of(8, 1)
     state, step = prepare(config, mesh)
     before = state
@@ -112,7 +112,7 @@ def test_the_state_is_donated_and_nothing_compiles_after_the_start(caplog):
             state, _ = step(state, batch)
         assert not caplog.records
         jax.jit(lambda x: x + 1)(batches[0]["sample_index"])
-        assert "Compiling" in caplog.text  # so the silence before meant something
+        assert "Compiling" in caplog.text  # the log does record compilations
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
     assert int(state.step) == 3
 
@@ -122,11 +122,11 @@ def test_the_whole_state_is_updated_in_place():
     state, step = prepare(config, mesh)
     assert step.memory_analysis().alias_size_in_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     program = step.as_text()
-    assert "(%state_params" in program  # so the line below means something
+    assert "(%state_params" in program  # the pattern below matches the names in this program
     assert not re.search(r"= f32\S* copy(-start)?\(%state_", program)
 
 
-def test_the_compiler_is_told_what_helps_on_the_devices(monkeypatch, tpus):
+def test_compiler_options_depend_on_the_device(monkeypatch, tpus):
     for device in (tpus[0], find_target("v5p:2x2x1").devices[0]):
         assert "xla_tpu_scoped_vmem_limit_kib" in compiler_options(device)
     assert not compiler_options(jax.devices()[0])
@@ -143,7 +143,7 @@ def poisoned_loss(params, batch):
 
 
 @pytest.mark.parametrize("kind", [1, 2, 3])
-def test_a_loss_or_gradient_that_is_not_finite_changes_nothing_but_the_counts(kind):
+def test_a_non_finite_loss_or_gradient_skips_the_update_and_is_counted(kind):
     config, mesh = tiny.get_config(), mesh_of(1, 1)
     state, step = prepare(config, mesh, poisoned_loss)
     good, bad = batch_of(config, mesh), batch_of(config, mesh, kind=kind)
@@ -152,26 +152,26 @@ def test_a_loss_or_gradient_that_is_not_finite_changes_nothing_but_the_counts(ki
         return int(metrics["bad_steps"]), int(metrics["skipped_updates"])
 
     state, _ = step(state, good)
-    held = jax.device_get((state.params, state.optimizer))
+    before = jax.device_get((state.params, state.optimizer))
     state, metrics = step(state, bad)
     assert (*counts(metrics), int(state.step)) == (1, 1, 2)
-    jax.tree.map(np.testing.assert_array_equal, held, jax.device_get((state.params, state.optimizer)))
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((state.params, state.optimizer)))
     state, metrics = step(state, bad)
     assert counts(metrics) == (2, 2)
     state, metrics = step(state, good)
     assert counts(metrics) == (0, 2)
-    changed = jax.tree.map(lambda old, new: not np.array_equal(old, new), held[0], jax.device_get(state.params))
+    changed = jax.tree.map(lambda old, new: not np.array_equal(old, new), before[0], jax.device_get(state.params))
     assert any(jax.tree.leaves(changed))
 
 
 def small_step(loss, ema_decay=0.9):
-    """A step of plain gradient descent that keeps a moving average."""
+    """Return the optimizer and the jitted step of SGD with an EMA of the parameters."""
     optimizer = optax.identity()
     step = make_train_step(lambda params, batch: (loss(params), {}), optimizer, lambda step: 0.1, ema_decay=ema_decay)
     return optimizer, jax.jit(step)
 
 
-def test_the_moving_average_follows_the_parameters():
+def test_ema_follows_the_parameters():
     params = {"x": jnp.array([1.0, 2.0])}
     optimizer, step = small_step(lambda params: params["x"].sum())
     state = init_state(params, optimizer, ema=True)

@@ -65,9 +65,9 @@ def test_paths_pickled_by_other_systems_and_python_versions_are_read(tmp_path, m
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
     name = next(name for name in parts if name.endswith("data.pkl"))
-    here = f"c{pathlib.PurePosixPath.__module__}\nPurePosixPath\n".encode()
-    assert here in parts[name]
-    parts[name] = parts[name].replace(here, f"c{module}\n{kind}\n".encode())
+    opcode = f"c{pathlib.PurePosixPath.__module__}\nPurePosixPath\n".encode()
+    assert opcode in parts[name]
+    parts[name] = parts[name].replace(opcode, f"c{module}\n{kind}\n".encode())
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for part, data in parts.items():
             archive.writestr(part, data)

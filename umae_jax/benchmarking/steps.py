@@ -27,14 +27,14 @@ class Contender:
     """A training step to time.
 
     Attributes:
-        name: of the configuration file or of the peer.
-        run_steps: runs so many steps and returns when they are done.
+        name: name of the configuration file or of the peer.
+        run_steps: function that runs the given number of steps and blocks until they are done.
         parameters: number of trained parameters.
-        compile_seconds: to compile the step or read it from the compilation cache; None for a peer.
-        flops: per step, on all devices together; None if unknown.
-        temp_bytes, peak_bytes: memory per device, by the compiler; None if unknown.
+        compile_seconds: time to compile the step or to read it from the compilation cache; None for a peer.
+        flops: FLOPs per step, on all devices together; None if unknown.
+        temp_bytes, peak_bytes: temporary and peak memory per device, from the compiler; None if unknown.
         program: text of the compiled step; None for a peer.
-        seconds: per step, one number per turn.
+        seconds: measured seconds per step, one value per turn.
     """
 
     name: str
@@ -69,8 +69,8 @@ def compile_step(config: ConfigDict) -> CompiledStep:
     return CompiledStep(built, compiled, time.perf_counter() - start, built.initialize())
 
 
-def our_step(name: str, config: ConfigDict) -> Contender:
-    """Return the step of a configuration, on one batch of random pixels that stays on the devices.
+def jax_step(name: str, config: ConfigDict) -> Contender:
+    """Return the step of a configuration; every step reuses one batch of random pixels on the devices.
 
     Raises:
         UserError: if the model's sizes are inconsistent.
@@ -121,7 +121,7 @@ def peer_step(name: str, config: ConfigDict) -> Contender:
     return Contender(name, run_steps, peer.parameters)
 
 
-def time_in_turn(contenders: Sequence[Contender], rounds: int, report: Callable[[str], None]) -> None:
+def time_interleaved(contenders: Sequence[Contender], rounds: int, report: Callable[[str], None]) -> None:
     """Time each contender once per round, in an order that is reversed every other round.
 
     Each warms up with two steps; the second determines how many steps make a turn of MIN_SECONDS.

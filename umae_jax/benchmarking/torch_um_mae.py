@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from umae_jax.masking import visible_count
 from umae_jax.models.autoencoder import DECODER_MLP_RATIO
 from umae_jax.models.layers import NORM_EPSILON, PYRAMID_EPSILON, TOKEN_STD
-from umae_jax.models.windows import ACROSS_BORDERS
+from umae_jax.models.windows import MASK_VALUE
 from umae_jax.positions import sincos_table
 
 
@@ -40,7 +40,7 @@ class Layout(NamedTuple):
         window: rows and columns of tokens in a window.
         shift: rows and columns to roll the grid by before it is cut.
         differences: float32 [B * windows, 2, N, N], log-scaled differences of coordinates, key minus query.
-        mask: float32 [windows, 1, N, N], 0 or ACROSS_BORDERS; None without a shift.
+        mask: float32 [windows, 1, N, N], 0 or MASK_VALUE; None without a shift.
     """
 
     window: tuple[int, int]
@@ -89,7 +89,7 @@ def lay_windows(coordinates: Tensor, side: int, *, shifted: bool) -> Layout:
         region[:, : shift[0]] += 1  # rows and columns that the roll moves to the other border
         region[:, :, : shift[1]] += 2
         region = cut_windows(region, window, shift).squeeze(-1)
-        mask = ACROSS_BORDERS * (region[:, None, :] != region[:, :, None]).float()[:, None]
+        mask = MASK_VALUE * (region[:, None, :] != region[:, :, None]).float()[:, None]
     return Layout(window, shift, differences, mask)
 
 

@@ -8,12 +8,12 @@ from umae_jax.config.common import COMMON
 
 _INTRODUCTION = """# Configuration keys
 
-`umae_jax.default_config(size, method)` returns a configuration with all keys of its encoder and method. The files in
+`umae_jax.default_config(size, method)` returns a configuration with all keys of an encoder and a method. The files in
 `configs/` change some of them, and the command line overrides any: `--config.optimizer.clip_norm=1.0`. A run writes its
 resolved configuration to `DIR/config.json`. This page is generated: `python -m umae_jax.config`.
 
-Sections are written as prefixes: `data.source` is `config.data.source`. A duration has three keys, of which one counts:
-steps take precedence over examples, and examples over epochs."""
+Sections are written as prefixes: `data.source` is `config.data.source`. A duration has three keys; if several
+are set, steps take precedence over examples, and examples over epochs."""
 
 _SECTIONS = {
     "": "The run",

@@ -17,7 +17,7 @@ from absl import flags
 from umae_jax import cli
 from umae_jax.data.sources import FILE_NAME, NO_LABEL, Source, open_source
 from umae_jax.errors import require
-from umae_jax.files import locate_here
+from umae_jax.files import locate_local
 
 VERSION = "1.0.0"
 
@@ -52,7 +52,7 @@ def write_data_set(source: Source, name: str, data_dir: str, split: str = "train
         re.fullmatch(r"[A-Za-z0-9_]+", split) is not None and split != "all",
         f"--split: {split!r} is invalid; use letters, digits and underscores, such as train or validation",
     )
-    root = locate_here(data_dir, "--data_dir")
+    root = locate_local(data_dir, "--data_dir")
     folder = root / name / VERSION
     require(not folder.exists(), f"--name: {folder} exists already; choose another name or remove it first")
     folder.parent.mkdir(parents=True, exist_ok=True)  # fails before TFDS prints anything

@@ -15,13 +15,13 @@ from umae_jax.data.sources import NO_LABEL, Record, Source
 from umae_jax.errors import UserError, require
 
 CROP_TRIES = 10  # as in torchvision; then the crop is central
-READ_TRIES = 32  # unreadable records after which a sample is given up and the loader stops the run
+READ_TRIES = 32  # unreadable records for one sample before the loader stops the run
 
 Labels = tuple[int, str]  # number of classes, and the configuration key of the source for error messages
 
 
 def sample_rng(seed: int, sample_index: int) -> random.Random:
-    """Return the generator of one sample. Python's takes a fifth of the time of NumPy's to create and draw scalars."""
+    """Return the random generator of one sample: Python's, which is five times as fast for scalars as NumPy's."""
     return random.Random(seed << 64 | sample_index)
 
 
@@ -30,9 +30,9 @@ def random_crop(rng: random.Random, width: int, height: int, size: tuple[int, in
 
     Args:
         rng: generator of the sample.
-        width, height: of the image, in pixels.
+        width, height: size of the image in pixels.
         size: height and width of the output.
-        min_area: smallest fraction of the image to keep; the largest is 1.
+        min_area: smallest fraction of the image's area to keep; the largest is 1.
     """
     aspect = size[1] / size[0]
     for _ in range(CROP_TRIES):
@@ -57,7 +57,7 @@ def central_crop(width: int, height: int, size: tuple[int, int], share: float = 
 
 
 class Unreadable(NamedTuple):
-    """The name of a record that cannot be read or decoded, and the reason as a phrase for messages."""
+    """A record that cannot be read or decoded: its name, and the reason as a phrase for messages."""
 
     name: str
     reason: str
@@ -74,17 +74,17 @@ class Sample(NamedTuple):
 class LoadCrop:
     """Load a random crop for training: a function of (sample index, record index) and the seed alone.
 
-    The arrays are `image`, uint8 [*size, channels], and with `labels` also `label`, int32 []. A label that is not one
-    of the classes raises UserError.
+    The arrays are `image`, uint8 [*size, channels], and, if `labels` is set, `label`, int32 []. A label outside the
+    classes raises UserError.
 
-    If a record cannot be read, the sample draws another one from its own generator. So every other sample stays as it
-    is, and a run sees the same images on any number of processes. After READ_TRIES records the image is black.
+    If a record cannot be read, the sample draws another one from its own generator. Other samples do not change, so a
+    run sees the same images on any number of processes. After READ_TRIES unreadable records the image is black.
 
     Attributes:
         size: height and width of the crops.
         channels: 3 for RGB, 1 for grayscale.
         min_area: smallest fraction of an image that a crop keeps.
-        augment: changes a crop, uint8 [*size, channels], with draws from the sample's generator.
+        augment: function of a crop, uint8 [*size, channels], and the sample's generator; returns the augmented crop.
         labels: number of classes, and the source's configuration key for error messages; None for no label.
     """
 
@@ -117,13 +117,13 @@ class LoadCrop:
 
 
 @dataclass(frozen=True)
-class LoadWhole:
+class LoadCentralCrop:
     """Load the central crop of a record for evaluation; see `LoadCrop` for arrays and attributes.
 
-    The image is black, and the label NO_LABEL, if the record cannot be read and for record -1.
+    If the record cannot be read, or its index is -1, the image is black and the label is NO_LABEL.
 
     Attributes:
-        share: fraction of the largest central crop's sides to keep.
+        share: fraction of the sides of the largest central crop to keep, `crop_pct` in timm.
     """
 
     source: Source
@@ -157,32 +157,32 @@ def first_readable(source: Source, count: int, size: tuple[int, int], channels: 
     Raises:
         UserError: if none of the first READ_TRIES * count images can be read.
     """
-    load = LoadWhole(source, size, channels)
+    load = LoadCentralCrop(source, size, channels)
     images: list[np.ndarray] = []
     tries = min(len(source), READ_TRIES * count)
     for index in range(tries):
         loaded = load.try_load(index)
         if isinstance(loaded, Unreadable):
-            logging.warning("cannot show an image that cannot be read: %s (%s)", *loaded)
+            logging.warning("skipped an image that cannot be read: %s (%s)", *loaded)
         else:
             images.append(loaded[1])
         if len(images) == count:
             break
-    require(bool(images), f"none of the first {tries} images can be read, {loaded[0]} the last; repair or remove them")
+    require(bool(images), f"none of the first {tries} images can be read, up to {loaded[0]}; repair or remove them")
     return np.stack(images)
 
 
 def _try_load(
     source: Source, index: int, decode: Callable[[bytes], np.ndarray]
 ) -> tuple[Record, np.ndarray] | Unreadable:
-    """Load a record and its pixels; sources and decoders may raise anything, and no file may stop a run."""
+    """Load a record and its pixels; catch every exception, because one bad file must not stop a run."""
     name = f"record {index}"
     try:
         record = source[index]
         name = record.name
         return record, decode(record.data)
     except UnidentifiedImageError:
-        return Unreadable(name, "not an image that Pillow knows")
+        return Unreadable(name, "not an image that Pillow can read")
     except Exception as error:
         if isinstance(error, OSError) and error.filename and error.strerror:
             return Unreadable(str(error.filename), error.strerror)

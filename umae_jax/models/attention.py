@@ -33,8 +33,8 @@ def window_attention(
     Args:
         tables: float32 [9 or 1, 1 or windows, heads, N keys, N queries], the bias of each case.
     """
-    q, k, v = split_heads(qkv, windows.cut(x), 3, heads)
-    return windows.join(merge_heads(proj, attend(q, k, v, windows.bias_of_pairs(tables))), x.shape[1:3])
+    q, k, v = split_heads(qkv, windows.partition(x), 3, heads)
+    return windows.reverse(merge_heads(proj, attend(q, k, v, windows.pair_bias(tables))), x.shape[1:3])
 
 
 def split_heads(

@@ -24,7 +24,7 @@ class PositionBias(nnx.Module):
     def __call__(self, windows: Windows) -> jax.Array:
         """Return the bias of each case: [9 or 1, 1 or windows, heads, N keys, N queries].
 
-        The MLP runs over these cases, never over the pairs of every window and image (see `Windows.bias_of_pairs`).
+        The MLP runs over these cases, never over the pairs of every window and image (see `Windows.pair_bias`).
         """
         return self.fc2(jax.nn.relu(self.fc1(jnp.asarray(windows.differences)))).transpose(0, 1, 4, 2, 3)
 

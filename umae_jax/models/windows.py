@@ -1,4 +1,4 @@
-"""Windows over a grid of tokens: their places, the pairs that may attend, and the position differences (SPEC 3)."""
+"""Window partition, cyclic shift, attention mask and relative coordinates of Swin (SPEC 3)."""
 
 from dataclasses import dataclass
 
@@ -9,22 +9,22 @@ import numpy as np
 from umae_jax.masking import expand
 from umae_jax.positions import select_offset_case, window_differences
 
-# Added to the logits of pairs that the cyclic shift brought together from opposite borders.
-ACROSS_BORDERS = -100.0
+# Added, as in Swin, to the logits of pairs that the cyclic shift brought together from opposite borders.
+MASK_VALUE = -100.0
 
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows of one block. Static, except for the offsets, a traced array.
+    """Window layout of one block. All attributes are static, except `offsets`, a traced array.
 
     Attributes:
         size: rows and columns of tokens in a window.
-        shift: rows and columns by which the grid is rolled towards the origin before it is cut.
-        padding: empty rows and columns below and to the right of the grid, so that windows tile it; no token sees them.
+        shift: rows and columns of the cyclic shift, by which the grid is rolled towards the origin before partitioning.
+        padding: rows and columns added at the bottom and right, so that windows tile the grid; masked in attention.
         differences: float32 [9 or 1, 1 or windows, N keys, N queries, 2], see `positions.window_differences`.
         regions: int [windows, N], the region of the map that a token comes from; tokens of different regions do not
             attend to each other. None without shift and padding.
-        offsets: int8 [B, windows, 2, N], dy and dx of each token's unit; None on a whole image.
+        offsets: int8 [B, windows, 2, N], the offset (dy, dx) of each token's mask unit; None on a whole image.
     """
 
     size: tuple[int, int]
@@ -36,35 +36,35 @@ class Windows:
 
     @property
     def mask(self) -> np.ndarray | None:
-        """float32 [windows, N, N]: ACROSS_BORDERS for pairs of different regions, else 0; None if all may attend."""
+        """Return float32 [windows, N, N]: MASK_VALUE for pairs of different regions, else 0; None if all are equal."""
         if self.regions is None:
             return None
-        alike = self.regions[:, :, None] == self.regions[:, None, :]
-        return np.where(alike, 0, ACROSS_BORDERS).astype(np.float32)
+        same_region = self.regions[:, :, None] == self.regions[:, None, :]
+        return np.where(same_region, 0, MASK_VALUE).astype(np.float32)
 
     @property
-    def steps(self) -> tuple[jax.Array, jax.Array] | None:
-        """Differences of two units' dy and dx, key minus query: int8 [B, windows, N, N]; None on a whole image."""
+    def offset_differences(self) -> tuple[jax.Array, jax.Array] | None:
+        """Return the differences in dy and dx, key minus query, int8 [B, windows, N, N] each; None on a whole image."""
         if self.offsets is None:
             return None
         row, column = (self.offsets[:, :, axis, :, None] - self.offsets[:, :, axis, None, :] for axis in (0, 1))
         return row, column
 
-    def bias_of_pairs(self, tables: jax.Array) -> jax.Array:
-        """Select the bias of each pair and add the mask: cases -> [B or 1, windows or 1, heads, N keys, N queries]."""
-        bias = tables if self.steps is None else select_offset_case(tables, *self.steps)
+    def pair_bias(self, tables: jax.Array) -> jax.Array:
+        """Select the bias of each pair and add the mask: tables -> [B or 1, windows or 1, heads, N keys, N queries]."""
+        bias = tables if self.offset_differences is None else select_offset_case(tables, *self.offset_differences)
         return bias if self.mask is None else bias + self.mask[None, :, None]
 
-    def cut(self, x: jax.Array) -> jax.Array:
-        """Pad, roll and cut: [B, H, W, C] -> [B, windows, N, C]."""
+    def partition(self, x: jax.Array) -> jax.Array:
+        """Pad, roll and partition into windows: [B, H, W, C] -> [B, windows, N, C]."""
         if any(self.padding):
             x = jnp.pad(x, ((0, 0), (0, self.padding[0]), (0, self.padding[1]), (0, 0)))
         if any(self.shift):
             x = jnp.roll(x, (-self.shift[0], -self.shift[1]), axis=(1, 2))
-        return _cut(x, self.size)
+        return _partition(x, self.size)
 
-    def join(self, x: jax.Array, grid: tuple[int, ...]) -> jax.Array:
-        """Invert `cut`: [B, windows, N, C] -> [B, H, W, C]."""
+    def reverse(self, x: jax.Array, grid: tuple[int, ...]) -> jax.Array:
+        """Invert `partition`: [B, windows, N, C] -> [B, H, W, C]."""
         rows, columns = self.size
         height, width = grid[0] + self.padding[0], grid[1] + self.padding[1]
         x = x.reshape(x.shape[0], height // rows, width // columns, rows, columns, -1)
@@ -74,30 +74,30 @@ class Windows:
         return x[:, : grid[0], : grid[1]]
 
 
-def _cut(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """[B, H, W, C] -> [B, windows, N, C], windows and tokens in row-major order."""
+def _partition(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Partition [B, H, W, C] into [B, windows, N, C], windows and tokens in row-major order."""
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // size[0], size[0], width // size[1], size[1], channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size[0] * size[1], channels)
 
 
 def _axis_regions(size: int, shift: int, padding: int) -> np.ndarray:
-    """Return the region of each token of the padded and rolled axis: int [size + padding]; padding is region 2."""
-    place = np.arange(size + padding)
-    from_other_border = place >= size + padding - shift
-    return np.where((place + shift) % (size + padding) >= size, 2, from_other_border)
+    """Return the region of each token on the padded, rolled axis, int [size + padding]: 1 if wrapped, 2 if padding."""
+    position = np.arange(size + padding)
+    wrapped = position >= size + padding - shift
+    return np.where((position + shift) % (size + padding) >= size, 2, wrapped)
 
 
 def make_windows(grid: tuple[int, int], window: int, *, shifted: bool, offset: jax.Array | None) -> Windows:
-    """Lay windows of `window` x `window` tokens over a grid.
+    """Build the windows of `window` x `window` tokens for a grid.
 
-    Along an axis on which the grid is no larger than the window, the window is the grid and does not shift. A whole
-    image's grid is padded if windows do not tile it.
+    If the grid is no larger than `window` along an axis, one unshifted window spans that axis. The grid of a whole
+    image is padded if windows do not tile it.
 
     Args:
-        grid: rows and columns of tokens; on the compact grid each a multiple of the window or no larger than it.
+        grid: rows and columns of tokens; on the compact grid, each is a multiple of `window` or at most `window`.
         window: side of a window in tokens.
-        shifted: start windows at half their side.
+        shifted: shift the windows by half their side.
         offset: `UniformMask.offset`, [B, cell rows, cell columns]; None on a whole image.
     """
     rows, columns = size = (min(window, grid[0]), min(window, grid[1]))
@@ -118,5 +118,5 @@ def make_windows(grid: tuple[int, int], window: int, *, shifted: bool, offset: j
     else:  # a token that spans several units has the coordinates of the first
         offset = offset[:, :: int(1 / unit_side), :: int(1 / unit_side)]
     offset = jnp.roll(offset.astype(jnp.int8), (-shift[0], -shift[1]), axis=(1, 2))
-    offsets = _cut(jnp.stack([offset // 2, offset % 2], axis=-1), size).transpose(0, 1, 3, 2)
+    offsets = _partition(jnp.stack([offset // 2, offset % 2], axis=-1), size).transpose(0, 1, 3, 2)
     return Windows(size, shift, padding, window_differences(grid, size, shift, unit_side), regions, offsets)

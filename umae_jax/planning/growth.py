@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from umae_jax.config import check
 from umae_jax.errors import UserError, require
-from umae_jax.files import write_whole
+from umae_jax.files import write_atomic
 from umae_jax.models.build import build_model
 from umae_jax.models.kernels import compiler_options
 from umae_jax.planning import parts
@@ -228,7 +228,7 @@ def _cost(variant: Variant, folder: Path) -> Cost:
         cycles_by_part={name: sum(passes) for name, passes in by_part.items()},
         seconds=time.monotonic() - start,
     )
-    write_whole(path, (json.dumps(dataclasses.asdict(cost), indent=1) + "\n").encode())
+    write_atomic(path, (json.dumps(dataclasses.asdict(cost), indent=1) + "\n").encode())
     return cost
 
 

@@ -18,7 +18,7 @@ from umae_jax.data.augment import RandAugment
 from umae_jax.data.on_device import mix, random_erase, random_flip, sample_keys, smooth_targets
 from umae_jax.data.pipeline import Sample
 from umae_jax.data.sources import Source, open_images
-from umae_jax.data.transforms import LoadCrop, LoadWhole, Unreadable
+from umae_jax.data.transforms import LoadCentralCrop, LoadCrop, Unreadable
 from umae_jax.errors import listing, require
 from umae_jax.features import read_encoder
 from umae_jax.files import AnyPath
@@ -180,7 +180,7 @@ class Task(BaseTask):
             return jax.nn.softmax(nnx.merge(run.graph, params)(images))
 
         failures = 0
-        load = LoadWhole(source, config.image_size, config.model.channels, config.validation.crop)
+        load = LoadCentralCrop(source, config.image_size, config.model.channels, config.validation.crop)
         for index in range(len(source)):
             loaded = load.try_load(index)
             if isinstance(loaded, Unreadable):

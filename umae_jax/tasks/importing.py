@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from umae_jax.config import CONFIG_FILE, to_json
 from umae_jax.errors import UserError, require
-from umae_jax.files import AnyPath, write_whole
+from umae_jax.files import AnyPath, write_atomic
 from umae_jax.tasks import make_task
 from umae_jax.training.checkpoint import Checkpoints
 from umae_jax.training.sharding import make_mesh
@@ -55,8 +55,8 @@ def import_weights(file: AnyPath, workdir: Path, config: ConfigDict | None = Non
             with contextlib.suppress(Exception):  # `save` or `wait` raised it already
                 checkpoints.close()
         if classes:
-            write_whole(incoming / CLASSES_FILE, json.dumps(classes).encode())
-        write_whole(incoming / CONFIG_FILE, to_json(config).encode())
+            write_atomic(incoming / CLASSES_FILE, json.dumps(classes).encode())
+        write_atomic(incoming / CONFIG_FILE, to_json(config).encode())
         # The directory is a run once it holds a configuration, so that moves last.
         for path in sorted(incoming.iterdir(), key=lambda path: path.name == CONFIG_FILE):
             path.replace(workdir / path.name)

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from umae_jax.data.pipeline import EvalLoader, abstract_batch, readers
 from umae_jax.data.sources import Source, open_source
-from umae_jax.data.transforms import LoadWhole
+from umae_jax.data.transforms import LoadCentralCrop
 from umae_jax.errors import UserError, listing, require
 from umae_jax.training.sharding import batch_sharding
 
@@ -83,7 +83,7 @@ def eval_loader(
     labels = (len(source.classes), key)
     return EvalLoader(
         len(source),
-        LoadWhole(source, config.image_size, config.model.channels, config.validation.crop, labels),
+        LoadCentralCrop(source, config.image_size, config.model.channels, config.validation.crop, labels),
         batch_size=batch_size,
         sharding=batch_sharding(mesh),
         images=images,

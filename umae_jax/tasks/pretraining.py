@@ -11,7 +11,7 @@ from umae_jax.data.on_device import random_flip, sample_keys
 from umae_jax.data.pipeline import Sample
 from umae_jax.data.transforms import LoadCrop, first_readable
 from umae_jax.errors import require
-from umae_jax.files import AnyPath, write_whole
+from umae_jax.files import AnyPath, write_atomic
 from umae_jax.models.masked import MaskedImageModel
 from umae_jax.multihost import is_primary
 from umae_jax.tasks import labelled, probing
@@ -86,7 +86,7 @@ class Task(BaseTask):
             picture = illustrate(params, f"step {step}")  # every process computes it
             if is_primary():
                 (context.workdir / PICTURES).mkdir(exist_ok=True)
-                write_whole(context.workdir / PICTURES / f"{step:07}.png", picture)
+                write_atomic(context.workdir / PICTURES / f"{step:07}.png", picture)
             return {}
 
         return draw

@@ -20,7 +20,7 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from umae_jax.errors import UserError
-from umae_jax.files import AnyPath, absolute, move_folder, write_whole
+from umae_jax.files import AnyPath, absolute, move_folder, write_atomic
 from umae_jax.multihost import all_gather_json
 from umae_jax.training.state import TrainState
 from umae_jax.weights.stored_run import (
@@ -137,7 +137,7 @@ class Checkpoints:
             self._guard(lambda: self._manager.save(step, args=items, force=True))
         elif BEST in content and jax.process_index() == 0:
             file = self._folder / str(step) / DATA_FILE
-            self._guard(lambda: write_whole(file, json.dumps(content).encode()))
+            self._guard(lambda: write_atomic(file, json.dumps(content).encode()))
 
     def wait(self) -> None:
         """Wait until everything is written; raise UserError if it cannot be."""

@@ -17,7 +17,7 @@ from absl import logging
 from tqdm import tqdm
 
 from umae_jax.errors import UserError
-from umae_jax.files import AnyPath, in_bucket, write_whole
+from umae_jax.files import AnyPath, in_bucket, write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 FLUSH_SECONDS = 30  # interval of writing to TensorBoard and to a bucket
@@ -64,7 +64,7 @@ class MetricsWriter:
         self._local = Path(tempfile.mkdtemp() if in_bucket(workdir) else workdir)
         self._jsonl, self._board_folder = self._local / METRICS_FILE, self._local / "tensorboard"
         self._board_folder.mkdir(exist_ok=True)
-        write_whole(self._jsonl, b"".join(line for at, line in _lines(workdir / METRICS_FILE) if at <= step))
+        write_atomic(self._jsonl, b"".join(line for at, line in _lines(workdir / METRICS_FILE) if at <= step))
         self._file = self._jsonl.open("ab", buffering=0)  # no buffer that could fail in `close`
         self._board = EventsWriter(str(self._board_folder / "events"))
         start = SessionLog(status=SessionLog.START)
@@ -105,7 +105,7 @@ class MetricsWriter:
             self._board.flush()
         if in_bucket(self._workdir):
             for path in (self._jsonl, *self._board_folder.iterdir()):
-                write_whole(self._workdir / path.relative_to(self._local), path.read_bytes())
+                write_atomic(self._workdir / path.relative_to(self._local), path.read_bytes())
 
     def close(self) -> None:
         """Close the files and ignore errors, which an earlier `flush` has raised."""

@@ -17,7 +17,7 @@ from umae_jax import cli, startup
 from umae_jax.config import CONFIG_FILE, check, differences, old_class_names, read_config, resolve_steps, to_json
 from umae_jax.data.pipeline import TrainLoader, abstract_batch, readers
 from umae_jax.errors import Preempted, PreemptionRequested, UserError, listing, require
-from umae_jax.files import AnyPath, write_whole
+from umae_jax.files import AnyPath, write_atomic
 from umae_jax.models.kernels import check_platform
 from umae_jax.multihost import StopSignal, Watchdog, all_gather_json, broadcast_json, is_primary
 from umae_jax.training.checkpoint import Checkpoints
@@ -266,8 +266,8 @@ def open_workdir(task: BaseTask, workdir: AnyPath) -> Checkpoints:
         check_same_classes(names, task.class_names, workdir)
     if is_primary():
         if task.class_names:
-            write_whole(classes_file, json.dumps(task.class_names).encode())
-        write_whole(config_file, to_json(config).encode())
+            write_atomic(classes_file, json.dumps(task.class_names).encode())
+        write_atomic(config_file, to_json(config).encode())
     return checkpoints
 
 

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from umae_jax.config import CONFIG_FILE, old_class_names, read_config
 from umae_jax.errors import UserError, require
-from umae_jax.files import AnyPath, absolute, explain, from_bucket
+from umae_jax.files import AnyPath, absolute, explain, raised_by_gcsfs
 from umae_jax.models.build import build_model
 from umae_jax.multihost import all_gather_json, broadcast_json
 
@@ -167,7 +167,7 @@ def first_whole(
         try:
             content = read(path)
         except Exception as error:  # damaged files make Orbax raise many types
-            if from_bucket(error) and not isinstance(error, FileNotFoundError):
+            if raised_by_gcsfs(error) and not isinstance(error, FileNotFoundError):
                 raise UserError(f"{path}: {explain(error)}") from error
             failure = summarize(error)
         failures = [text for text in all_gather_json(failure) if text]

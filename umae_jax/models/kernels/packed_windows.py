@@ -23,11 +23,11 @@ def window_attention(
     qkv: nnx.Linear, proj: nnx.Linear, x: jax.Array, windows: Windows, tables: jax.Array, heads: int
 ) -> jax.Array:
     """Compute `attention.window_attention`."""
-    cut = windows.cut(x)
+    cut = windows.partition(x)
     packed = windows_per_tile(*cut.shape[1:3])
     q, k, v = split_heads(qkv, cut, 3, heads) if packed == 1 else _split_packed(qkv, cut, heads, packed)
-    attended = attend(q, k, v, tables, lambda tables: _bias_of_pairs(tables, windows, packed), packed)
-    return windows.join(merge_heads(proj, attended), x.shape[1:3])
+    attended = attend(q, k, v, tables, lambda tables: _pair_bias(tables, windows, packed), packed)
+    return windows.reverse(merge_heads(proj, attended), x.shape[1:3])
 
 
 def _split_packed(linear: nnx.Linear, x: jax.Array, heads: int, packed: int) -> tuple[jax.Array, ...]:
@@ -60,11 +60,11 @@ def _pack(pairs: jax.Array, axis: int, packed: int) -> jax.Array:
     return pairs.reshape(*pairs.shape[:-2], -1)
 
 
-def _bias_of_pairs(tables: jax.Array, windows: Windows, packed: int) -> jax.Array:
-    """Compute `Windows.bias_of_pairs` for packed windows."""
+def _pair_bias(tables: jax.Array, windows: Windows, packed: int) -> jax.Array:
+    """Compute `Windows.pair_bias` for packed windows."""
     bias = _pack(tables, 1, packed)
-    if windows.steps is not None:
-        row_step, column_step = (_pack(step, 1, packed) for step in windows.steps)
+    if windows.offset_differences is not None:
+        row_step, column_step = (_pack(step, 1, packed) for step in windows.offset_differences)
         select = _select_offset_case_on_cpu if is_for("cpu") else select_offset_case
         bias = select(bias, row_step, column_step)
     if windows.mask is not None:

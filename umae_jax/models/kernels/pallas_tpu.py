@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 
 from umae_jax.models.kernels.platforms import LANES
-from umae_jax.models.windows import ACROSS_BORDERS, Windows
+from umae_jax.models.windows import MASK_VALUE, Windows
 from umae_jax.positions import select_by_sign
 
 VMEM_BYTES = 48 * 2**20  # VMEM limit of a kernel; a v5p has 64 MiB, other chips 128
@@ -204,7 +204,7 @@ def _softmax(
             logits += select_by_sign(row, rows)
         if terms.regions is not None:
             region_difference = _differences(terms.regions[window], keys, lanes)
-            logits += jnp.where(region_difference == 0, 0.0, ACROSS_BORDERS)
+            logits += jnp.where(region_difference == 0, 0.0, MASK_VALUE)
     exponentials = jnp.exp(logits - logits.max(axis=0, keepdims=True))
     return exponentials * (1 / exponentials.sum(axis=0, keepdims=True))
 

@@ -1,13 +1,13 @@
 """Softmax attention with a hand-written gradient, in layouts that need few copies and no transposes.
 
-Tokens are the last axis, [..., heads, d, N]: the inputs and outputs of every matrix product then fill a TPU's lanes.
-The gradient saves and sums less than JAX's own: of the softmax it saves the exponentials in the products' dtype, and it
-replaces a sum over keys by a sum over d.
+Tokens are the last axis, [..., heads, d, N], so the inputs and outputs of every matrix product fill a TPU's lanes. The
+backward pass saves and sums less than JAX's own: the only part of the softmax that it saves are the exponentials, in
+the dtype of the products, and a sum over d replaces a sum over keys.
 
-Packed windows (see `packed_windows`): queries of P windows lie side by side in the lanes, [..., heads, d, P * N]. Their
-keys and values are stacked, [..., heads, P * d, N]. Queries are spread over as many rows: the rows of their own window,
-zeros elsewhere. A product costs a matrix unit the same as long as P * d channels fit in; one window fills only a part.
-And each pass over pairs has full lanes.
+Packed windows (see `packed_windows`): queries of P windows are concatenated along the lanes, [..., heads, d, P * N];
+their keys and values are stacked along the channels, [..., heads, P * d, N]. Each query is zero-padded to P * d
+channels, so it meets only the keys of its own window. A matrix unit takes as long for P * d channels as for d, while
+they fit, and elementwise passes over pairs fill all lanes.
 """
 
 from collections.abc import Callable
@@ -28,45 +28,45 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     tables: jax.Array | None = None,
-    bias_of_pairs: Callable[[jax.Array], jax.Array] = lambda tables: tables,
+    pair_bias: Callable[[jax.Array], jax.Array] = lambda tables: tables,
     packed: int = 1,
 ) -> jax.Array:
-    """Compute `attention.attend`.
+    """Compute the same as `attention.attend`.
 
     Args:
-        q, k, v: as there; with `packed` windows, Q counts the queries of all, and keys and values are stacked.
-        tables: float32, the values that the bias is made of; None without a bias.
-        bias_of_pairs: from the tables to the bias, broadcastable to [..., heads, K, Q]. It selects one value for each
-            pair, and may lower some pairs further, but not all pairs of a query.
-        packed: number of windows that lie side by side.
+        q, k, v: as in `attention.attend`; for packed windows, Q counts the queries of all, and k and v are stacked.
+        tables: float32, the argument of `pair_bias`; None without a bias.
+        pair_bias: function from the tables to the bias, broadcastable to [..., heads, K, Q]. It selects one value per
+            pair. It may add a negative mask, but not to all pairs of a query.
+        packed: number of packed windows; 1 without packing.
     """
     q = q * jnp.asarray(q.shape[-2] ** -0.5, q.dtype)
     if tables is None:
         tables = jnp.zeros((1,) * q.ndim, jnp.float32)
-    bias = jnp.broadcast_to(bias_of_pairs(tables), (*q.shape[:-2], k.shape[-1], q.shape[-1]))
+    bias = jnp.broadcast_to(pair_bias(tables), (*q.shape[:-2], k.shape[-1], q.shape[-1]))
     fixed_q, fixed_k, tables = jax.lax.stop_gradient((q, k, tables))
     spread = _spread(fixed_q, packed)
-    return _attend(q, k, v, bias, spread, _shift(spread, fixed_k, tables, bias_of_pairs, packed), packed)
+    return _attend(q, k, v, bias, spread, _shift(spread, fixed_k, tables, pair_bias, packed), packed)
 
 
 def _shift(
-    q: jax.Array, k: jax.Array, tables: jax.Array, bias_of_pairs: Callable[[jax.Array], jax.Array], packed: int
+    q: jax.Array, k: jax.Array, tables: jax.Array, pair_bias: Callable[[jax.Array], jax.Array], packed: int
 ) -> jax.Array | None:
     """Return the shift that is subtracted from the logits of each query: float32 [..., heads, 1, Q], or None.
 
-    Softmax is shift-invariant; subtract an upper bound of the logits to stay inside float32. None asks for the maximum
-    of the logits once they are computed. On TPUs, where a product costs less than storing its result, the maximum takes
-    one more pass over all pairs, with logits computed twice.
+    Softmax is shift-invariant; subtract an upper bound of the logits to stay inside float32. If None, `_forward`
+    subtracts the maximum of the logits that it computes. On TPUs, computing logits costs less than storing them, so
+    one more pass computes them for the maximum, and `_forward` computes them again.
 
-    If the lengths of queries and keys show that all logits are small, the shift is 0 and that pass is saved. Packed
-    windows have no such branch: their pass costs less than laying queries and keys out for it. All devices take the
-    same branch, by one number that they exchange.
+    If the norms of queries and keys bound all logits by MAX_UNSHIFTED_LOGIT, the shift is 0 and that pass is skipped.
+    Packed windows have no such branch: their pass costs less than arranging queries and keys for the branch. The
+    condition is one scalar, reduced over all devices, so all take the same branch.
     """
 
     def max_logits(q: jax.Array) -> jax.Array:
-        return _logits(q, k, bias_of_pairs(tables)).max(axis=-2, keepdims=True)
+        return _logits(q, k, pair_bias(tables)).max(axis=-2, keepdims=True)
 
-    def max_length(x: jax.Array) -> jax.Array:  # [..., heads]
+    def max_norm(x: jax.Array) -> jax.Array:  # [..., heads]
         return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-2).max(axis=-1))
 
     if not is_for("tpu"):
@@ -74,20 +74,20 @@ def _shift(
     if packed > 1:  # barriers keep the compiler from storing logits between their maximum and their exponentials
         return jax.lax.optimization_barrier(max_logits(jax.lax.optimization_barrier(q)))
     return jax.lax.cond(
-        jnp.max(max_length(q) * max_length(k)) + jnp.max(jnp.abs(tables)) < MAX_UNSHIFTED_LOGIT,
+        jnp.max(max_norm(q) * max_norm(k)) + jnp.max(jnp.abs(tables)) < MAX_UNSHIFTED_LOGIT,
         lambda: jnp.zeros((*q.shape[:-2], 1, q.shape[-1]), jnp.float32),
         lambda: max_logits(q),
     )
 
 
 def _own_lanes(x: jax.Array, packed: int) -> list[jax.Array]:
-    """Return for each window which lanes of [..., d, Q] are its own: bool [Q]."""
+    """Return one mask per window, bool [Q], of the lanes of [..., d, Q] that hold its queries."""
     lane = jnp.arange(x.shape[-1]) // (x.shape[-1] // packed)
     return [lane == window for window in range(packed)]
 
 
 def _spread(x: jax.Array, packed: int) -> jax.Array:
-    """[..., d, Q] -> [..., packed * d, Q]: each window's own lanes, zeros elsewhere."""
+    """Zero-pad each query to the channels of all windows: [..., d, Q] -> [..., packed * d, Q]."""
     if packed == 1:
         return x
     zero = jnp.zeros((), x.dtype)
