@@ -17,6 +17,7 @@ import optax
 import pytest
 from flax import nnx
 
+from tests.rngs import ConstantRngs
 from umae_jax.config import default_config
 from umae_jax.masking import UniformMask
 from umae_jax.models.build import build_model
@@ -106,7 +107,7 @@ def part(numbers, kind):
 def model_of(name, *, large=False):
     """Return the model of a golden file with the file's parameters."""
     config = config_of(name)
-    graph, params = nnx.split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))), nnx.Param)[:2]
+    graph, params = nnx.split(nnx.eval_shape(lambda: build_model(config, ConstantRngs())), nnx.Param)[:2]
     parameters = part(load(name, large=large), "param")
     return nnx.merge(graph, names.from_reference(config, params, parameters, name=name))
 

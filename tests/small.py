@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 
 from tests import golden
+from tests.rngs import ConstantRngs
 from umae_jax.models.build import build_model
 
 KINDS = golden.FILES  # the configurations of the golden files
@@ -15,7 +16,7 @@ PYRAMIDS = tuple(kind for kind in KINDS if "vit" not in kind)
 
 def random_model(config, seed=0):
     """The graph and randomly drawn parameters of a configuration's model."""
-    graph, params = nnx.split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))), nnx.Param)
+    graph, params = nnx.split(nnx.eval_shape(lambda: build_model(config, ConstantRngs())), nnx.Param)
     generator = np.random.default_rng(seed)
 
     def draw(path, leaf):

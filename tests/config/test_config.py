@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from flax import nnx
 
-from tests.config.test_presets import ConstantRngs
+from tests.rngs import ConstantRngs
 from umae_jax import list_models
 from umae_jax.config import (
     METHODS,

@@ -6,6 +6,7 @@ import jax
 import pytest
 from flax import nnx
 
+from tests.rngs import ConstantRngs
 from umae_jax import list_models
 from umae_jax.config import default_config
 from umae_jax.errors import UserError
@@ -13,13 +14,6 @@ from umae_jax.models.build import build_model
 from umae_jax.weights.names import entries
 
 PRESETS = [(size, method) for size, methods in list_models().items() for method in methods]
-
-
-class ConstantRngs:
-    """Stand-in for nnx.Rngs that always returns the same key: the counter of nnx.Rngs is slow under eval_shape."""
-
-    def params(self):
-        return jax.random.key(0)
 
 
 @functools.cache

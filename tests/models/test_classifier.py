@@ -10,6 +10,7 @@ from flax import nnx
 
 from tests import golden
 from tests.models.small import build
+from tests.rngs import ConstantRngs
 from umae_jax.models.build import build_model
 from umae_jax.models.layers import DropPath
 from umae_jax.positions import sincos_table
@@ -182,7 +183,7 @@ def parameter_names(model):
 def test_layer_indices_follow_the_block_numbers_of_the_reference(name):
     """The reference numbers blocks through all stages; merges belong to a stage's first block (SPEC 10, 13)."""
     config = golden.config_of(name)
-    model = nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: build_model(config, ConstantRngs()))
     theirs = {entry.ours: entry.theirs for entry in entries(config)}
     last = sum(config.model.depths) + 1
     assert model.num_layers == last
@@ -212,7 +213,7 @@ def test_layer_indices_follow_the_block_numbers_of_the_reference(name):
     ],
 )
 def test_layers_by_name(name, parameter, layer):
-    model = nnx.eval_shape(lambda: build_model(golden.config_of(name), nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: build_model(golden.config_of(name), ConstantRngs()))
     assert parameter in parameter_names(model)
     assert model.layer_index(parameter) == layer
 
@@ -225,6 +226,6 @@ UNKNOWN = (
 
 @pytest.mark.parametrize("parameter", UNKNOWN)
 def test_an_unknown_parameter_has_no_layer(parameter):
-    model = nnx.eval_shape(lambda: build_model(golden.config_of("swin_classifier"), nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: build_model(golden.config_of("swin_classifier"), ConstantRngs()))
     with pytest.raises(ValueError, match=re.escape(parameter)):
         model.layer_index(parameter)

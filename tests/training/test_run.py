@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests import tiny, tiny_classifier, toy
-from umae_jax.config import default_config
+from umae_jax.config import METHODS, default_config
 from umae_jax.errors import Preempted, UserError
 from umae_jax.multihost import StopSignal
 from umae_jax.planning.assembly import build
@@ -20,6 +20,14 @@ from umae_jax.training.state import abstract_run
 from umae_jax.weights.stored_run import best_checkpoint
 
 DIR = Path("DIR")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _method():
+    """Register the method as another package would."""
+    METHODS["toy"] = toy.METHOD
+    yield
+    del METHODS["toy"]
 
 
 def toy_task(**changes):

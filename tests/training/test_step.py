@@ -50,7 +50,6 @@ VIT = {"encoder": "vit", "patch": 8, "widths": (8,), "depths": (2,), "heads": (2
 MODELS = {
     "pvt": {"encoder": "pvt", "sr_ratios": (2, 1)},
     "simmim": {"method": "simmim", "norm_pix_loss": False},
-    "vit": VIT | {"decoder_factor": 1},
     "mae": VIT | {"method": "mae", "decoder_factor": 1},
 }
 
@@ -74,7 +73,7 @@ def one_device():
     return run(mesh_of(1, 1))
 
 
-@pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)])
+@pytest.mark.parametrize("shape", [(8, 1), (1, 8)])
 def test_losses_are_equal_on_any_number_of_devices(one_device, shape):
     losses, state = run(mesh_of(*shape))
     np.testing.assert_allclose(losses, one_device[0], rtol=2e-6)

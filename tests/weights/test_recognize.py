@@ -3,6 +3,7 @@ import pytest
 from flax import nnx
 
 from tests import golden, small
+from tests.rngs import ConstantRngs
 from umae_jax.config import ENCODERS, default_config, methods_of
 from umae_jax.errors import UserError
 from umae_jax.models.build import build_model
@@ -12,7 +13,7 @@ from umae_jax.weights.recognize import recognize
 
 def shapes_of(config):
     """Return a state dict with the reference's names, of arrays that take no memory."""
-    params = nnx.state(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))), nnx.Param)
+    params = nnx.state(nnx.eval_shape(lambda: build_model(config, ConstantRngs())), nnx.Param)
     shapes = {".".join(map(str, keys)): variable.shape for keys, variable in nnx.to_flat_state(params)}
     return {
         entry.theirs: entry.layout.to_theirs(np.broadcast_to(np.float32(0), shapes[entry.ours]))

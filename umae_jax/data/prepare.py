@@ -75,11 +75,11 @@ def write_data_set(source: Source, name: str, data_dir: str, split: str = "train
         message = f"--source: none of its {unreadable} images can be read; repair them or choose another"
         require(unreadable < len(source), message)
 
-    class Builder(tfds.dataset_builders.AdhocBuilder, skip_registration=True):  # type: ignore[call-arg]
+    class FolderBuilder(tfds.dataset_builders.AdhocBuilder, skip_registration=True):  # type: ignore[call-arg]
         def _split_generators(self, _: Any) -> dict[str, Any]:  # noqa: ANN401 - TFDS's own needs TensorFlow
             return {split: examples()}
 
-    builder = Builder(
+    builder = FolderBuilder(
         name=name,
         version=VERSION,
         features=tfds.features.FeaturesDict(features),
