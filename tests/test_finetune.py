@@ -178,7 +178,7 @@ def test_every_user_error_is_one_line(finished, folders, pretrained, tmp_path):
     assert "other sizes (model.heads is (1, 2), not (2, 2))" in error_line("finetune", *config, *others)
     assert "there is no file or directory nowhere" in error_line("finetune", *config, *folders, "--config.init=nowhere")
     assert "model.method: um_mae" in error_line("finetune", "--config", "tests/tiny.py", "--workdir", tmp_path / "run")
-    assert "--probe knn" in error_line("evaluate", "--workdir", pretrained)
+    assert "choose knn or linear" in error_line("evaluate", "--workdir", pretrained)
     other = write_folder(tmp_path / "others", 4, ("cat", "dog", "emu"))
     assert "holds no best checkpoint" in error_line("evaluate", "--workdir", pretrained, "--probe", "knn", "--best")
     assert "--source and --stage" in error_line("evaluate", "--workdir", finished[0], "--stage", "0")

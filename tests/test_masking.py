@@ -16,7 +16,7 @@ from umae_jax.random_masking import sample_random_mask
 
 sizes = st.tuples(st.integers(1, 5), st.integers(1, 5))
 seeds = st.integers(0, 2**31 - 1)
-quick = settings(max_examples=25, deadline=None)
+quick = settings(max_examples=12, deadline=None)
 
 
 def draw(seed, batch, cells, ratio=0.25):

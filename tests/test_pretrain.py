@@ -232,8 +232,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 os.execv(sys.executable, [sys.executable, *{arguments}])
 """
     environment = {**os.environ, "PYTHONPATH": str(commands.ROOT), "XDG_CACHE_HOME": str(tmp_path / "home")}
-    if not options:  # else kept programs save time
-        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=commands.ROOT,
