@@ -36,7 +36,7 @@ class Hook(NamedTuple):
 
 
 class RunContext(NamedTuple):
-    """What the hooks of a task may use of its run.
+    """The parts of a run that the hooks of its task may use.
 
     Attributes:
         graph: the model without its parameters; `nnx.merge(graph, params)` gives the model.
