@@ -134,10 +134,11 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
             if pending and (due or saving):
                 read(*pending)  # evaluate and save only a state whose step was good
                 pending = None
+            if due or saving or last or signal is not None:
+                watchdog.cancel()  # it times training steps only
             # Evaluate.
             try:
                 for hook in due:
-                    watchdog.cancel()
                     metrics = hook.run(number, state.eval_params)
                     if number > 0 and checkpoints.improves(metrics):
                         save(number, metrics)
@@ -148,17 +149,14 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
                 signal, saving = stop.received, number not in (0, saved)
             # Save.
             if saving:
-                watchdog.cancel()
                 save(number)
                 saved = number
             if signal is not None:
-                watchdog.cancel()
                 checkpoints.wait()
                 raise Preempted(signal, number)
             if due or saving:
                 clock.restart()
             if last:
-                watchdog.cancel()
                 break
             # Next batch, next step.
             if number == first_step:
