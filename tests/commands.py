@@ -10,12 +10,20 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+def xla_flags(devices=1):
+    """Return XLA_FLAGS for simulated devices and fast compilation: the models are too small to need optimised code."""
+    return (
+        f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    )
+
+
 def start(module, *arguments, devices=8, environment=None):
     """Start `python -m umae_jax.MODULE ARGUMENTS` in the repository's root."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": xla_flags(devices),
         **(environment or {}),
     }
     return subprocess.Popen(

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from tests import commands
+
 # JAX reads these on import, in the commands that tests start too.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compilation dominates the time of tests; their models are too small to need optimised code.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", commands.xla_flags(devices=8))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")

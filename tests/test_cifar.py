@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from tests.commands import ROOT
+from tests.commands import ROOT, xla_flags
 from tests.images import picture
 
 CLASSES = ("cat", "dog")
@@ -97,7 +97,7 @@ def test_the_pages_show_the_stored_results(experiment):
 def test_a_row_pretrains_probes_and_finetunes_once(experiment, archive, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", xla_flags())
     both = [f"--both=--config.model.{change}" for change in TINY]
     few = ["--both=--config.batch_size=8", "--pretrain_epochs=1", "--finetune_epochs=2", "--labelled=8", "--held_out=3"]
     smaller = ["--pretrain=--config.model.decoder_width=16", "--finetune=--config.model.classes=2"]

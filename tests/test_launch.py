@@ -11,7 +11,7 @@ import pytest
 import yaml
 from nbclient import NotebookClient
 
-from tests.commands import ROOT
+from tests.commands import ROOT, xla_flags
 
 LAUNCH = ROOT / "launch"
 RUN = ("umae_jax.pretrain", "--config", "configs/quickstart.py", "--workdir", "/shared/my run")
@@ -107,7 +107,7 @@ def test_the_notebook_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
         path = tmp_path / "configs" / name
         path.write_text(path.read_text().replace("(128, 128)", "(64, 64)"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", xla_flags())
     notebook = notebook.copy()
     (settings,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     settings.source += "\nPRETRAIN_STEPS, CROPS, FINETUNE_EPOCHS = 2, 2, 1"
