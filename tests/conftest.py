@@ -17,8 +17,9 @@ os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 
 
 @pytest.fixture
-def tpus():
+def tpus(monkeypatch):
     """Describe four absent TPUs to compile for."""
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])  # restored afterwards: finding TPUs unsets it
     pytest.importorskip("libtpu", reason="the plan extra is not installed")  # part of the test extra
     import jax  # after the settings above
     from jax.experimental.compilation_cache import compilation_cache

@@ -74,6 +74,8 @@ def find_target(name: str) -> Target:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling does not need exclusive access
+    jax.local_devices()  # reads XLA_FLAGS for the local devices
+    os.environ.pop("XLA_FLAGS", None)  # libtpu ends the process if it does not know a flag, such as those of XLA:CPU
     # Programs for absent devices cannot be loaded from the cache. JAX reads the setting only once, hence the reset.
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
