@@ -57,7 +57,7 @@ class Encoder(nnx.Module):
         return self.patch * 2 ** (len(self.widths) - 1)
 
     def check_grid(self, grid: tuple[int, int], *, compact: bool) -> None:
-        """Raise a UserError if a grid of patches that divides into output tokens cannot be encoded nevertheless."""
+        """Raise a UserError if windows or sr_ratios do not fit a grid of patches that divides into output tokens."""
 
     def normalize(self, pixels: jax.Array) -> jax.Array:
         """Normalise integer pixels 0..255, [..., n * channels] -> float32; return floating pixels as they are."""

@@ -50,7 +50,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True)
 class DropPath:
-    """Stochastic depth of one block in fine-tuning: drops each of its two branches at `rate` per image."""
+    """Stochastic depth of one block: drops each of its two branches per image with probability `rate`."""
 
     rate: float = 0.0
     block: int = 0

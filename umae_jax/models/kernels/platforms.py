@@ -13,7 +13,7 @@ _OPTIONS = {"TPU v5 lite": _MORE_VMEM, "TPU v5": _MORE_VMEM}  # by kind of devic
 
 
 def tracing_for(platform: str) -> bool:
-    """Return whether the mesh in use has devices of `platform`, such as "tpu" or "cpu", for the traced program."""
+    """Return whether the program is being traced for a mesh of `platform` devices, such as "tpu" or "cpu"."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device is not None and device.platform == platform
 

@@ -59,8 +59,8 @@ def _shift(
     pass computes them for their maximum only, and `_forward` computes them again.
 
     If the norms of queries and keys bound all logits by MAX_UNSHIFTED_LOGIT, the shift is 0 and the extra pass is
-    skipped. For packed windows that branch would cost more than the pass. Its condition is one scalar, reduced over all
-    devices, so all take the same branch.
+    skipped. For packed windows that branch would cost more than the pass. The condition is one scalar, reduced over all
+    devices, so all devices take the same branch.
     """
 
     def max_logits(q: jax.Array) -> jax.Array:
