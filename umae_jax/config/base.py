@@ -13,19 +13,12 @@ from umae_jax.errors import require
 
 
 class Check(NamedTuple):
-    """The values that a key accepts.
+    """The values that a key accepts."""
 
-    Attributes:
-        type: Python type of the value.
-        wording: the accepted values, after "must be".
-        accepts: returns whether a value other than None is accepted.
-        optional: whether None is accepted.
-    """
-
-    type: type
-    wording: str
-    accepts: Callable[[Any], bool]
-    optional: bool = False
+    type: type  # Python type of the value
+    wording: str  # describes the accepted values, after "must be"
+    accepts: Callable[[Any], bool]  # returns whether a value other than None is accepted
+    optional: bool = False  # whether None is accepted
 
 
 def optional(check: Check) -> Check:
@@ -88,41 +81,25 @@ Keys: TypeAlias = Mapping[str, Key]  # by dotted name, such as "optimizer.beta1"
 
 
 class Encoder(NamedTuple):
-    """An encoder's keys and preset sizes.
+    """An encoder's keys and preset sizes."""
 
-    Attributes:
-        name: title in the documentation.
-        keys: keys that only configurations of this encoder have.
-        sizes: the values of `config.model` for each preset size, by its name.
-        image_side: height and width of the paper's images, in pixels.
-        eval_crop: fraction of the shorter side that a classifier's central crop keeps.
-        decoder_factor: mask units along the side of an encoder token.
-    """
-
-    name: str
-    keys: Keys
-    sizes: Mapping[str, Mapping[str, Any]]
-    image_side: int
-    eval_crop: float = 1.0
-    decoder_factor: int = 2
+    name: str  # title in the documentation
+    keys: Keys  # keys that only configurations of this encoder have
+    sizes: Mapping[str, Mapping[str, Any]]  # the values of `config.model` for each preset size, by its name
+    image_side: int  # height and width of the paper's images, in pixels
+    eval_crop: float = 1.0  # fraction of the shorter side that a classifier's central crop keeps
+    decoder_factor: int = 2  # mask units along the side of an encoder token
 
 
 class Method(NamedTuple):
-    """A training method's keys and recipe.
+    """A training method's keys and recipe."""
 
-    Attributes:
-        summary: one phrase for lists of methods.
-        task: module whose class `Task` trains it.
-        keys: keys that only configurations of this method have.
-        recipe: function of the names of size and encoder; returns the values that replace defaults, by dotted key.
-        encoders: names of the encoders that it can train; None: all.
-    """
-
-    summary: str
-    task: str
-    keys: Keys
+    summary: str  # one phrase for lists of methods
+    task: str  # module whose class `Task` trains it
+    keys: Keys  # keys that only configurations of this method have
+    # Returns the values that replace defaults, by dotted key, given the names of the size and the encoder.
     recipe: Callable[[str, str], Mapping[str, Any]] = lambda size, encoder: {}
-    encoders: tuple[str, ...] | None = None
+    encoders: tuple[str, ...] | None = None  # names of the encoders that it can train; None: all
 
 
 ENCODERS: dict[str, Encoder] = {}

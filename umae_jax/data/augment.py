@@ -78,19 +78,12 @@ OPERATIONS: Mapping[str, Operation] = {
 
 @dataclass(frozen=True)
 class RandAugment:
-    """Draw operations for an image, and apply each with probability 0.5 at a normally distributed magnitude.
+    """Draw operations for an image, and apply each with probability 0.5 at a normally distributed magnitude."""
 
-    Attributes:
-        operations: number drawn per image, with replacement.
-        magnitude: mean magnitude, 0 to 10.
-        magnitude_std: standard deviation of the magnitude.
-        fill: colour of pixels that a geometric operation uncovers, 0..255 per channel.
-    """
-
-    operations: int
-    magnitude: float
+    operations: int  # number drawn per image, with replacement
+    magnitude: float  # mean magnitude, 0 to 10
     magnitude_std: float
-    fill: tuple[int, ...]
+    fill: tuple[int, ...]  # see `Fill`
 
     def __call__(self, pixels: np.ndarray, rng: random.Random) -> np.ndarray:
         """Augment an image, uint8 [H, W, 3 or 1], with draws from `rng`."""

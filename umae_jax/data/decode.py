@@ -146,8 +146,7 @@ def decode_upper_rows(data: bytes, header: JpegHeader, rows: int, channels: int,
     """Decode the upper rows of a JPEG to the same pixels as Pillow.
 
     Args:
-        data: contents of the file.
-        header: from `parse_jpeg_header`.
+        header: that of `data`.
         rows: minimum number of rows to decode, counted before shrinking.
         channels: 3, or 1 for a grayscale JPEG.
         shrink: divides both sides, rounded up: 1, 2, 4 or 8.
@@ -180,7 +179,6 @@ def resize(pixels: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
     results differ by 0.16 of 255 levels, and each differs by 0.30 levels from the exact result.
 
     Args:
-        pixels: the image.
         box: inside the image; the bicubic filter also reads pixels around it.
         size: height and width of the output.
     """

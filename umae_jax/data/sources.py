@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, Protocol
 
@@ -58,19 +59,14 @@ class ImageFiles:
         return Record(path, read_file(path), int(self.labels[index]) if self.classes else NO_LABEL)
 
 
+@dataclass
 class TfdsImages:
-    """The images of a prepared TFDS data set, not decoded.
+    """The images of a prepared TFDS data set, not decoded."""
 
-    Args:
-        data: from `as_data_source`, with decoding skipped.
-        image: name of the image feature.
-        label: name of the label feature, if any.
-        classes: names of the classes.
-    """
-
-    def __init__(self, data: Any, image: str, label: str | None, classes: Sequence[str]) -> None:  # noqa: ANN401
-        self.data, self.image, self.label = data, image, label
-        self.classes = tuple(classes)
+    data: Any  # from `as_data_source`, with decoding skipped
+    image: str  # name of the image feature
+    label: str | None  # name of the label feature, if any
+    classes: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.data)
@@ -189,4 +185,4 @@ def _open_tfds(name: str, split: str, data_dir: str | None, key: str) -> TfdsIma
             f"run tfds build {name} --file_format=array_record --overwrite"
         ) from None
     label = labels[0] if labels else None
-    return TfdsImages(data, images[0], label, features[label].names if label else ())
+    return TfdsImages(data, images[0], label, tuple(features[label].names) if label else ())

@@ -17,7 +17,7 @@ from umae_jax.errors import UserError, require
 CROP_TRIES = 10  # as in torchvision; then the crop is central
 READ_TRIES = 32  # unreadable records for one sample before the loader stops the run
 
-Labels = tuple[int, str]  # number of classes, and the configuration key of the source for error messages
+Labels = tuple[int, str]  # number of classes, and the source's configuration key for error messages
 
 
 def sample_rng(seed: int, sample_index: int) -> random.Random:
@@ -29,7 +29,6 @@ def random_crop(rng: random.Random, width: int, height: int, size: tuple[int, in
     """Draw the box of a random resized crop (SPEC 10), with 3/4 to 4/3 of the output's aspect ratio.
 
     Args:
-        rng: generator of the sample.
         width, height: size of the image in pixels.
         size: height and width of the output.
         min_area: minimum fraction of the image's area to keep; the maximum is 1.
@@ -79,22 +78,15 @@ class LoadCrop:
 
     If a record cannot be read, the sample draws another one from its own generator. Other samples do not change, so a
     run sees the same images on any number of processes. After READ_TRIES unreadable records the image is black.
-
-    Attributes:
-        size: height and width of the crops.
-        channels: 3 for RGB, 1 for grayscale.
-        min_area: minimum fraction of an image's area that a crop keeps.
-        augment: function of a crop, uint8 [*size, channels], and the sample's generator; returns the augmented crop.
-        labels: number of classes, and the source's configuration key for error messages; None for no label.
     """
 
     source: Source
     seed: int
-    size: tuple[int, int]
-    channels: int
-    min_area: float
-    augment: Callable[[np.ndarray, random.Random], np.ndarray] | None = None
-    labels: Labels | None = None
+    size: tuple[int, int]  # height and width of the crops
+    channels: int  # 3 for RGB, 1 for grayscale
+    min_area: float  # minimum fraction of an image's area that a crop keeps
+    augment: Callable[[np.ndarray, random.Random], np.ndarray] | None = None  # draws from the sample's generator
+    labels: Labels | None = None  # None for no label
 
     def __call__(self, sample_index: int, record_index: int) -> Sample:
         """Load a sample, given its index and the index of its record."""
@@ -121,15 +113,12 @@ class LoadCentralCrop:
     """Load the central crop of a record for evaluation; see `LoadCrop` for arrays and attributes.
 
     If the record cannot be read, or its index is -1, the image is black and the label is NO_LABEL.
-
-    Attributes:
-        share: fraction of the sides of the largest central crop to keep, `crop_pct` in timm.
     """
 
     source: Source
     size: tuple[int, int]
     channels: int
-    share: float = 1.0
+    share: float = 1.0  # fraction of the sides of the largest central crop to keep, `crop_pct` in timm
     labels: Labels | None = None
 
     def __call__(self, record_index: int) -> Sample:

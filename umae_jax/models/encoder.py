@@ -15,15 +15,10 @@ from umae_jax.patches import patchify
 
 
 class Features(NamedTuple):
-    """The output of an encoder.
+    """The output of an encoder."""
 
-    Attributes:
-        maps: one per stage, [B, rows / 2**i, columns / 2**i, widths[i]]; a final norm makes the last one float32.
-        class_token: [B, 1, C], normed like the last map; None if the encoder has none.
-    """
-
-    maps: tuple[jax.Array, ...]
-    class_token: jax.Array | None = None
+    maps: tuple[jax.Array, ...]  # of each stage i, [B, rows / 2**i, columns / 2**i, widths[i]]; float32 if normed
+    class_token: jax.Array | None = None  # [B, 1, C], normed like the last map; None if the encoder has none
 
 
 class Encoder(nnx.Module):

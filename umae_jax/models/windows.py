@@ -15,24 +15,16 @@ MASK_VALUE = -100.0
 
 @dataclass(frozen=True)
 class Windows:
-    """Window layout of one block. All attributes are static, except the traced array `offsets`.
+    """Window layout of one block. All attributes are static, except the traced array `offsets`."""
 
-    Attributes:
-        size: rows and columns of tokens in a window.
-        shift: rows and columns of the cyclic shift, by which the grid is rolled towards the origin before partitioning.
-        padding: rows and columns added at the bottom and right, so that windows tile the grid; masked in attention.
-        differences: float32 [9 or 1, 1 or windows, N keys, N queries, 2], see `positions.window_differences`.
-        regions: int [windows, N], the region of the map that each token comes from; tokens of different regions do not
-            attend to each other. None without shift and padding.
-        offsets: int8 [B, windows, 2, N], the offset (dy, dx) of each token's mask unit; None on a whole image.
-    """
-
-    size: tuple[int, int]
-    shift: tuple[int, int]
-    padding: tuple[int, int]
-    differences: np.ndarray
+    size: tuple[int, int]  # rows and columns of tokens in a window
+    shift: tuple[int, int]  # rows and columns by which the grid is rolled towards the origin before partitioning
+    padding: tuple[int, int]  # rows and columns added at the bottom and right for windows to tile the grid; masked
+    differences: np.ndarray  # float32 [9 or 1, 1 or windows, N keys, N queries, 2], see `positions.window_differences`
+    # The region of the map that each token comes from, int [windows, N]. Tokens of different regions do not attend to
+    # each other. None without shift and padding.
     regions: np.ndarray | None
-    offsets: jax.Array | None
+    offsets: jax.Array | None  # int8 [B, windows, 2, N], (dy, dx) of each token's mask unit; None on a whole image
 
     @property
     def mask(self) -> np.ndarray | None:

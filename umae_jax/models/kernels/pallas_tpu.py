@@ -36,18 +36,13 @@ Maps = tuple[Any, ...]  # arrays [B, H, W, C], or Refs to them inside the kernel
 
 
 class Terms(NamedTuple):
-    """The terms added to queries, keys and values, and to the logits, in the kernel's layout; all float32.
+    """The terms added to queries, keys and values, and to the logits, in the kernel's layout; all float32."""
 
-    Attributes:
-        biases: [3, C], of the linear layers of queries, keys and values.
-        tables: [products, 9 or 1, K, heads * Q], the position bias of each case, with the heads of a product together.
-        offsets: [B, windows, 2, heads * N], dy and dx of each token's unit; None with a single case.
-        regions: [windows, 1, heads * N]: tokens of different regions do not attend to each other; None: all do.
-    """
-
-    biases: jax.Array | Ref
+    biases: jax.Array | Ref  # [3, C], of the linear layers of queries, keys and values
+    # [products, 9 or 1, K, heads * Q], the position bias of each case, with the heads of a product together
     tables: jax.Array | Ref | None = None
-    offsets: jax.Array | Ref | None = None
+    offsets: jax.Array | Ref | None = None  # [B, windows, 2, heads * N], (dy, dx) of each token's unit
+    # [windows, 1, heads * N]; tokens of different regions do not attend to each other
     regions: jax.Array | Ref | None = None
 
 
