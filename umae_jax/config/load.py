@@ -77,7 +77,7 @@ def all_keys() -> set[str]:
 
 
 def explain_key(name: str) -> str:
-    """Explain in one sentence why a configuration lacks a key, given its dotted name or the last part of that."""
+    """Explain in one sentence why a configuration lacks a key, given its dotted name or the last part of it."""
     explanations = {
         **{old: f"{old} is now called {new}" for old, new in RENAMED.items()},
         **{old: f"{old} no longer exists: {reason}" for old, reason in REMOVED.items()},

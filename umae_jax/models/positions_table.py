@@ -30,7 +30,7 @@ def fixed_positions(width: int, grid: tuple[int, int], leading: int) -> np.ndarr
 
 
 class PositionTable(nnx.Module):
-    """The position embedding of a grid of patches: the fixed sin-cos table, or one learned from there.
+    """The position embedding of a grid of patches: the fixed sin-cos table, or a learned one that starts as it.
 
     Args:
         width: channels of a token.

@@ -342,7 +342,7 @@ def _on_each_device(settings: _Settings, maps: Maps, terms: Terms) -> jax.Array:
 def _supports(tokens: int, channels: int, heads: int) -> bool:
     """Return whether the kernel supports this number of tokens in a row of a window.
 
-    It needs a mesh, which a compiled training step has. Pictures and probes have none, and few images.
+    It needs a mesh, which a compiled training step has. Pictures and probes have none; their few images do not need it.
     """
     lane_aligned = LANES % (channels // heads) == 0 or channels <= LANES
     return not jax.sharding.get_abstract_mesh().empty and tokens % SUBLANES == 0 and lane_aligned
