@@ -80,7 +80,7 @@ def test_a_method_defined_elsewhere_brings_its_own_keys(monkeypatch):
     monkeypatch.setitem(
         METHODS,
         "color",
-        Method("mean color", "color", {"color": {"bins": Key(3, "bins", integer(1))}}, lambda *_: {"batch_size": 8}),
+        Method("mean color", "color", {"color.bins": Key(3, "bins", integer(1))}, lambda *_: {"batch_size": 8}),
     )
     config = default_config("vit_small", "color")
     assert (config.color.bins, config.batch_size) == (3, 8)

@@ -10,19 +10,18 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from umae_jax.config.base import ENCODERS, METHODS, Key, build, by_dotted_key, encoder_of, flat, methods_of
+from umae_jax.config.base import ENCODERS, METHODS, Key, build, encoder_of, flat, methods_of
 from umae_jax.config.common import COMMON, IMAGENET_MEAN, IMAGENET_STD, MAX_SEED, check_common
 from umae_jax.config.load import REMOVED, RENAMED, all_keys, bundled_configs, explain_failure, load_config
 from umae_jax.errors import UserError, listing, require
 from umae_jax.files import AnyPath
 
-# Import the modules that declare encoders and methods; lists of methods begin with those of pre-training.
+# Import the modules that declare encoders and methods. Pre-training comes first, so its methods lead every list.
 _modules = (module.name for module in pkgutil.iter_modules(__path__) if module.name != "__main__")
 for _module in sorted(_modules, key=lambda name: name != "pretraining"):
     importlib.import_module(f"{__name__}.{_module}")
 
 CONFIG_FILE = "config.json"  # in a run's directory
-_ABSENT = object()  # in `differences`, for a key that only one of the two has
 
 
 def default_config(size: str = "swin_tiny", method: str = "um_mae") -> ConfigDict:
@@ -38,62 +37,42 @@ def default_config(size: str = "swin_tiny", method: str = "um_mae") -> ConfigDic
     name, methods = encoder_of(size), methods_of(size)
     require(method in methods, f"there is no method {method!r} for {size}; choose {', '.join(methods)}")
     encoder = ENCODERS[name]
-    config = build(_sections(name, method))
+    config = build(_keys(name, method))
     config.image_size = (encoder.image_side, encoder.image_side)
     config.model.update(method=method, encoder=name, **encoder.sizes[size])
     config.update_from_flattened_dict(METHODS[method].recipe(size, name))
     return config.lock()
 
 
-def _sections(encoder: Any, method: Any) -> dict[str, dict[str, Key]]:  # noqa: ANN401
-    """Return the keys of a configuration, by section.
-
-    Raises:
-        UserError: if there is no such encoder or method.
-    """
+def _keys(encoder: Any, method: Any) -> dict[str, Key]:  # noqa: ANN401
+    """Return the keys of a configuration; raise a UserError if there is no such encoder or method."""
     for key, value, known in (("model.encoder", encoder, ENCODERS), ("model.method", method, METHODS)):
         require(value in known, f"{key} must be one of {', '.join(known)}, not {value!r}")
-    sections = {name: dict(keys) for name, keys in COMMON.items()}
-    for part in ({"model": ENCODERS[encoder].keys}, METHODS[method].keys):
-        for name, keys in part.items():
-            sections.setdefault(name, {}).update(keys)
-    return sections
+    return {**COMMON, **ENCODERS[encoder].keys, **METHODS[method].keys}
 
 
 def check(config: ConfigDict, devices: int | None = None) -> None:
-    """Check all values, and that the batch divides among the devices, by default those that JAX sees.
+    """Check all values, and that the batch divides among the devices, by default all that JAX sees.
 
-    Raises:
-        UserError: naming the key and a value to write.
+    A UserError names the key and a value to write.
     """
     check_values(config)
     if devices is None:
         import jax  # here, as reading a configuration needs no JAX
 
         devices = jax.device_count()
-    require(
-        devices % config.mesh.fsdp == 0,
-        f"mesh.fsdp: {config.mesh.fsdp} does not divide the {devices} devices; choose a divisor of {devices}",
-    )
-    parts = devices * config.grad_accum_steps
-    split = f"{devices} devices"
-    if config.grad_accum_steps > 1:
-        split += f" x {config.grad_accum_steps} parts (grad_accum_steps)"
-    require(
-        config.batch_size % parts == 0,
-        f"batch_size: {config.batch_size} does not divide among {split}; choose a multiple of {parts}, "
-        f"such as {max(1, round(config.batch_size / parts)) * parts}",
-    )
+    fsdp, parts = config.mesh.fsdp, devices * config.grad_accum_steps
+    message = f"mesh.fsdp: {fsdp} does not divide the {devices} devices; choose a divisor of {devices}"
+    require(devices % fsdp == 0, message)
+    accumulated = f" x {config.grad_accum_steps} micro-batches (grad_accum_steps)" if parts > devices else ""
+    message = f"batch_size: {config.batch_size} does not divide among {devices} devices{accumulated}"
+    nearest = max(1, round(config.batch_size / parts)) * parts
+    require(config.batch_size % parts == 0, f"{message}; choose a multiple of {parts}, such as {nearest}")
 
 
 def check_values(config: ConfigDict) -> None:
-    """Check every key and value, for any number of devices.
-
-    Raises:
-        UserError: naming the key and the accepted values.
-    """
-    values = flat(config)
-    keys = by_dotted_key(_sections(config.model.encoder, config.model.method))
+    """Check every key and value, for any number of devices; a UserError names the key and the accepted values."""
+    values, keys = flat(config), _keys(config.model.encoder, config.model.method)
     start = "start from umae_jax.default_config(size, method)"
     missing = [key for key in keys if key not in values]
     require(not missing, f"{listing(missing)}: missing; {start}")
@@ -107,11 +86,7 @@ def check_values(config: ConfigDict) -> None:
 
 
 def resolve_steps(config: ConfigDict, key: str, examples_per_epoch: int, batch_size: int) -> int:
-    """Return a duration in steps, given as KEY_steps, else KEY_examples, else KEY_epochs.
-
-    Raises:
-        UserError: if none of the three is given.
-    """
+    """Return a duration in steps from KEY_steps, else KEY_examples, else KEY_epochs; one of them must be set."""
     values = flat(config)
     steps, examples, epochs = (values[f"{key}_{unit}"] for unit in ("steps", "examples", "epochs"))
     if steps is not None:
@@ -123,14 +98,14 @@ def resolve_steps(config: ConfigDict, key: str, examples_per_epoch: int, batch_s
 
 
 def steps_of_epochs(epochs: float, images: int, batch_size: int) -> int:
-    """Return an interval in steps: at least 1, or 0 for never."""
+    """Return the steps in an interval of `epochs`: at least 1, but 0 for 0 epochs, which means never."""
     return max(1, round(epochs * images / batch_size)) if epochs else 0
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:
-    """Return the dotted keys in which two configurations differ, each with its old and its new value."""
+    """Return the old and the new value of every dotted key that differs; None if a configuration lacks the key."""
     before, after = flat(old), flat(new)
-    both = {key: (before.get(key, _ABSENT), after.get(key, _ABSENT)) for key in sorted({*before, *after})}
+    both = {key: (before.get(key), after.get(key)) for key in sorted({*before, *after})}
     return {key: values for key, values in both.items() if values[0] != values[1]}
 
 
@@ -140,11 +115,7 @@ def to_json(config: ConfigDict) -> str:
 
 
 def read_config(path: AnyPath) -> ConfigDict:
-    """Read the configuration that a run wrote into its directory.
-
-    Raises:
-        UserError: if the file is not one.
-    """
+    """Read the configuration that a run wrote into its directory; raise a UserError for any other file."""
     try:
         return from_json(path.read_bytes())
     except ValueError as error:
@@ -165,14 +136,13 @@ def from_json(text: bytes | str) -> ConfigDict:
     except (AttributeError, TypeError, RecursionError) as error:
         raise ValueError(str(error)) from None
     values = {RENAMED.get(key, key): tuple(value) if type(value) is list else value for key, value in values.items()}
-    sections = _sections(values.get("model.encoder"), values.get("model.method"))
-    keys = by_dotted_key(sections)
+    keys = _keys(values.get("model.encoder"), values.get("model.method"))
     needed = [key for key in keys if key.startswith("model.") or key in ("image_size", "dtype")]
     missing = [key for key in needed if key not in values]
     require(not missing, f"{listing(missing)} missing")
     unknown = [key for key in values if key not in all_keys() and key not in REMOVED]
     require(not unknown, f"{listing(unknown)} unknown")
-    config = build(sections).lock()
+    config = build(keys).lock()
     try:
         config.update_from_flattened_dict({key: value for key, value in values.items() if key in keys})
     except TypeError as error:

@@ -1,9 +1,7 @@
 """Print every configuration key as Markdown: `python -m umae_jax.config > docs/configuration.md`."""
 
-from collections.abc import Mapping
-
 from umae_jax.config import ENCODERS, METHODS, default_config, flat
-from umae_jax.config.base import Key, by_dotted_key
+from umae_jax.config.base import Keys
 from umae_jax.config.common import COMMON
 
 _INTRODUCTION = """# Configuration keys
@@ -26,7 +24,7 @@ _SECTIONS = {
 }
 
 
-def _table(keys: Mapping[str, Key]) -> str:
+def _table(keys: Keys) -> str:
     rows = (f"| `{name}` | `{key.default!r}` | {key.check.wording} | {key.meaning} |" for name, key in keys.items())
     return "\n".join(["| key | default | value | meaning |", "|---|---|---|---|", *rows])
 
@@ -34,26 +32,25 @@ def _table(keys: Mapping[str, Key]) -> str:
 def describe_keys() -> str:
     """Return all keys as Markdown, each with its default, accepted values and meaning."""
     parts = [_INTRODUCTION]
-    common = {  # whose values a method may change, but no size
-        key: value for key, value in by_dotted_key(COMMON).items() if not key.startswith(("model.", "image_size"))
-    }
+    sizeless = [key for key in COMMON if not key.startswith(("model.", "image_size"))]  # keys that no size sets
     for section, title in _SECTIONS.items():
-        parts += [f"## {title}", _table(by_dotted_key({section: COMMON[section]}))]
+        keys = {name: key for name, key in COMMON.items() if name.rpartition(".")[0] == section}
+        parts += [f"## {title}", _table(keys)]
     for encoder in ENCODERS.values():
         sizes = ", ".join(f"`{size}`" for size in encoder.sizes)
         parts += [
             f"## Encoder {encoder.name}",
             f"Sizes: {sizes}, for images of {encoder.image_side} x {encoder.image_side} pixels.",
         ]
-        parts += [_table(by_dotted_key({"model": encoder.keys}))] if encoder.keys else ["It has no further keys."]
+        parts += [_table(encoder.keys) if encoder.keys else "It has no further keys."]
     for name, method in METHODS.items():
         encoder = ENCODERS[method.encoders[0] if method.encoders else next(iter(ENCODERS))]
         size = next(iter(encoder.sizes))
         parts += [f"## Method `{name}`", f"{method.summary[0].upper()}{method.summary[1:]}."]
         values = flat(default_config(size, name))
-        changes = [f"`{key}` is `{values[key]!r}`" for key in common if values[key] != common[key].default]
+        changes = [f"`{key}` is `{values[key]!r}`" for key in sizeless if values[key] != COMMON[key].default]
         parts += [f"Its defaults differ: {', '.join(changes)}."] if changes else []
-        parts += [_table(by_dotted_key(method.keys))]
+        parts += [_table(method.keys)]
     return "\n\n".join(parts) + "\n"
 
 

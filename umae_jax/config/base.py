@@ -13,28 +13,21 @@ from umae_jax.errors import require
 
 
 class Check(NamedTuple):
-    """The values that a key accepts.
+    """The values that a key accepts."""
 
-    Attributes:
-        type: Python type of the value.
-        wording: the accepted values, after "must be".
-        accepts: whether a value that is not None is one of them.
-        optional: whether None is one of them too.
-    """
-
-    type: type
-    wording: str
-    accepts: Callable[[Any], bool]
-    optional: bool = False
+    type: type  # Python type of the value
+    wording: str  # describes the accepted values, after "must be"
+    accepts: Callable[[Any], bool]  # returns whether a value other than None is accepted
+    optional: bool = False  # whether None is accepted
 
 
 def optional(check: Check) -> Check:
-    """Accept None beside the values of another check."""
+    """Accept the values of another check, and None."""
     return check._replace(wording=f"{check.wording}, or None", optional=True)
 
 
 def integer(lower: int | None = None, upper: int | None = None) -> Check:
-    """Accept integers from `lower` to `upper`, both included; None: no bound."""
+    """Accept integers from `lower` to `upper`, both included; None is no bound."""
 
     def accepts(value: Any) -> bool:  # noqa: ANN401
         integral = isinstance(value, int) and not isinstance(value, bool)
@@ -84,46 +77,29 @@ class Key(NamedTuple):
     check: Check
 
 
-# The keys of each section; "" is the top level, "model" the section config.model.
-Sections: TypeAlias = Mapping[str, Mapping[str, Key]]
+Keys: TypeAlias = Mapping[str, Key]  # by dotted name, such as "optimizer.beta1"
 
 
 class Encoder(NamedTuple):
-    """An encoder's keys and preset sizes.
+    """An encoder's keys and preset sizes."""
 
-    Attributes:
-        name: in the documentation.
-        keys: keys of `config.model` that only this encoder has.
-        sizes: values of keys of `config.model`, by the name of the size.
-        image_side: height and width of the paper's images, in pixels.
-        eval_crop: fraction of the shorter side that a classifier's central crop keeps.
-        decoder_factor: mask units along the side of an encoder token.
-    """
-
-    name: str
-    keys: Mapping[str, Key]
-    sizes: Mapping[str, Mapping[str, Any]]
-    image_side: int
-    eval_crop: float = 1.0
-    decoder_factor: int = 2
+    name: str  # title in the documentation
+    keys: Keys  # keys that only configurations of this encoder have
+    sizes: Mapping[str, Mapping[str, Any]]  # the values of `config.model` for each preset size, by its name
+    image_side: int  # height and width of the paper's images, in pixels
+    eval_crop: float = 1.0  # fraction of the shorter side that a classifier's central crop keeps
+    decoder_factor: int = 2  # mask units along the side of an encoder token
 
 
 class Method(NamedTuple):
-    """A training method's keys and recipe.
+    """A training method's keys and recipe."""
 
-    Attributes:
-        summary: one phrase for lists of methods.
-        task: module whose class `Task` trains it.
-        keys: keys that only this method has, by section.
-        recipe: returns values by dotted key that replace defaults, given the size and the name of the encoder.
-        encoders: names of the encoders that it can train; None: all.
-    """
-
-    summary: str
-    task: str
-    keys: Sections
+    summary: str  # one phrase for lists of methods
+    task: str  # module whose class `Task` trains it
+    keys: Keys  # keys that only configurations of this method have
+    # Returns the values that replace defaults, by dotted key, given the names of the size and the encoder.
     recipe: Callable[[str, str], Mapping[str, Any]] = lambda size, encoder: {}
-    encoders: tuple[str, ...] | None = None
+    encoders: tuple[str, ...] | None = None  # names of the encoders that it can train; None: all
 
 
 ENCODERS: dict[str, Encoder] = {}
@@ -131,11 +107,7 @@ METHODS: dict[str, Method] = {}
 
 
 def encoder_of(size: str) -> str:
-    """Return the name of the encoder that has this preset size.
-
-    Raises:
-        UserError: if no encoder has it.
-    """
+    """Return the name of the encoder that has this preset size; raise a UserError if none has it."""
     sizes = {size: name for name, encoder in ENCODERS.items() for size in encoder.sizes}
     require(size in sizes, f"there is no model {size!r}; choose {', '.join(sizes)}")
     return sizes[size]
@@ -147,26 +119,16 @@ def methods_of(size: str) -> tuple[str, ...]:
     return tuple(name for name, method in METHODS.items() if method.encoders is None or encoder in method.encoders)
 
 
-def by_dotted_key(sections: Sections) -> dict[str, Key]:
-    """Return keys by dotted name, such as "optimizer.beta1"."""
-    return {
-        f"{section}.{name}" if section else name: key
-        for section, keys in sections.items()
-        for name, key in keys.items()
-    }
-
-
-def build(sections: Sections) -> ConfigDict:
+def build(keys: Keys) -> ConfigDict:
     """Build a configuration of default values."""
     config = ConfigDict()
-    for section, keys in sections.items():
-        part = config
-        if section:
-            part = config[section] = ConfigDict()
-        for name, key in keys.items():
-            value = key.default
-            # A placeholder keeps its type where the value is None.
-            part[name] = config_dict.FieldReference(value, field_type=key.check.type) if key.check.optional else value
+    for dotted_name, key in keys.items():
+        section, _, name = dotted_name.rpartition(".")
+        if section and section not in config:
+            config[section] = ConfigDict()
+        # A reference knows its type even where its value is None.
+        reference = config_dict.FieldReference(key.default, field_type=key.check.type)
+        (config[section] if section else config)[name] = reference
     return config
 
 

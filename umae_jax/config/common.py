@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from umae_jax.config.base import BOOLEAN, TEXT, Key, Sections, choice, integer, number, optional, sequence
+from umae_jax.config.base import BOOLEAN, TEXT, Key, Keys, choice, integer, number, optional, sequence
 from umae_jax.errors import require
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in [0, 1], per channel
@@ -12,13 +12,16 @@ REMATERIALIZE = ("none", "pairs", "blocks")
 
 _MAYBE_COUNT = optional(integer(0))
 _MAYBE_NUMBER = optional(number("[0, inf)"))
+_POSITIVE = number("(0, inf)")
+_DECAY = number("[0, 1)")
+_PER_STAGE = sequence(integer(1), (2, 2))
 
-RUN = {
+COMMON: Keys = {
     "seed": Key(0, "seed of every random draw", integer(0, MAX_SEED)),
     "init": Key(None, "fine-tuning: run directory or weights file to start from; None: random", optional(TEXT)),
     "image_size": Key((256, 256), "height and width in pixels", sequence(integer(1), (256, 256))),
     "batch_size": Key(4096, "images per step, over all devices", integer(1)),
-    "grad_accum_steps": Key(1, "parts that a batch is computed in, to save memory", integer(1)),
+    "grad_accum_steps": Key(1, "micro-batches per batch, computed one after another to save memory", integer(1)),
     "rematerialize": Key(
         "none",
         "activations recomputed in the backward pass, to save memory: `pairs` for attention and GELU, `blocks` for "
@@ -29,7 +32,7 @@ RUN = {
     "fused_attention": Key(False, "TPU: compute attention in one Pallas kernel (not PVT's)", BOOLEAN),
     "dtype": Key(
         "bfloat16",
-        "of the linear layers' arithmetic; parameters, norms, softmax and loss are float32",
+        "dtype that linear layers compute in; parameters, norms, softmax and loss are float32",
         choice("float32", "bfloat16"),
     ),
     "total_steps": Key(None, "length of the training in steps", _MAYBE_COUNT),
@@ -41,87 +44,61 @@ RUN = {
     "checkpoint_every": Key(1000, "steps between checkpoints", integer(1)),
     "checkpoint_keep": Key(3, "number of newest checkpoints to keep", integer(1)),
     "checkpoint_keep_every": Key(50_000, "steps between checkpoints that are kept for good; 0: none", integer(0)),
-    "stop_after_bad_steps": Key(10, "steps in a row with a loss or gradient that is not finite", integer(1)),
-}
-
-MODEL = {
-    "method": Key("um_mae", "training method", TEXT),
-    "encoder": Key("swin", "encoder", TEXT),
-    "channels": Key(3, "image channels; 1 for grayscale", integer(1)),
-    "patch": Key(4, "side of a patch in pixels", integer(1)),
-    "widths": Key((96, 192, 384, 768), "channels of each stage; a ViT has one stage", sequence(integer(1), (96, 192))),
-    "depths": Key((2, 2, 6, 2), "blocks of each stage", sequence(integer(1), (2, 2))),
-    "heads": Key((3, 6, 12, 24), "attention heads of each stage", sequence(integer(1), (3, 6))),
-    "mlp_ratios": Key((4, 4, 4, 4), "hidden width of the MLPs of each stage / its width", sequence(integer(1), (4, 4))),
-}
-
-DATA = {
-    "source": Key("photos", "`photos`, `folder:PATH` or `tfds:NAME`", TEXT),
-    "split": Key("train", "split of a TFDS data set", TEXT),
-    "data_dir": Key(None, "directory of the TFDS data sets; None: TFDS's default", optional(TEXT)),
-    "area": Key(0.2, "minimum fraction of an image's area that a random crop keeps", number("(0, 1]")),
-    "mean": Key(IMAGENET_MEAN, "mean per channel, of pixels in [0, 1]", sequence(number(), IMAGENET_MEAN)),
-    "std": Key(IMAGENET_STD, "standard deviation per channel", sequence(number("(0, inf)"), IMAGENET_STD)),
-    "threads": Key(None, "reading threads per process or worker; None: by the number of cores", optional(integer(1))),
-    "workers": Key(None, "reading processes per host; 0: none; None: by the number of cores", optional(integer(0))),
-}
-
-VALIDATION = {
-    "source": Key(None, "like `data.source`, for accuracy or a kNN probe; None: no validation", optional(TEXT)),
-    "split": Key("validation", "split of a TFDS data set", TEXT),
-    "every_epochs": Key(1.0, "epochs between validations; 0: never", number("[0, inf)")),
-    "crop": Key(1.0, "fraction of the shorter side that the central crop keeps", number("(0, 1]")),
-}
-
-PROBE = {
-    "stage": Key(-1, "stage whose averaged feature map is probed: 0 is the first, -1 the last", integer()),
-    "images": Key(50_000, "maximum number of training images", integer(1)),
-    "neighbors": Key(20, "neighbours of the kNN probe", integer(1)),
-    "temperature": Key(0.07, "temperature of the neighbours' weights", number("(0, inf)")),
-}
-
-OPTIMIZER = {
-    "base_learning_rate": Key(1.5e-4, "peak rate for 256 images; scaled by batch_size / 256", number("(0, inf)")),
-    "beta1": Key(0.9, "AdamW's decay of the first moment", number("[0, 1)")),
-    "beta2": Key(0.95, "AdamW's decay of the second moment", number("[0, 1)")),
-    "weight_decay": Key(0.05, "not applied to 1-D parameters and position embeddings", number("[0, inf)")),
-    "final_learning_rate": Key(0.0, "rate at the end of the cosine schedule, not scaled", number("[0, inf)")),
-    "ema_decay": Key(None, "decay of the parameters' moving average; None: no average", optional(number("[0, 1)"))),
-    "clip_norm": Key(None, "maximum norm of the global gradient; None: no clipping", optional(number("(0, inf)"))),
-    "warmup_steps": Key(None, "length of the linear warm-up in steps", _MAYBE_COUNT),
-    "warmup_examples": Key(None, "length of the linear warm-up in images", _MAYBE_COUNT),
-    "warmup_epochs": Key(10.0, "length of the linear warm-up in epochs", _MAYBE_NUMBER),
-}
-
-MESH = {"fsdp": Key(1, "devices that share one copy of the parameters and the optimiser state", integer(1))}
-
-COMMON: Sections = {
-    "": RUN,
-    "model": MODEL,
-    "data": DATA,
-    "validation": VALIDATION,
-    "probe": PROBE,
-    "optimizer": OPTIMIZER,
-    "mesh": MESH,
+    "stop_after_bad_steps": Key(
+        10, "stop after this many steps in a row with a non-finite loss or gradient", integer(1)
+    ),
+    "model.method": Key("um_mae", "training method", TEXT),
+    "model.encoder": Key("swin", "encoder", TEXT),
+    "model.channels": Key(3, "image channels; 1 for grayscale", integer(1)),
+    "model.patch": Key(4, "side of a patch in pixels", integer(1)),
+    "model.widths": Key((96, 192, 384, 768), "channels of each stage; a ViT has one stage", _PER_STAGE),
+    "model.depths": Key((2, 2, 6, 2), "blocks of each stage", _PER_STAGE),
+    "model.heads": Key((3, 6, 12, 24), "attention heads of each stage", _PER_STAGE),
+    "model.mlp_ratios": Key((4, 4, 4, 4), "hidden width of the MLPs of each stage / its width", _PER_STAGE),
+    "data.source": Key("photos", "`photos`, `folder:PATH` or `tfds:NAME`", TEXT),
+    "data.split": Key("train", "split of a TFDS data set", TEXT),
+    "data.data_dir": Key(None, "directory of the TFDS data sets; None: TFDS's default", optional(TEXT)),
+    "data.area": Key(0.2, "minimum fraction of an image's area that a random crop keeps", number("(0, 1]")),
+    "data.mean": Key(IMAGENET_MEAN, "mean per channel, of pixels in [0, 1]", sequence(number(), IMAGENET_MEAN)),
+    "data.std": Key(IMAGENET_STD, "standard deviation per channel", sequence(_POSITIVE, IMAGENET_STD)),
+    "data.threads": Key(
+        None, "reading threads per process or worker; None: by the number of cores", optional(integer(1))
+    ),
+    "data.workers": Key(None, "reading processes per host; 0: none; None: by the number of cores", _MAYBE_COUNT),
+    "validation.source": Key(
+        None, "like `data.source`, for accuracy or a kNN probe; None: no validation", optional(TEXT)
+    ),
+    "validation.split": Key("validation", "split of a TFDS data set", TEXT),
+    "validation.every_epochs": Key(1.0, "epochs between validations; 0: never", number("[0, inf)")),
+    "validation.crop": Key(1.0, "fraction of the shorter side that the central crop keeps", number("(0, 1]")),
+    "probe.stage": Key(-1, "stage whose averaged feature map is probed: 0 is the first, -1 the last", integer()),
+    "probe.images": Key(50_000, "maximum number of training images", integer(1)),
+    "probe.neighbors": Key(20, "neighbours of the kNN probe", integer(1)),
+    "probe.temperature": Key(0.07, "temperature of the softmax that weights the neighbours", _POSITIVE),
+    "optimizer.base_learning_rate": Key(1.5e-4, "peak rate for 256 images; scaled by batch_size / 256", _POSITIVE),
+    "optimizer.beta1": Key(0.9, "AdamW's decay of the first moment", _DECAY),
+    "optimizer.beta2": Key(0.95, "AdamW's decay of the second moment", _DECAY),
+    "optimizer.weight_decay": Key(0.05, "not applied to 1-D parameters and position embeddings", number("[0, inf)")),
+    "optimizer.final_learning_rate": Key(0.0, "rate at the end of the cosine schedule, not scaled", number("[0, inf)")),
+    "optimizer.ema_decay": Key(None, "decay of the parameters' moving average; None: no average", optional(_DECAY)),
+    "optimizer.clip_norm": Key(None, "maximum norm of the global gradient; None: no clipping", optional(_POSITIVE)),
+    "optimizer.warmup_steps": Key(None, "length of the linear warm-up in steps", _MAYBE_COUNT),
+    "optimizer.warmup_examples": Key(None, "length of the linear warm-up in images", _MAYBE_COUNT),
+    "optimizer.warmup_epochs": Key(10.0, "length of the linear warm-up in epochs", _MAYBE_NUMBER),
+    "mesh.fsdp": Key(1, "devices that share one copy of the parameters and the optimiser state", integer(1)),
 }
 
 
 def check_common(config: ConfigDict) -> None:
-    """Check that common values fit together.
-
-    Raises:
-        UserError: naming the key.
-    """
+    """Check that common values fit together; raise a UserError that names the key."""
     size = config.image_size
     require(len(size) == 2, f"image_size must be height and width, such as (256, 256), not {size}")
     channels, stages = config.model.channels, len(config.model.depths)
     require(channels in (1, 3), f"model.channels must be 3, or 1 for grayscale, not {channels}")
     for key in ("mean", "std"):
         count = len(config.data[key])
-        require(
-            count == channels,
-            f"data.{key} has {count} channels, model.channels is {channels}; write one number per channel",
-        )
+        message = f"data.{key} has {count} channels, model.channels is {channels}; write one number per channel"
+        require(count == channels, message)
     require(
         -stages <= config.probe.stage < stages,
         f"probe.stage must be 0 to {stages - 1}, or -1 for the last of the {stages} stages, not {config.probe.stage}",

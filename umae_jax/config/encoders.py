@@ -29,8 +29,10 @@ def _vit(width: int, depth: int, heads: int, *, patch: int = 16) -> dict[str, An
 ENCODERS["swin"] = Encoder(
     name="Swin",
     keys={
-        "window": Key(16, "side of a window in tokens on a whole image; half of it on the compact grid", integer(1)),
-        "position_width": Key(32, "hidden width of the position MLP; 64 in `swin_large`", integer(1)),
+        "model.window": Key(
+            16, "side of a window in tokens on a whole image; half of it on the compact grid", integer(1)
+        ),
+        "model.position_width": Key(32, "hidden width of the position MLP; 64 in `swin_large`", integer(1)),
     },
     sizes={
         "swin_tiny": _swin(96, 6, 3),
@@ -43,9 +45,9 @@ ENCODERS["swin"] = Encoder(
 ENCODERS["pvt"] = Encoder(
     name="PVT",
     keys={
-        "sr_ratios": Key(
+        "model.sr_ratios": Key(
             (8, 4, 2, 1),
-            "side in tokens of the pooling of keys and values, per stage; half of it on the compact grid",
+            "side in tokens of the squares that keys and values are pooled over, per stage; half on the compact grid",
             sequence(integer(1), (8, 4)),
         ),
     },

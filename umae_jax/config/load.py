@@ -1,4 +1,4 @@
-"""Load configurations from Python files, and explain the keys that those get wrong."""
+"""Load configurations from Python files, and explain wrong keys in them."""
 
 import difflib
 import importlib.util
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from umae_jax.config.base import ENCODERS, METHODS, Sections, by_dotted_key
+from umae_jax.config.base import ENCODERS, METHODS, Encoder, Method
 from umae_jax.config.common import COMMON
 from umae_jax.errors import UserError, require
 
@@ -62,35 +62,30 @@ def load_config(source: ConfigDict | str | os.PathLike[str]) -> ConfigDict:
 
 
 def _owners() -> dict[str, list[str]]:
-    """Return the encoders or methods of every dotted key that only some configurations have."""
-    parts: list[tuple[str, Sections]] = [(name, {"model": encoder.keys}) for name, encoder in ENCODERS.items()]
+    """Return the names of the encoders or methods that have a key, for every key that not all configurations have."""
+    parts: dict[str, Encoder | Method] = {**ENCODERS, **METHODS}
     owners: dict[str, list[str]] = {}
-    for name, sections in parts + [(name, method.keys) for name, method in METHODS.items()]:
-        for key in by_dotted_key(sections):
+    for name, part in parts.items():
+        for key in part.keys:
             owners.setdefault(key, []).append(name)
     return owners
 
 
 def all_keys() -> set[str]:
     """Return the dotted keys of all encoders and methods."""
-    return {*by_dotted_key(COMMON), *_owners()}
+    return {*COMMON, *_owners()}
 
 
 def explain_key(name: str) -> str:
-    """Return a sentence about a key, dotted or its last part, that a configuration does not have."""
-
-    def matches(key: str) -> bool:
-        return key == name or key.rpartition(".")[2] == name
-
-    for old, new in RENAMED.items():
-        if matches(old):
-            return f"{old} is now called {new}"
-    for old, reason in REMOVED.items():
-        if matches(old):
-            return f"{old} no longer exists: {reason}"
-    for key, names in _owners().items():
-        if matches(key):
-            return f"{key} is a key of {', '.join(names)} only"
+    """Explain in one sentence why a configuration lacks a key, given its dotted name or the last part of it."""
+    explanations = {
+        **{old: f"{old} is now called {new}" for old, new in RENAMED.items()},
+        **{old: f"{old} no longer exists: {reason}" for old, reason in REMOVED.items()},
+        **{key: f"{key} is a key of {', '.join(names)} only" for key, names in _owners().items()},
+    }
+    for key, explanation in explanations.items():
+        if name in (key, key.rpartition(".")[2]):
+            return explanation
     known = all_keys()
     near = difflib.get_close_matches(name, known | {key.rpartition(".")[2] for key in known}, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
@@ -98,11 +93,11 @@ def explain_key(name: str) -> str:
 
 
 def explain_failure(error: Exception) -> str:
-    """Return one sentence about an error raised while the values of a configuration were set."""
+    """Explain in one sentence an error that was raised while a configuration was built or changed."""
     text = str(error)
     if isinstance(error, UserError):
         return text
-    # A ConfigDict raises 'Key "x" does not exist ...' where a key is set, and 'x' where it is read; a guess may follow.
+    # Setting an unknown key of a ConfigDict raises 'Key "x" does not exist ...', reading it 'x', perhaps with a guess.
     pattern = r"""\W*Key "(\w+)"|\W*(\w+)\W*(?:n?Did you mean .*)?$"""
     if isinstance(error, AttributeError | KeyError) and (key := re.match(pattern, text)):
         return explain_key(key[1] or key[2])

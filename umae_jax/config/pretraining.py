@@ -12,15 +12,15 @@ _NORM_PIX = "predict pixels normalised by the mean and variance of their unit"
 
 def _autoencoder_keys(secondary_ratio: float) -> dict[str, Key]:
     return {
-        "secondary_ratio": Key(
+        "model.secondary_ratio": Key(
             secondary_ratio, "fraction of sampled units that secondary masking hides", number("[0, 1)")
         ),
-        "decoder_factor": _FACTOR,
-        "decoder_width": Key(512, "channels of the decoder", integer(1)),
-        "decoder_depth": Key(2, "decoder blocks; 8 in `swin_large`, `vit_large` and `vit_huge`", integer(1)),
-        "decoder_heads": Key(16, "attention heads of the decoder", integer(1)),
-        "norm_pix_loss": Key(True, _NORM_PIX, BOOLEAN),
-        "reference_order": Key(False, "um_mae of pyramids: use the reference's decoder positions (SPEC 6)", BOOLEAN),
+        "model.decoder_factor": _FACTOR,
+        "model.decoder_width": Key(512, "channels of the decoder", integer(1)),
+        "model.decoder_depth": Key(2, "decoder blocks; 8 in `swin_large`, `vit_large` and `vit_huge`", integer(1)),
+        "model.decoder_heads": Key(16, "attention heads of the decoder", integer(1)),
+        "model.norm_pix_loss": Key(True, _NORM_PIX, BOOLEAN),
+        "model.reference_order": Key(False, "pyramids: use the reference's decoder positions (SPEC 6)", BOOLEAN),
     }
 
 
@@ -35,19 +35,19 @@ def _autoencoder_recipe(size: str, encoder: str) -> dict[str, Any]:
 METHODS["um_mae"] = Method(
     summary="uniform sampling, secondary masking, light decoder",
     task="umae_jax.tasks.pretraining",
-    keys={"model": _autoencoder_keys(secondary_ratio=0.25)},
+    keys=_autoencoder_keys(secondary_ratio=0.25),
     recipe=_autoencoder_recipe,
 )
 METHODS["mae"] = Method(
     summary="random sampling, light decoder (ViT)",
     task="umae_jax.tasks.pretraining",
-    keys={"model": _autoencoder_keys(secondary_ratio=0.0)},
+    keys=_autoencoder_keys(secondary_ratio=0.0),
     recipe=_autoencoder_recipe,
     encoders=("vit",),  # random sampling leaves no grid for a pyramid
 )
 METHODS["simmim"] = Method(
     summary="random masking of the whole image, one linear layer",
     task="umae_jax.tasks.pretraining",
-    keys={"model": {"decoder_factor": _FACTOR, "norm_pix_loss": Key(False, _NORM_PIX, BOOLEAN)}},
+    keys={"model.decoder_factor": _FACTOR, "model.norm_pix_loss": Key(False, _NORM_PIX, BOOLEAN)},
     recipe=_simmim_recipe,
 )

@@ -16,15 +16,10 @@ Apply = Callable[[Image.Image, float, Fill], Image.Image]
 
 
 class Operation(NamedTuple):
-    """One operation of RandAugment.
+    """One operation of RandAugment: how it changes an image, and how its argument depends on the magnitude."""
 
-    Attributes:
-        apply: changes an image, given an argument and the fill colour.
-        argument: maps a strength in [0, 1] and a sign, -1 or 1, to the argument.
-    """
-
-    apply: Apply
-    argument: Callable[[float, float], float] = lambda _strength, _sign: 0.0
+    apply: Apply  # (image, argument, fill colour) -> image
+    argument: Callable[[float, float], float] = lambda _strength, _sign: 0.0  # strength in [0, 1], sign -1 or 1
 
 
 def _affine(matrix: Callable[[Image.Image, float], tuple[float, ...]]) -> Apply:
@@ -34,7 +29,7 @@ def _affine(matrix: Callable[[Image.Image, float], tuple[float, ...]]) -> Apply:
 
 
 def _per_value(change: Callable[[int, int], int]) -> Apply:
-    """Change each pixel value, 0..255, given the argument truncated to an integer."""
+    """Build an operation from a function of each pixel value, 0..255, and the argument truncated to an integer."""
     return lambda image, argument, _fill: image.point(
         [change(value, int(argument)) for value in range(256)] * len(image.getbands())
     )
@@ -51,7 +46,7 @@ def _signed(maximum: float) -> Callable[[float, float], float]:
     return lambda strength, sign: sign * maximum * strength
 
 
-# Every operation becomes stronger with the magnitude ("inc1").
+# All operations grow stronger with the magnitude ("inc1").
 OPERATIONS: Mapping[str, Operation] = {
     "AutoContrast": Operation(lambda image, _, _fill: ImageOps.autocontrast(image)),
     "Equalize": Operation(lambda image, _, _fill: ImageOps.equalize(image)),
@@ -83,19 +78,12 @@ OPERATIONS: Mapping[str, Operation] = {
 
 @dataclass(frozen=True)
 class RandAugment:
-    """Draw operations for an image and apply each with probability 0.5, at a normally distributed magnitude.
+    """Draw operations for an image, and apply each with probability 0.5 at a normally distributed magnitude."""
 
-    Attributes:
-        operations: number drawn per image, with replacement.
-        magnitude: mean magnitude, 0 to 10.
-        magnitude_std: standard deviation of the magnitude.
-        fill: colour of pixels that a geometric operation uncovers, 0..255 per channel.
-    """
-
-    operations: int
-    magnitude: float
+    operations: int  # number drawn per image, with replacement
+    magnitude: float  # mean magnitude, 0 to 10
     magnitude_std: float
-    fill: tuple[int, ...]
+    fill: tuple[int, ...]  # see `Fill`
 
     def __call__(self, pixels: np.ndarray, rng: random.Random) -> np.ndarray:
         """Augment an image, uint8 [H, W, 3 or 1], with draws from `rng`."""

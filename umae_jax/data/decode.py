@@ -35,22 +35,16 @@ _BICUBIC_SUPPORT = 2  # pixels of the coarser image, on each side
 
 
 class EncodedImage:
-    """An image file whose size is known and whose pixels are not decoded yet.
-
-    Args:
-        data: contents of the file.
+    """An image file, given its contents; `crop` decodes the pixels. Pillow raises an exception if it is not an image.
 
     Attributes:
         size: width and height in pixels, after the Exif orientation is applied.
-
-    Raises:
-        Exception: from Pillow, mostly OSError, if the file is not an image.
     """
 
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._jpeg = parse_jpeg_header(data)
-        if self._jpeg is not None and not self._jpeg.has_metadata:  # most files; Pillow need not open them
+        if self._jpeg is not None and not self._jpeg.has_metadata:  # most files, without opening them with Pillow
             self._orientation, self.size = 1, (self._jpeg.width, self._jpeg.height)
             return
         self._orientation = self._image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -68,9 +62,6 @@ class EncodedImage:
             box: in pixels, after the Exif orientation is applied.
             size: height and width of the output.
             channels: 3 for RGB, 1 for grayscale.
-
-        Raises:
-            Exception: from Pillow, mostly OSError, if the pixels cannot be decoded.
         """
         width, height = box[2] - box[0], box[3] - box[1]
         max_shrink = min(width / size[1], height / size[0]) / SHRINK_MARGIN
@@ -98,7 +89,7 @@ class EncodedImage:
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
-    """Convert any image to 8-bit "RGB" or "L": scale 16 bits to 8, put transparent pixels on white."""
+    """Convert any image to 8-bit "RGB" or "L"; scale 16 bits to 8, and blend transparent pixels with white."""
     if image.mode.startswith("I"):  # 16-bit grayscale; Pillow's own conversion would clip it
         values = np.asarray(image).astype(np.int64)
         image = Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8))
@@ -123,8 +114,7 @@ class JpegHeader(NamedTuple):
 def parse_jpeg_header(data: bytes) -> JpegHeader | None:
     """Parse the header of a sequential 8-bit JPEG with 1 or 3 components in one scan.
 
-    Returns:
-        None for every other file, and for more pixels than Pillow opens without a warning.
+    Return None for every other file, and if there are more pixels than Pillow opens without a warning.
     """
     if data[:2] != _START_OF_IMAGE:
         return None
@@ -156,9 +146,8 @@ def decode_upper_rows(data: bytes, header: JpegHeader, rows: int, channels: int,
     """Decode the upper rows of a JPEG to the same pixels as Pillow.
 
     Args:
-        data: contents of the file.
-        header: from `parse_jpeg_header`.
-        rows: min rows to decode, counted before shrinking.
+        header: that of `data`.
+        rows: minimum number of rows to decode, counted before shrinking.
         channels: 3, or 1 for a grayscale JPEG.
         shrink: divides both sides, rounded up: 1, 2, 4 or 8.
 
@@ -172,30 +161,26 @@ def decode_upper_rows(data: bytes, header: JpegHeader, rows: int, channels: int,
         data = b"".join((data[: header.height_offset], kept.to_bytes(2), data[header.height_offset + 2 :]))
     min_height, min_width = -(-min(kept, header.height) // shrink), -(-header.width // shrink)
     mode = "RGB" if channels == 3 else "GRAY"
-    try:  # not strict, as Pillow: errors in the entropy-coded data show in the pixels
+    try:  # not strict, like Pillow: errors in the entropy-coded data show in the pixels
         return simplejpeg.decode_jpeg(data, mode, min_height=min_height, min_width=min_width, strict=False)
     except ValueError:
         return None
 
 
 def _support(box_side: float, output_side: int) -> int:
-    """Return the max number of pixels beyond its box that a resized side depends on."""
+    """Return the maximum number of pixels that the bicubic filter reads beyond each end of a box's side."""
     return math.ceil(_BICUBIC_SUPPORT * max(1.0, box_side / output_side)) + 1
 
 
 def resize(pixels: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
-    """Resize a box of an image as Pillow's `resize` with BICUBIC and a box does, except for rounding.
+    """Resize a box of an image, uint8 [height, width, 3 or 1] -> [*size, 3 or 1], like Pillow's bicubic `resize`.
 
-    Both round to 8 bits between the two directions, which they take in opposite order. The results differ by 0.16 of
-    255 levels on average; each is 0.30 levels from the exact sums.
+    Both libraries resize one axis after the other, in opposite order, and round to 8 bits in between. On average their
+    results differ by 0.16 of 255 levels, and each differs by 0.30 levels from the exact result.
 
     Args:
-        pixels: uint8 [height, width, 3 or 1].
-        box: inside the image; pixels around it count as far as the bicubic filter extends.
+        box: inside the image; the bicubic filter also reads pixels around it.
         size: height and width of the output.
-
-    Returns:
-        uint8 [*size, 3 or 1].
     """
     (left, upper, right, lower), channels = box, pixels.shape[-1]
     # Copy only the pixels that the output depends on.

@@ -55,7 +55,7 @@ def _inside(corner: Sequence[jax.Array], box: Sequence[jax.Array], size: tuple[i
 
 
 def smooth_targets(labels: jax.Array, classes: int, smoothing: float) -> jax.Array:
-    """Return one-hot labels with a share `smoothing` spread over all classes: int32 [B] -> float32 [B, classes]."""
+    """Return one-hot labels, `smoothing` spread evenly over all classes: int32 [B] -> float32 [B, classes]."""
     return jax.nn.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
 
 
@@ -64,10 +64,10 @@ def mix(
 ) -> tuple[jax.Array, jax.Array]:
     """Mix images [B, H, W, C] with their neighbours in the batch, and targets [B, classes] with the same weights.
 
-    Images 2i and 2i + 1 are neighbours; B must be even. The shuffle makes them independent, and they lie on one device
-    if it holds an even number of images. Each image draws its own weight from a beta distribution with the parameter
-    `mixup` or `cutmix`. If neither is 0, it also draws one of the two methods: mixup averages both images, cutmix
-    pastes a rectangle of the other.
+    Images 2i and 2i + 1 are neighbours; B must be even. They are independent, because the data are shuffled, and they
+    lie on one device if it holds an even number of images. Each image draws its own weight from a beta distribution
+    with alpha `mixup` or `cutmix`. If both are positive, it also draws the method: mixup averages the two images,
+    CutMix pastes a rectangle of the other one.
     """
     if not mixup and not cutmix:
         return images, targets

@@ -1,7 +1,7 @@
-"""Read samples ahead with Grain, each process its own rows of every batch, as global sharded arrays.
+"""Read batches ahead with Grain, as global sharded arrays; each process reads its own rows of every batch.
 
-`TrainLoader` is the endless, shuffled stream of training, `EvalLoader` a pass over every record. A batch is a
-dictionary of the arrays that `load` returns, [B, ...]. Its transfer continues in the background after it is returned.
+`TrainLoader` is an endless, shuffled stream for training, `EvalLoader` a pass over all records. A batch is a
+dictionary of the arrays that `load` returns, [B, ...]. Loaders return it while its transfer to the devices continues.
 """
 
 import functools
@@ -24,20 +24,20 @@ from ml_collections import ConfigDict
 from umae_jax.data.transforms import READ_TRIES, Sample, Unreadable
 from umae_jax.errors import UserError, listing, require
 
-MAX_UNREADABLE = 0.5  # a run stops if a larger fraction of its reads fails
-MIN_SAMPLES = 16  # that this process reads before it checks that fraction
+MAX_UNREADABLE = 0.5  # maximum fraction of failed reads; a run with more stops
+MIN_SAMPLES = 16  # samples that this process reads before it checks that fraction
 CHUNK = 16  # max samples per work item of a thread or worker
-# A process keeps about eight cores busy: 13% of reading a 500 x 375 photograph at 256 x 256 (0.2 of 1.5 ms) holds the
-# interpreter's lock. Workers leave 0.16 ms per image to this process, so about 6,000 images/s per host. Extrapolated
+# A process can use about eight cores: 13% of reading a 500 x 375 photograph at 256 x 256 (0.2 of 1.5 ms) holds the GIL.
+# With workers, an image still costs this process 0.16 ms, which limits a host to about 6,000 images/s. Extrapolated
 # from two cores.
 CORES_PER_PROCESS = 8
-THREADS_PER_CORE = 2  # one decodes while the other waits for a file or the lock
+THREADS_PER_CORE = 2  # one decodes while the other waits for a file or the GIL
 CHUNKS_PER_WORKER = 4  # in shared memory: being written, queued, being read, and one to spare
 SHARED_MEMORY = "/dev/shm"
 WORKER_GRACE = 60  # seconds that a worker outlives SIGTERM
 
 LoadTrain = Callable[[int, int], Sample]  # from sample index and record index
-LoadEval = Callable[[int], Sample]  # from record index; -1 asks for a blank
+LoadEval = Callable[[int], Sample]  # from record index; -1 returns a blank
 
 
 def abstract_batch(
@@ -51,7 +51,7 @@ def abstract_batch(
 
 
 class Readers(NamedTuple):
-    """The number of threads per process that read and decode, and of worker processes; 0: this process reads."""
+    """The numbers of reading threads per process, and of worker processes; with 0 workers this process reads."""
 
     threads: int
     workers: int = 0
@@ -63,10 +63,10 @@ def host_cores() -> int:
 
 
 def readers(config: ConfigDict) -> Readers:
-    """Return `data.threads` and `data.workers`, chosen by this host's cores where they are None.
+    """Return `data.threads` and `data.workers`; choose those that are None by the number of this host's cores.
 
-    If only the threads are given, there are no workers. Workers never need more shared memory than is free, which is
-    little in some containers.
+    If only `data.threads` is set, there are no workers. The number of workers is limited by free shared memory, which
+    is small in some containers.
     """
     threads, workers = config.data.threads, config.data.workers
     cores = host_cores()
@@ -103,7 +103,7 @@ def _read_chunk(
 
 
 def _init_worker(_index: int, _count: int) -> None:
-    """Let a worker outlive a signal to all processes of a terminal or job: the main process saves first."""
+    """Keep a worker alive when a terminal or job signals all its processes: the main process must save first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
 
@@ -112,12 +112,12 @@ def _read_ahead(
     read: Callable[[int], Sample], indices: Sequence[int] | np.ndarray, rows: int, readers: Readers
 ) -> grain.DatasetIterator[_Rows]:
     """Read this process's samples in the order of `indices`, `rows` per batch, by threads or by workers."""
-    # Chunks are large enough to be worth handing over, and small enough to read little more than two batches ahead.
-    # They return in order, so batches do not depend on which thread or worker read them.
+    # Chunks are large enough to amortise passing them on, and small enough to read little more than two batches ahead.
+    # They arrive in order, so batches do not depend on which thread or worker read them.
     threads, workers = readers
     size = math.gcd(rows, CHUNK)
     options = grain.ReadOptions(threads, prefetch_buffer_size=threads + 2 * rows // size // max(1, workers))
-    # A worker joins its chunks for shared memory. Threads do not, so pixels are copied only once, into the batch.
+    # A worker concatenates its chunks for shared memory. Threads do not, so pixels are copied once, into the batch.
     read_chunk = functools.partial(_read_chunk, read, indices, size, workers > 0)
     chunks = grain.MapDataset.range(len(indices) // size).map(read_chunk).to_iter_dataset(options)
     if workers:
@@ -146,9 +146,9 @@ def _warn_once(unreadable: Sequence[tuple[Unreadable, ...]], named: set[str]) ->
 _permutation_lock = threading.Lock()  # one thread draws while the others wait
 
 
-@functools.lru_cache(maxsize=2)  # where an epoch ends, threads read from two
+@functools.lru_cache(maxsize=2)  # at the end of an epoch, threads read from two
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """Draw the order of an epoch's records, int32 [size]: faster than Grain's shuffle, which computes each element."""
+    """Draw the order of an epoch's records, int32 [size]; Grain's shuffle is slower, as it computes each index."""
     order = np.arange(size, dtype=np.int32)
     np.random.default_rng((seed, epoch, size)).shuffle(order)
     return order
@@ -171,22 +171,20 @@ class TrainLoader:
     """An endless iterator of training batches: the arrays of `load`, and `sample_index`, uint32 [B].
 
     Sample i of a run is the same record with the same random draws on any number of processes, workers and devices. So
-    the stream's only state is the number of samples read before.
+    the stream's only state is the number of samples read before. A UserError says that processes cannot share a batch
+    evenly, or, while reading, that most records cannot be read.
 
     Args:
         source_size: number of records.
-        load: from (sample index, record index) to a sample; must be picklable.
+        load: returns a sample, given its index and the index of its record; must be picklable.
         batch_size: global.
         sharding: of a batch, over its first axis.
         seed: of the shuffle.
-        first_sample: index of the first sample, the number of samples read before.
-        last_sample: end of the stream, after a whole batch; None for an endless stream.
+        first_sample: index of the first sample, which is the number of samples read before.
+        last_sample: index at which the stream ends, after a whole batch; None for an endless stream.
 
     Attributes:
-        skipped_images: records of this process that could not be read, up to the last batch returned.
-
-    Raises:
-        UserError: if processes cannot share the batch evenly; on reading, if most records cannot be read.
+        skipped_images: unreadable records of this process, up to the last batch returned.
     """
 
     def __init__(
@@ -222,10 +220,8 @@ class TrainLoader:
         reads = self._samples + self.skipped_images
         mostly_failed = self._samples >= MIN_SAMPLES and self.skipped_images > MAX_UNREADABLE * reads
         if mostly_failed or max(failures) >= READ_TRIES:
-            raise UserError(
-                f"data.source: {self.skipped_images} of {reads} reads failed; "
-                f"repair or remove the files, among them {listing(sorted(self._named), 3)}"
-            )
+            files = f"repair or remove the files, among them {listing(sorted(self._named), 3)}"
+            raise UserError(f"data.source: {self.skipped_images} of {reads} reads failed; {files}")
         return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, self._sharding), arrays)
 
     def close(self) -> None:
@@ -234,21 +230,16 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """Every record once, in order, in batches of one size: the arrays of `load`, and `valid`, bool [B].
+    """An iterable over batches of all records in order: the arrays of `load`, and `valid`, bool [B].
 
     `valid` is False for unreadable records and for the blanks that fill the last batch. Each iteration is a new pass.
 
     Args:
-        source_size: number of records.
-        load: from a record index to a sample, from -1 to a blank one; must be picklable.
-        batch_size: global.
-        sharding: of a batch, over its first axis.
+        source_size, batch_size, sharding: as for `TrainLoader`, with the same UserError.
+        load: returns a sample, given the index of its record, and a blank one for -1; must be picklable.
         images: number of records to draw from the source; None for all.
         seed: of that draw.
-        named: names of unreadable records that have been warned about; each pass adds its own.
-
-    Raises:
-        UserError: if processes cannot share the batch evenly.
+        named: unreadable records that have been reported, by name; each pass adds to it.
     """
 
     def __init__(

@@ -38,20 +38,14 @@ class Written(NamedTuple):
 def write_data_set(source: Source, name: str, data_dir: str, split: str = "train") -> Written:
     """Write a source as version VERSION of the TFDS data set `name`.
 
-    Raises:
-        UserError: if the name or the split is invalid, the data set exists, or no image can be read.
-        OSError: if the data set cannot be written.
+    A UserError names a flag to change: the name or split is invalid, the data set exists, or no image can be read.
     """
     import tensorflow_datasets as tfds  # slow to import
 
-    require(
-        re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None,
-        f"--name: {name!r} is invalid; begin with a letter and use lower-case letters, digits and underscores",
-    )
-    require(
-        re.fullmatch(r"[A-Za-z0-9_]+", split) is not None and split != "all",
-        f"--split: {split!r} is invalid; use letters, digits and underscores, such as train or validation",
-    )
+    message = f"--name: {name!r} is invalid; begin with a letter and use lower-case letters, digits and underscores"
+    require(re.fullmatch(r"[a-z][a-z0-9_]*", name) is not None, message)
+    message = f"--split: {split!r} is invalid; use letters, digits and underscores, such as train or validation"
+    require(re.fullmatch(r"[A-Za-z0-9_]+", split) is not None and split != "all", message)
     root = locate_local(data_dir, "--data_dir")
     folder = root / name / VERSION
     require(not folder.exists(), f"--name: {folder} exists already; choose another name or remove it first")

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, Protocol
 
@@ -24,27 +25,17 @@ PHOTOGRAPHS = (
 
 
 class Record(NamedTuple):
-    """One image as stored.
+    """One image as stored."""
 
-    Attributes:
-        name: for messages.
-        data: contents of the image file.
-        label: index of its class, or NO_LABEL.
-    """
-
-    name: str
-    data: bytes
-    label: int
+    name: str  # for messages
+    data: bytes  # contents of the image file
+    label: int  # index of its class, or NO_LABEL
 
 
 class Source(Protocol):
-    """A sequence of records. Must be picklable; reading a record may raise anything.
+    """A sequence of records. Must be picklable; reading a record may raise any exception."""
 
-    Attributes:
-        classes: names of the classes, in the order of their labels; () without labels.
-    """
-
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # names of the classes, in the order of their labels; () without labels
 
     def __len__(self) -> int: ...
 
@@ -52,7 +43,7 @@ class Source(Protocol):
 
 
 class ImageFiles:
-    """Image files, read in place, each with a label if there are classes."""
+    """Image files, read where they lie, each with a label if there are classes."""
 
     def __init__(self, paths: Sequence[str], labels: Sequence[int] = (), classes: Sequence[str] = ()) -> None:
         # Arrays, not lists of objects: small, and fast to pickle for workers.
@@ -68,19 +59,14 @@ class ImageFiles:
         return Record(path, read_file(path), int(self.labels[index]) if self.classes else NO_LABEL)
 
 
+@dataclass
 class TfdsImages:
-    """The images of a prepared TFDS data set, not decoded.
+    """The images of a prepared TFDS data set, not decoded."""
 
-    Args:
-        data: from `as_data_source`, with decoding skipped.
-        image: name of the image feature.
-        label: name of the label feature, if any.
-        classes: names of the classes.
-    """
-
-    def __init__(self, data: Any, image: str, label: str | None, classes: Sequence[str]) -> None:  # noqa: ANN401
-        self.data, self.image, self.label = data, image, label
-        self.classes = tuple(classes)
+    data: Any  # from `as_data_source`, with decoding skipped
+    image: str  # name of the image feature
+    label: str | None  # name of the label feature, if any
+    classes: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.data)
@@ -97,14 +83,10 @@ def open_source(name: str, *, split: str = "train", data_dir: str | None = None,
     """Open `photos`, `folder:PATH` or `tfds:NAME`.
 
     Args:
-        name: value of `data.source` or `validation.source`.
+        name: value of `data.source` or `validation.source`; a UserError if it does not exist or has no images.
         split: of a TFDS data set.
         data_dir: directory of TFDS data sets; None for TFDS's default.
         key: section of the configuration, for error messages.
-
-    Raises:
-        UserError: if the source does not exist or has no images.
-        OSError: if a folder cannot be listed.
     """
     kind, _, rest = name.partition(":")
     if name == "photos":
@@ -138,12 +120,8 @@ def open_folder(path: str, key: str = "data.source") -> ImageFiles:
     """Open a tree of image files. Its direct subfolders are the classes, unless an image lies beside them.
 
     Args:
-        path: of the folder, local or in a bucket.
+        path: of the folder, local or in a bucket; a UserError if it does not exist or has no images.
         key: configuration key or flag that names the folder, for error messages.
-
-    Raises:
-        UserError: if the folder does not exist or has no images.
-        OSError: if a part of it cannot be listed.
     """
     root = locate(path, key)
     require(root.is_dir(), f"there is no folder {path}; write the path of a folder with images")
@@ -157,7 +135,7 @@ def open_folder(path: str, key: str = "data.source") -> ImageFiles:
 
 
 def _list_files(root: AnyPath) -> Iterator[str]:
-    """List all files of a tree, and follow links."""
+    """List all files of a tree, and follow symbolic links; an OSError if a folder cannot be listed."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -177,7 +155,7 @@ def _list_files(root: AnyPath) -> Iterator[str]:
 
 
 def _open_tfds(name: str, split: str, data_dir: str | None, key: str) -> TfdsImages:
-    """Open a TFDS data set prepared as ArrayRecord, by its name or by the folder of one version."""
+    """Open a TFDS data set that is stored as ArrayRecord, given its name or the folder of one version."""
     import tensorflow_datasets as tfds  # slow to import
 
     if data_dir is not None:
@@ -207,4 +185,4 @@ def _open_tfds(name: str, split: str, data_dir: str | None, key: str) -> TfdsIma
             f"run tfds build {name} --file_format=array_record --overwrite"
         ) from None
     label = labels[0] if labels else None
-    return TfdsImages(data, images[0], label, features[label].names if label else ())
+    return TfdsImages(data, images[0], label, tuple(features[label].names) if label else ())

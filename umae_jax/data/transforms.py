@@ -17,11 +17,11 @@ from umae_jax.errors import UserError, require
 CROP_TRIES = 10  # as in torchvision; then the crop is central
 READ_TRIES = 32  # unreadable records for one sample before the loader stops the run
 
-Labels = tuple[int, str]  # number of classes, and the configuration key of the source for error messages
+Labels = tuple[int, str]  # number of classes, and the source's configuration key for error messages
 
 
 def sample_rng(seed: int, sample_index: int) -> random.Random:
-    """Return the random generator of one sample: Python's, which is five times as fast for scalars as NumPy's."""
+    """Return the random generator of one sample. Python's is five times as fast for scalars as NumPy's."""
     return random.Random(seed << 64 | sample_index)
 
 
@@ -29,10 +29,9 @@ def random_crop(rng: random.Random, width: int, height: int, size: tuple[int, in
     """Draw the box of a random resized crop (SPEC 10), with 3/4 to 4/3 of the output's aspect ratio.
 
     Args:
-        rng: generator of the sample.
         width, height: size of the image in pixels.
         size: height and width of the output.
-        min_area: smallest fraction of the image's area to keep; the largest is 1.
+        min_area: minimum fraction of the image's area to keep; the maximum is 1.
     """
     aspect = size[1] / size[0]
     for _ in range(CROP_TRIES):
@@ -48,7 +47,7 @@ def random_crop(rng: random.Random, width: int, height: int, size: tuple[int, in
 def central_crop(width: int, height: int, size: tuple[int, int], share: float = 1.0) -> Box:
     """Return the largest central box with the aspect ratio of `size` (height, width), its sides scaled by `share`.
 
-    Resizing this box equals resizing the shorter side and cropping the centre; a usual share is 224 / 256 (SPEC 10).
+    Resizing this box equals resizing the shorter side and cropping the centre, usually with share 224 / 256 (SPEC 10).
     """
     scale = share * min(width / size[1], height / size[0])
     box_width, box_height = size[1] * scale, size[0] * scale
@@ -79,25 +78,18 @@ class LoadCrop:
 
     If a record cannot be read, the sample draws another one from its own generator. Other samples do not change, so a
     run sees the same images on any number of processes. After READ_TRIES unreadable records the image is black.
-
-    Attributes:
-        size: height and width of the crops.
-        channels: 3 for RGB, 1 for grayscale.
-        min_area: smallest fraction of an image that a crop keeps.
-        augment: function of a crop, uint8 [*size, channels], and the sample's generator; returns the augmented crop.
-        labels: number of classes, and the source's configuration key for error messages; None for no label.
     """
 
     source: Source
     seed: int
-    size: tuple[int, int]
-    channels: int
-    min_area: float
-    augment: Callable[[np.ndarray, random.Random], np.ndarray] | None = None
-    labels: Labels | None = None
+    size: tuple[int, int]  # height and width of the crops
+    channels: int  # 3 for RGB, 1 for grayscale
+    min_area: float  # minimum fraction of an image's area that a crop keeps
+    augment: Callable[[np.ndarray, random.Random], np.ndarray] | None = None  # draws from the sample's generator
+    labels: Labels | None = None  # None for no label
 
     def __call__(self, sample_index: int, record_index: int) -> Sample:
-        """Load a sample from the record that the shuffle chose for it."""
+        """Load a sample, given its index and the index of its record."""
         rng = sample_rng(self.seed, sample_index)
 
         def load(data: bytes) -> np.ndarray:
@@ -121,15 +113,12 @@ class LoadCentralCrop:
     """Load the central crop of a record for evaluation; see `LoadCrop` for arrays and attributes.
 
     If the record cannot be read, or its index is -1, the image is black and the label is NO_LABEL.
-
-    Attributes:
-        share: fraction of the sides of the largest central crop to keep, `crop_pct` in timm.
     """
 
     source: Source
     size: tuple[int, int]
     channels: int
-    share: float = 1.0
+    share: float = 1.0  # fraction of the sides of the largest central crop to keep, `crop_pct` in timm
     labels: Labels | None = None
 
     def __call__(self, record_index: int) -> Sample:
@@ -143,19 +132,18 @@ class LoadCentralCrop:
 
     def try_load(self, record_index: int) -> tuple[Record, np.ndarray] | Unreadable:
         """Load a record and its pixels, uint8 [*size, channels], without checking the label."""
-        return _try_load(self.source, record_index, self.decode)
 
-    def decode(self, data: bytes) -> np.ndarray:
-        """Decode the central crop of an image file."""
-        image = EncodedImage(data)
-        return image.crop(central_crop(*image.size, self.size, self.share), self.size, self.channels)
+        def decode(data: bytes) -> np.ndarray:
+            image = EncodedImage(data)
+            return image.crop(central_crop(*image.size, self.size, self.share), self.size, self.channels)
+
+        return _try_load(self.source, record_index, decode)
 
 
 def first_readable(source: Source, count: int, size: tuple[int, int], channels: int) -> np.ndarray:
     """Load the central crops of the first readable images: uint8 [count or fewer, *size, channels].
 
-    Raises:
-        UserError: if none of the first READ_TRIES * count images can be read.
+    If none of the first READ_TRIES * count images can be read, raise a UserError.
     """
     load = LoadCentralCrop(source, size, channels)
     images: list[np.ndarray] = []
@@ -190,7 +178,7 @@ def _try_load(
 
 
 def _arrays(record: Record, pixels: np.ndarray, labels: Labels | None) -> dict[str, np.ndarray]:
-    """Return the arrays of a sample, after checking its label."""
+    """Check the label of a record, and return the arrays of its sample."""
     if labels is None:
         return {"image": pixels}
     classes, key = labels

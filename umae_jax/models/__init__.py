@@ -1,1 +1,1 @@
-"""Encoders, and the models around them."""
+"""Encoders, and the models that contain them."""

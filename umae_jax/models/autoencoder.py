@@ -20,11 +20,11 @@ DECODER_MLP_RATIO = 4
 
 
 class MaskedAutoencoder(MaskedImageModel):
-    """Masked autoencoder around any encoder: UM-MAE, or MAE with random sampling.
+    """Masked autoencoder with any encoder: UM-MAE, or MAE with random sampling.
 
     Args:
-        reference_order: give sampled units the reference's decoder positions, not their own (the fault in SPEC 6).
-        shared: see `MaskedImageModel`. Without secondary masking the encoder has no mask token.
+        reference_order: give sampled units the reference's wrong decoder positions (SPEC 6).
+        shared: arguments of `MaskedImageModel`. Without secondary masking the encoder has no mask token.
     """
 
     def __init__(

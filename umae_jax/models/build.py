@@ -1,4 +1,4 @@
-"""From a configuration to a model: the one place that knows the names of encoders and methods."""
+"""Build models from configurations. No other module knows the names of encoders and methods."""
 
 from typing import Any
 
@@ -23,17 +23,16 @@ from umae_jax.models.vit import Vit
 def build_encoder(config: ConfigDict, dtype: DTypeLike, rngs: nnx.Rngs, *, final_norm: bool | None = None) -> Encoder:
     """Build the encoder of a configuration, freshly initialised.
 
-    A classifier's encoder has learned positions, drops paths in training, and by default no final norm.
-
-    Raises:
-        UserError: if its numbers do not fit together.
+    A classifier's encoder has learned positions, drops paths in training, and by default no final norm. A UserError
+    names sizes that do not fit together.
     """
     model = config.model
     classifies = model.method == "classifier"
     numbers = {key: model[key] for key in ("channels", "patch", "widths", "depths", "heads", "mlp_ratios")}
     drop_path = model.drop_path if classifies else 0.0
     sizes = Sizes(**numbers, mean=config.data.mean, std=config.data.std, drop_path=drop_path)
-    final_norm = not classifies if final_norm is None else final_norm
+    if final_norm is None:
+        final_norm = not classifies
     shared: dict[str, Any] = {"final_norm": final_norm, "dtype": dtype, "rngs": rngs}
     if model.encoder == "swin":
         return Swin(sizes, window=model.window, position_width=model.position_width, **shared)
@@ -46,13 +45,9 @@ def build_encoder(config: ConfigDict, dtype: DTypeLike, rngs: nnx.Rngs, *, final
 
 
 def build_model(config: ConfigDict, rngs: nnx.Rngs) -> MaskedImageModel | Classifier:
-    """Build the model of a configuration, freshly initialised.
-
-    Raises:
-        UserError: if its numbers do not fit together.
-    """
+    """Build the model of a configuration, freshly initialised; a UserError names sizes that do not fit together."""
     model, dtype = config.model, jnp.dtype(config.dtype)
-    message = f"model.method: random sampling (mae) leaves no grid to {model.encoder}; choose um_mae, or a vit"
+    message = f"model.method: random sampling (mae) leaves no grid for {model.encoder}; choose um_mae, or a vit"
     require(model.method != "mae" or model.encoder == "vit", message)
     encoder = build_encoder(config, dtype, rngs)
     shared: dict[str, Any] = {"image_size": config.image_size, "dtype": dtype, "rngs": rngs}

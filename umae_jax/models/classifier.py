@@ -17,10 +17,7 @@ _BLOCK = re.compile(r"encoder\.(?:stages\.(?P<stage>\d+)\.)?(?:merge|blocks\.(?P
 
 
 class Classifier(nnx.Module):
-    """Classifies whole images with any encoder that has no final norm.
-
-    An image size that does not divide into output tokens raises a UserError.
-    """
+    """Classifies whole images with any encoder that has no final norm."""
 
     def __init__(
         self, encoder: Encoder, *, image_size: tuple[int, int], classes: int, dtype: DTypeLike, rngs: nnx.Rngs
@@ -29,14 +26,13 @@ class Classifier(nnx.Module):
         encoder.check_grid((image_size[0] // encoder.patch, image_size[1] // encoder.patch), compact=False)
         self.encoder = encoder
         self.head_norm = layers.layer_norm(encoder.widths[-1], rngs=rngs)
-        kernel_init = nnx.initializers.normal(HEAD_STD)  # truncated at +-2, which it never reaches
+        kernel_init = nnx.initializers.normal(HEAD_STD)  # the reference truncates it at +-2, which it never reaches
         self.head = layers.linear(encoder.widths[-1], classes, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
 
     def __call__(self, images: jax.Array, drop_keys: jax.Array | None = None) -> jax.Array:
-        """Images [B, H, W, C], uint8 or normalised float32 -> logits, float32 [B, classes].
+        """Classify images [B, H, W, C], uint8 or normalised float32 -> logits, float32 [B, classes].
 
-        Args:
-            drop_keys: [B], one key per image for drop path in training.
+        `drop_keys` are the keys of drop path in training, one per image.
         """
         x = self.encoder(self.encoder.embed(images), drop_keys=drop_keys).maps[-1]
         x = x.astype(jnp.float32).mean((1, 2))  # [B, C]
@@ -48,15 +44,10 @@ class Classifier(nnx.Module):
         return sum(self.encoder.depths) + 1
 
     def layer_index(self, name: str) -> int:
-        """Return the layer of a parameter for layer decay (SPEC 10): embeddings 0, block k is k + 1, the head the last.
+        """Return the layer of a parameter, such as "encoder.stages.0.blocks.1.qkv.kernel", for layer decay (SPEC 10).
 
-        A merge belongs to the first block of its stage.
-
-        Args:
-            name: dotted path such as "encoder.stages.0.blocks.1.qkv.kernel".
-
-        Raises:
-            ValueError: for an unknown name.
+        Embeddings are layer 0, block k is layer k + 1, and the head is the last layer. A merge belongs to the first
+        block of its stage. An unknown name raises a ValueError.
         """
         if name.partition(".")[0] in ("head", "head_norm"):
             return self.num_layers

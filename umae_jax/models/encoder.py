@@ -1,4 +1,4 @@
-"""The interface of every encoder: patches in, one map per stage out (SPEC 3 to 5)."""
+"""The interface of all encoders: from patches to one map per stage (SPEC 3 to 5)."""
 
 from typing import NamedTuple
 
@@ -15,28 +15,23 @@ from umae_jax.patches import patchify
 
 
 class Features(NamedTuple):
-    """The output of an encoder.
+    """The output of an encoder."""
 
-    Attributes:
-        maps: of each stage i, [B, rows / 2**i, columns / 2**i, widths[i]]; a final norm makes the last one float32.
-        class_token: [B, 1, C], normed likewise; None where the encoder has none.
-    """
-
-    maps: tuple[jax.Array, ...]
-    class_token: jax.Array | None = None
+    maps: tuple[jax.Array, ...]  # of each stage i, [B, rows / 2**i, columns / 2**i, widths[i]]; float32 if normed
+    class_token: jax.Array | None = None  # [B, 1, C], normed like the last map; None if the encoder has none
 
 
 class Encoder(nnx.Module):
-    """The part that all encoders share. The same object encodes compact grids (with a mask) and whole images.
+    """Base class of all encoders. The same object encodes compact grids (with a mask) and whole images.
 
     Stage i has width `widths[i]` and half the resolution of the stage before. The compact grid has half the side of the
-    whole one, and so have its windows and sr_ratios: they cover the same extent (SPEC 3, 4).
+    whole grid. Its windows and sr_ratios are halved too, so that they cover the same extent (SPEC 3, 4).
 
     Args:
         sizes: checked here; a size that does not fit raises a UserError.
-        patch_norm: norm the patches after their embedding.
-        final_norm: norm the last map; classifiers norm its mean instead (SPEC 8).
-        dtype: of the linear layers' computation.
+        patch_norm: whether a layer norm follows the patch embedding.
+        final_norm: whether a layer norm follows the last stage; classifiers norm its mean instead (SPEC 8).
+        dtype: dtype that linear layers compute in.
     """
 
     def __init__(self, sizes: Sizes, *, patch_norm: bool, final_norm: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
@@ -53,11 +48,11 @@ class Encoder(nnx.Module):
 
     @property
     def stride(self) -> int:
-        """Pixels along the side of one output token."""
+        """Side of an output token in pixels."""
         return self.patch * 2 ** (len(self.widths) - 1)
 
     def check_grid(self, grid: tuple[int, int], *, compact: bool) -> None:
-        """Raise a UserError unless a grid of patches, multiples of the last stage's token, can be encoded."""
+        """Raise a UserError if windows or sr_ratios do not fit a grid of patches that divides into output tokens."""
 
     def normalize(self, pixels: jax.Array) -> jax.Array:
         """Normalise integer pixels 0..255, [..., n * channels] -> float32; return floating pixels as they are."""
@@ -92,14 +87,14 @@ class Encoder(nnx.Module):
 
         Args:
             tokens: [B, rows, columns, width].
-            mask: the mask that made the grid compact, for pyramids uniform (TypeError); None on a whole image.
+            mask: the mask that made the grid compact, uniform for pyramids; None on a whole image.
             drop_keys: [B], one key per image for drop path in training; None drops nothing.
         """
         raise NotImplementedError
 
 
-def uniform(mask: Mask) -> UniformMask:
-    """Return a mask for encoders whose tokens have neighbours; a TypeError for a mask that leaves no grid."""
+def require_uniform(mask: Mask) -> UniformMask:
+    """Return a uniform mask; raise a TypeError for any other, whose sampled units form no grid for a pyramid."""
     if not isinstance(mask, UniformMask):
         raise TypeError(f"a pyramid needs a uniform mask, whose sampled units form a grid, not {type(mask).__name__}")
     return mask

@@ -43,20 +43,20 @@ def token(width: int, *, rngs: nnx.Rngs) -> nnx.Param[jax.Array]:
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """Compute the exact GELU in float32, by erf: `jax.nn.gelu` uses erfc and computes both of its branches."""
+    """Compute the exact GELU in float32 by erf; `jax.nn.gelu` uses erfc, whose two branches are both computed."""
     wide = x.astype(jnp.float32)
     return (wide * (0.5 + 0.5 * jax.lax.erf(wide * np.float32(0.5**0.5)))).astype(x.dtype)
 
 
 @dataclass(frozen=True)
 class DropPath:
-    """Stochastic depth of one block in fine-tuning: each of its two branches is dropped for an image at this rate."""
+    """Stochastic depth of one block: drops each of its two branches per image with probability `rate`."""
 
     rate: float = 0.0
     block: int = 0
 
     def __call__(self, x: jax.Array, keys: jax.Array | None, branch: int) -> jax.Array:
-        """Zero a branch's output [B, ...] for some images and scale it up for the others; without keys [B] keep it."""
+        """Zero a branch's output [B, ...] for some images and scale up the others; without keys [B] return it."""
         if keys is None or self.rate == 0:
             return x
 
@@ -83,7 +83,7 @@ class Mlp(nnx.Module):
 
 
 class TransformerBlock(kernels.Block):
-    """A plain pre-norm ViT block with global attention."""
+    """A pre-norm ViT block with global attention."""
 
     def __init__(
         self, width: int, heads: int, mlp_ratio: int, *, drop: DropPath = NO_DROP, dtype: DTypeLike, rngs: nnx.Rngs
@@ -97,9 +97,9 @@ class TransformerBlock(kernels.Block):
         self.mlp = Mlp(width, mlp_ratio * width, dtype=dtype, rngs=rngs)
 
     def forward(self, x: jax.Array, first_query: int = 0, drop_keys: jax.Array | None = None) -> jax.Array:
-        """[B, N, C] -> [B, N - first_query, C]: only tokens from `first_query` on are updated and returned.
+        """Update and return the tokens from `first_query` on: [B, N, C] -> [B, N - first_query, C].
 
-        All tokens serve as keys and values, so the returned tokens do not depend on `first_query`.
+        All tokens are keys and values, so the returned tokens do not depend on `first_query`.
         """
         with jax.named_scope("attention"):
             attended = kernels.self_attention(

@@ -1,4 +1,4 @@
-"""The part that all masked image models share (SPEC 2, 6, 7): mask units, masks over them, and the target."""
+"""Base class of all masked image models (SPEC 2, 6, 7): mask units, masks, and the target."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from umae_jax.random_masking import sample_random_mask
 
 
 class MaskedImageModel(nnx.Module):
-    """Samples a quarter of the mask units and predicts the others; numbers that do not fit raise a UserError.
+    """Samples a quarter of the mask units and predicts the others; sizes that do not fit raise a UserError.
 
     Args:
         encoder: any encoder that takes the masks.
@@ -43,7 +43,7 @@ class MaskedImageModel(nnx.Module):
         )
         require(decoder_factor > 0 and patches % decoder_factor == 0, f"{message}; choose a divisor of {patches}")
         self.unit = encoder.stride // decoder_factor
-        # Half the image must be whole output tokens, or the image whole tokens and cells.
+        # A compact image, half the side, must divide into output tokens; a whole image into output tokens and cells.
         multiple = 2 * encoder.stride if compact else max(encoder.stride, 2 * self.unit)
         check_image_size(image_size, multiple, "the patch, doubled by every merge, or two mask units")
         self.cells = (image_size[0] // (2 * self.unit), image_size[1] // (2 * self.unit))
@@ -67,17 +67,17 @@ class MaskedImageModel(nnx.Module):
         """Compute the loss and the prediction of a batch.
 
         Args:
-            images: [B, H, W, C], normalised float32, or uint8, which is selected and ordered before it becomes float32.
-            mask: as `sample_mask` draws it.
+            images: [B, H, W, C], normalised float32, or uint8, which is cheaper to select and reorder.
+            mask: from `sample_mask`.
 
         Returns:
-            The loss, a float32 scalar, over the units that were not sampled; and their prediction, float32
+            The loss over the units that were not sampled, a float32 scalar, and their prediction, float32
             [B, 3, cell rows, cell columns, unit * unit * C], in the order of `Mask.masked_units`.
         """
         raise NotImplementedError
 
     def target(self, images: jax.Array, mask: Mask) -> jax.Array:
-        """Return the target of the prediction, of its shape: normalised pixels ordered (row, column, channel)."""
+        """Return the target, of the prediction's shape: normalised pixels ordered (row, column, channel)."""
         target = self.encoder.normalize(self.masked_pixels(images, mask))
         if self.norm_pix_loss:
             mean = target.mean(axis=-1, keepdims=True)

@@ -15,7 +15,7 @@ def resize_positions(table: jax.Array, old: tuple[int, int], new: tuple[int, int
     Args:
         table: [1, leading + places, C].
         old, new: rows and columns of the grids.
-        leading: number of embeddings at the beginning that belong to no place and stay as they are.
+        leading: number of embeddings before those of the grid, such as the class token's; they are not resized.
     """
     if old == new:
         return table
@@ -25,16 +25,16 @@ def resize_positions(table: jax.Array, old: tuple[int, int], new: tuple[int, int
 
 
 def fixed_positions(width: int, grid: tuple[int, int], leading: int) -> np.ndarray:
-    """Return the sin-cos table of a grid after `leading` zeros, float32 [1, leading + places, width]."""
+    """Return `leading` rows of zeros and the sin-cos table of a grid, float32 [1, leading + places, width]."""
     return np.pad(sincos_table(width, grid).reshape(-1, width), ((leading, 0), (0, 0)))[None]
 
 
 class PositionTable(nnx.Module):
-    """The position embedding of a grid of patches: the sin-cos table, fixed, or learned starting from it.
+    """The position embedding of a grid of patches: the fixed sin-cos table, or a learned one that starts as it.
 
     Args:
-        width: of a token.
-        grid: rows and columns of the full grid; on another grid the table is resized.
+        width: channels of a token.
+        grid: rows and columns of the full grid; the table is resized for other grids.
         class_token: reserve position 0 for a class token.
         learned: make the table a parameter, [1, class token and patches, width].
     """
@@ -57,7 +57,7 @@ class PositionTable(nnx.Module):
     def __call__(self, tokens: jax.Array, mask: Mask | None) -> jax.Array:
         """Return the positions of a map of tokens [B, rows, columns, width], compact if a mask is given: [B or 1, ...].
 
-        On the compact grid each token has the embedding of its original place.
+        On the compact grid each token keeps the embedding of its place in the full grid.
         """
         rows, columns = (size * (1 if mask is None else 2) for size in tokens.shape[1:3])
         table = resize_positions(self._values()[:, self.leading :], self.grid, (rows, columns))

@@ -10,14 +10,14 @@ from umae_jax.errors import require
 from umae_jax.masking import Mask
 from umae_jax.models import kernels, layers
 from umae_jax.models.attention import merge_heads, split_heads
-from umae_jax.models.encoder import Encoder, Features, uniform
+from umae_jax.models.encoder import Encoder, Features, require_uniform
 from umae_jax.models.positions_table import PositionTable
 from umae_jax.models.sizes import Sizes, Stage
 from umae_jax.patches import patchify
 
 
 class PooledAttention(nnx.Module):
-    """Queries from every token; keys and values from the map after average pooling, a linear layer and a norm."""
+    """Attention with queries from all tokens, and keys and values from the average-pooled map."""
 
     def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.heads = heads
@@ -78,8 +78,8 @@ class Pvt(Encoder):
     """PVT with average pooling for keys and values.
 
     Args:
-        sr_ratios: one ratio per stage, the side of the squares of tokens pooled for keys and values on a whole image;
-            half that, but at least 1, on the compact grid. Another number of ratios raises a UserError.
+        sr_ratios: for each stage, the side in tokens of the squares that keys and values are pooled over on a whole
+            image. It is halved on the compact grid, but at least 1.
         grid, learned_positions: arguments of `PositionTable`.
     """
 
@@ -116,7 +116,7 @@ class Pvt(Encoder):
     def __call__(self, tokens: jax.Array, mask: Mask | None = None, drop_keys: jax.Array | None = None) -> Features:
         """See `Encoder.__call__`."""
         self.check_grid((tokens.shape[1], tokens.shape[2]), compact=mask is not None)
-        x = tokens + self.positions(tokens, mask if mask is None else uniform(mask))
+        x = tokens + self.positions(tokens, mask if mask is None else require_uniform(mask))
         maps = []
         sr_ratios = self._sr_ratios(mask is not None)
         for number, (stage, sr_ratio) in enumerate(zip(self.stages, sr_ratios, strict=True), 1):

@@ -1,4 +1,4 @@
-"""SimMIM (SPEC 7), the baseline: the encoder sees the whole image, with a token in place of every masked patch."""
+"""SimMIM (SPEC 7), the baseline: the encoder sees the whole image, with a mask token for every masked patch."""
 
 from typing import Any
 
@@ -15,10 +15,9 @@ from umae_jax.patches import pixel_shuffle
 
 
 class SimMIM(MaskedImageModel):
-    """Masks a random three quarters of the units and predicts them by one linear layer; the loss is L1.
+    """Masks a random three quarters of the units and predicts them with one linear layer and an L1 loss.
 
-    Args:
-        shared: image_size, decoder_factor and norm_pix_loss of `MaskedImageModel`.
+    `shared` are the arguments image_size, decoder_factor and norm_pix_loss of `MaskedImageModel`.
     """
 
     def __init__(self, encoder: Encoder, *, dtype: DTypeLike, rngs: nnx.Rngs, **shared: Any) -> None:  # noqa: ANN401
@@ -34,7 +33,7 @@ class SimMIM(MaskedImageModel):
             return jnp.mean(jnp.abs(prediction - self.target(images, mask))), prediction
 
     def encode(self, images: jax.Array, mask: Mask) -> jax.Array:
-        """Encode the image with its masked patches replaced: [B, H, W, C] -> the encoder's last map [B, h, w, C']."""
+        """Replace the masked patches and encode the image: [B, H, W, C] -> the encoder's last map [B, h, w, C']."""
         sampled, masked = (jnp.full((images.shape[0], *self.cells, 1), value) for value in (False, True))
         masked = mask.assemble(sampled, masked[:, None])[..., 0]  # bool [B, unit rows, unit columns]
         with jax.named_scope("encoder"):

@@ -17,7 +17,7 @@ class Stage(NamedTuple):
     width: int
     heads: int
     mlp_ratio: int  # hidden width of a block's MLP over the block's width
-    drops: list[DropPath]  # of each block
+    drops: list[DropPath]  # one per block
 
 
 class Sizes(NamedTuple):
@@ -25,13 +25,13 @@ class Sizes(NamedTuple):
 
     channels: int  # of the image
     patch: int  # side of a patch in pixels
-    widths: Sequence[int]  # one number per stage, see `Stage`, as in the next three
+    widths: Sequence[int]  # one per stage, like the next three; see `Stage`
     depths: Sequence[int]
     heads: Sequence[int]
     mlp_ratios: Sequence[int]
-    mean: Sequence[float]  # of each channel's pixels, as fractions of 255
+    mean: Sequence[float]  # per channel, of pixels in [0, 1]
     std: Sequence[float]
-    drop_path: float  # rate in the last block, rising linearly from 0 (SPEC 8)
+    drop_path: float  # rate of the last block; it rises linearly from 0 (SPEC 8)
 
     def check(self) -> None:
         """Raise a UserError naming the first size that does not fit the others."""
@@ -60,22 +60,3 @@ def check_image_size(image_size: tuple[int, int], multiple: int, reason: str) ->
     for name, size in zip(("height", "width"), image_size, strict=True):
         message = f"image_size: the {name} {size} is not a multiple of {multiple} ({reason})"
         require(size > 0 and size % multiple == 0, f"{message}; choose {nearest_multiples(size, multiple)}")
-
-
-def check_windows(window: int, grid: tuple[int, int], *, stages: int) -> None:
-    """Raise a UserError naming the nearest windows unless half of `window` tiles a compact grid, or covers it.
-
-    Args:
-        grid: rows and columns of the compact grid's patches, halved from stage to stage.
-    """
-    sides = [size // 2**stage for size in grid for stage in range(stages)]
-
-    def fits(window: int) -> bool:
-        return all(side <= window // 2 or side % (window // 2) == 0 for side in sides)
-
-    nearest = sorted(filter(fits, range(4, 2 * max(grid) + 1, 2)), key=lambda other: abs(other - window))
-    message = (
-        f"model.window: windows of {window // 2} tokens (half of model.window on the compact grid) do not tile stages "
-        f"of {grid[0]} x {grid[1]} tokens, halved from stage to stage"
-    )
-    require(fits(window), f"{message}; choose {' or '.join(map(str, sorted(nearest[:2])))}")

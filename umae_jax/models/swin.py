@@ -8,14 +8,14 @@ from jax.typing import DTypeLike
 from umae_jax.errors import require
 from umae_jax.masking import Mask
 from umae_jax.models import kernels, layers
-from umae_jax.models.encoder import Encoder, Features, uniform
-from umae_jax.models.sizes import Sizes, Stage, check_windows
+from umae_jax.models.encoder import Encoder, Features, require_uniform
+from umae_jax.models.sizes import Sizes, Stage
 from umae_jax.models.windows import Windows, make_windows
 from umae_jax.patches import patchify
 
 
 class PositionBias(nnx.Module):
-    """A small MLP from the coordinate difference of a pair to one bias per head, in float32."""
+    """A small MLP that maps the coordinate difference of two tokens to one bias per head, in float32."""
 
     def __init__(self, heads: int, hidden: int, *, rngs: nnx.Rngs) -> None:
         self.fc1 = layers.convolution(2, hidden, dtype=jnp.float32, rngs=rngs)
@@ -24,7 +24,7 @@ class PositionBias(nnx.Module):
     def __call__(self, windows: Windows) -> jax.Array:
         """Return the bias of each case: [9 or 1, 1 or windows, heads, N keys, N queries].
 
-        The MLP runs over these cases, never over the pairs of every window and image (see `Windows.pair_bias`).
+        The MLP runs over these cases only, never over the pairs of all windows and images (see `Windows.pair_bias`).
         """
         return self.fc2(jax.nn.relu(self.fc1(jnp.asarray(windows.differences)))).transpose(0, 1, 4, 2, 3)
 
@@ -45,7 +45,7 @@ class SwinBlock(kernels.Block):
         self.mlp = layers.Mlp(width, stage.mlp_ratio * width, dtype=dtype, rngs=rngs)
 
     def forward(self, x: jax.Array, windows: Windows, drop_keys: jax.Array | None) -> jax.Array:
-        """[B, H, W, C] -> [B, H, W, C]."""
+        """Apply the block, [B, H, W, C] -> [B, H, W, C]."""
         with jax.named_scope("attention"):
             normed = self.norm1(x).astype(self.qkv.dtype)
             tables = self.position(windows)
@@ -65,7 +65,7 @@ class Merge(nnx.Module):
         self.proj = layers.convolution(inputs, outputs, side=2, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> [B, H / 2, W / 2, C']."""
+        """Merge 2 x 2 tokens, [B, H, W, C] -> [B, H / 2, W / 2, C']."""
         with jax.named_scope("merge"):
             return self.proj(patchify(self.norm(x), 2))
 
@@ -80,13 +80,13 @@ class SwinStage(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, window: int, offset: jax.Array | None, drop_keys: jax.Array | None) -> jax.Array:
-        """[B, H, W, C] -> [B, H', W', C'], half the size after a merge."""
+        """Apply the stage, [B, H, W, C] -> [B, H', W', C']; a merge halves the height and width."""
         if self.merge is not None:
             x = self.merge(x)
         grid = (x.shape[1], x.shape[2])
-        straight, shifted = (make_windows(grid, window, shifted=turn, offset=offset) for turn in (False, True))
+        windows = [make_windows(grid, window, shifted=shifted, offset=offset) for shifted in (False, True)]
         for number, block in enumerate(self.blocks):
-            x = block(x, shifted if number % 2 else straight, drop_keys)
+            x = block(x, windows[number % 2], drop_keys)
         return x
 
 
@@ -94,8 +94,8 @@ class Swin(Encoder):
     """Swin with convolutional merges and a position MLP over original coordinates.
 
     Args:
-        window: side of a window in tokens on a whole image, which is padded if windows do not tile it; half that on the
-            compact grid. Even, at least 4, else a UserError.
+        window: side of a window in tokens on a whole image, which is padded if windows do not tile it. It is halved on
+            the compact grid.
         position_width: hidden width of the position MLP.
     """
 
@@ -112,13 +112,24 @@ class Swin(Encoder):
 
     def check_grid(self, grid: tuple[int, int], *, compact: bool) -> None:
         """Raise a UserError unless windows tile a compact grid at every stage, or cover it."""
-        if compact:
-            check_windows(self.window, grid, stages=len(self.widths))
+        if not compact:
+            return
+        sides = [size // 2**stage for size in grid for stage in range(len(self.widths))]
+
+        def fits(window: int) -> bool:
+            return all(side <= window // 2 or side % (window // 2) == 0 for side in sides)
+
+        nearest = sorted(filter(fits, range(4, 2 * max(grid) + 1, 2)), key=lambda window: abs(window - self.window))
+        message = (
+            f"model.window: windows of {self.window // 2} tokens (half of model.window on the compact grid) do not "
+            f"tile stages of {grid[0]} x {grid[1]} tokens, halved from stage to stage"
+        )
+        require(fits(self.window), f"{message}; choose {' or '.join(map(str, sorted(nearest[:2])))}")
 
     def __call__(self, tokens: jax.Array, mask: Mask | None = None, drop_keys: jax.Array | None = None) -> Features:
         """See `Encoder.__call__`."""
         self.check_grid((tokens.shape[1], tokens.shape[2]), compact=mask is not None)
-        window, offset = (self.window, None) if mask is None else (self.window // 2, uniform(mask).offset)
+        window, offset = (self.window, None) if mask is None else (self.window // 2, require_uniform(mask).offset)
         maps = []
         for number, stage in enumerate(self.stages, 1):
             with jax.named_scope(f"stage_{number}"):

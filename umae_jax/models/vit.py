@@ -16,9 +16,7 @@ from umae_jax.models.sizes import Sizes
 class Vit(Encoder):
     """ViT with sin-cos positions. Its tokens need no neighbours, so it takes random masks as well as uniform ones.
 
-    Args:
-        sizes: sizes of a single stage; more stages raise a UserError.
-        grid, learned_positions: arguments of `PositionTable`.
+    `grid` and `learned_positions` are arguments of `PositionTable`.
     """
 
     def __init__(

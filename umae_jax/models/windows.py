@@ -15,28 +15,20 @@ MASK_VALUE = -100.0
 
 @dataclass(frozen=True)
 class Windows:
-    """Window layout of one block. All attributes are static, except `offsets`, a traced array.
+    """Window layout of one block. All attributes are static, except the traced array `offsets`."""
 
-    Attributes:
-        size: rows and columns of tokens in a window.
-        shift: rows and columns of the cyclic shift, by which the grid is rolled towards the origin before partitioning.
-        padding: rows and columns added at the bottom and right, so that windows tile the grid; masked in attention.
-        differences: float32 [9 or 1, 1 or windows, N keys, N queries, 2], see `positions.window_differences`.
-        regions: int [windows, N], the region of the map that a token comes from; tokens of different regions do not
-            attend to each other. None without shift and padding.
-        offsets: int8 [B, windows, 2, N], the offset (dy, dx) of each token's mask unit; None on a whole image.
-    """
-
-    size: tuple[int, int]
-    shift: tuple[int, int]
-    padding: tuple[int, int]
-    differences: np.ndarray
+    size: tuple[int, int]  # rows and columns of tokens in a window
+    shift: tuple[int, int]  # rows and columns by which the grid is rolled towards the origin before partitioning
+    padding: tuple[int, int]  # rows and columns added at the bottom and right for windows to tile the grid; masked
+    differences: np.ndarray  # float32 [9 or 1, 1 or windows, N keys, N queries, 2], see `positions.window_differences`
+    # The region of the map that each token comes from, int [windows, N]. Tokens of different regions do not attend to
+    # each other. None without shift and padding.
     regions: np.ndarray | None
-    offsets: jax.Array | None
+    offsets: jax.Array | None  # int8 [B, windows, 2, N], (dy, dx) of each token's mask unit; None on a whole image
 
     @property
     def mask(self) -> np.ndarray | None:
-        """Return float32 [windows, N, N]: MASK_VALUE for pairs of different regions, else 0; None if all are equal."""
+        """Return float32 [windows, N, N]: MASK_VALUE for pairs of different regions, else 0; None without regions."""
         if self.regions is None:
             return None
         same_region = self.regions[:, :, None] == self.regions[:, None, :]
@@ -44,14 +36,14 @@ class Windows:
 
     @property
     def offset_differences(self) -> tuple[jax.Array, jax.Array] | None:
-        """Return the differences in dy and dx, key minus query, int8 [B, windows, N, N] each; None on a whole image."""
+        """Return key minus query of dy and of dx, int8 [B, windows, N, N] each; None on a whole image."""
         if self.offsets is None:
             return None
         row, column = (self.offsets[:, :, axis, :, None] - self.offsets[:, :, axis, None, :] for axis in (0, 1))
         return row, column
 
     def pair_bias(self, tables: jax.Array) -> jax.Array:
-        """Select the bias of each pair and add the mask: tables -> [B or 1, windows or 1, heads, N keys, N queries]."""
+        """Select each pair's bias, and add the mask: tables -> [B or 1, windows or 1, heads, N keys, N queries]."""
         bias = tables if self.offset_differences is None else select_offset_case(tables, *self.offset_differences)
         return bias if self.mask is None else bias + self.mask[None, :, None]
 

@@ -8,7 +8,7 @@ import pytest
 from umae_jax.models import attention
 from umae_jax.models.kernels import softmax
 from umae_jax.models.kernels.packed_windows import windows_per_tile
-from umae_jax.models.kernels.platforms import is_for
+from umae_jax.models.kernels.platforms import tracing_for
 from umae_jax.models.kernels.softmax import attend
 from umae_jax.training.sharding import batch_sharding, make_mesh
 
@@ -25,8 +25,8 @@ def inputs(dtype, scale=1.0):
 @pytest.fixture(params=["cpu", "tpu"])
 def platform(request, monkeypatch):
     """Trace for a CPU, and as for TPUs but run here: the numbers are the same."""
-    monkeypatch.setattr(softmax, "is_for", lambda platform: (platform == "tpu") == (request.param == "tpu"))
-    jax.clear_caches()  # traces do not depend on is_for
+    monkeypatch.setattr(softmax, "tracing_for", lambda platform: (platform == "tpu") == (request.param == "tpu"))
+    jax.clear_caches()  # traces do not depend on tracing_for
     yield request.param
     jax.clear_caches()
 
@@ -78,7 +78,7 @@ def test_on_tpus_only_small_logits_skip_the_pass_for_their_maximum(monkeypatch):
         branches_taken.append(bool(small))
         return branch(small, *branches)
 
-    monkeypatch.setattr(softmax, "is_for", lambda platform: platform == "tpu")
+    monkeypatch.setattr(softmax, "tracing_for", lambda platform: platform == "tpu")
     monkeypatch.setattr(jax.lax, "cond", cond)
     (q, k, v), bias, _ = inputs("float32")
     attend(q, k, v, bias)
@@ -96,8 +96,8 @@ def test_the_mesh_says_which_platform_is_traced_for(tpus):
     q, k, v = (jax.ShapeDtypeStruct((4, *x.shape[1:]), x.dtype, sharding=batch_sharding(mesh)) for x in (q, k, v))
     for here, known in ((mesh, True), (make_mesh(), False)):
         with jax.set_mesh(here):
-            assert is_for("tpu") == known
-            assert is_for("cpu") != known
+            assert tracing_for("tpu") == known
+            assert tracing_for("cpu") != known
             assert windows_per_tile(4, 64) == (2 if known else 1)
     with jax.set_mesh(mesh):
         assert "stablehlo.case" in jax.jit(lambda *x: attend(*x)).lower(q, k, v).as_text()

@@ -1,4 +1,4 @@
-"""Attention within windows, on TPUs several small windows at a time: together they fill the lanes (see `softmax`)."""
+"""Attention within windows. On TPUs, small windows are packed together to fill the lanes (see `softmax`)."""
 
 import math
 
@@ -8,33 +8,32 @@ import numpy as np
 from flax import nnx
 
 from umae_jax.models.attention import bias_of, merge_heads, split_heads
-from umae_jax.models.kernels.platforms import LANES, is_for
+from umae_jax.models.kernels.platforms import LANES, tracing_for
 from umae_jax.models.kernels.softmax import attend
 from umae_jax.models.windows import Windows
 from umae_jax.positions import select_offset_case
 
 
 def windows_per_tile(windows: int, tokens: int) -> int:
-    """Return the number of neighbouring windows to attend to at a time, a divisor of `windows`; 1 except on TPUs."""
-    return math.gcd(windows, max(1, LANES // tokens)) if is_for("tpu") else 1
+    """Return the number of neighbouring windows to pack into one tile, a divisor of `windows`; 1 except on TPUs."""
+    return math.gcd(windows, max(1, LANES // tokens)) if tracing_for("tpu") else 1
 
 
 def window_attention(
     qkv: nnx.Linear, proj: nnx.Linear, x: jax.Array, windows: Windows, tables: jax.Array, heads: int
 ) -> jax.Array:
     """Compute `attention.window_attention`."""
-    cut = windows.partition(x)
-    packed = windows_per_tile(*cut.shape[1:3])
-    q, k, v = split_heads(qkv, cut, 3, heads) if packed == 1 else _split_packed(qkv, cut, heads, packed)
+    tokens = windows.partition(x)
+    packed = windows_per_tile(*tokens.shape[1:3])
+    q, k, v = split_heads(qkv, tokens, 3, heads) if packed == 1 else _split_packed(qkv, tokens, heads, packed)
     attended = attend(q, k, v, tables, lambda tables: _pair_bias(tables, windows, packed), packed)
     return windows.reverse(merge_heads(proj, attended), x.shape[1:3])
 
 
 def _split_packed(linear: nnx.Linear, x: jax.Array, heads: int, packed: int) -> tuple[jax.Array, ...]:
-    """Compute `split_heads` for packed windows, [..., windows, N, C] with tiles = windows / packed.
+    """Compute `split_heads` for packed windows, given [..., windows, N, C].
 
-    Returns:
-        Queries [..., tiles, heads, d, packed * N]; keys and values [..., tiles, heads, packed * d, N].
+    Return queries [..., tiles, heads, d, packed * N], and keys and values [..., tiles, heads, packed * d, N].
     """
     kernel = linear.kernel[...].reshape(x.shape[-1], 3, heads, -1).astype(linear.dtype)
     bias = bias_of(linear).reshape(3, *(1,) * (x.ndim - 2), heads, -1, 1)
@@ -46,10 +45,9 @@ def _split_packed(linear: nnx.Linear, x: jax.Array, heads: int, packed: int) -> 
 
 
 def _pack(pairs: jax.Array, axis: int, packed: int) -> jax.Array:
-    """Put queries of neighbouring windows side by side: [..., windows, ..., K, N] -> [..., tiles, ..., K, packed * N].
+    """Concatenate the queries of packed windows: [..., windows, ..., K, N] -> [..., tiles, ..., K, packed * N].
 
-    Args:
-        axis: of the windows; an axis of size 1, shared by all windows, stays.
+    `axis` is that of the windows. If its size is 1, all windows share one entry, which is repeated.
     """
     if packed == 1:
         return pairs
@@ -65,15 +63,15 @@ def _pair_bias(tables: jax.Array, windows: Windows, packed: int) -> jax.Array:
     bias = _pack(tables, 1, packed)
     if windows.offset_differences is not None:
         row_step, column_step = (_pack(step, 1, packed) for step in windows.offset_differences)
-        select = _select_offset_case_on_cpu if is_for("cpu") else select_offset_case
+        select = _select_offset_case_on_cpu if tracing_for("cpu") else select_offset_case
         bias = select(bias, row_step, column_step)
     if windows.mask is not None:
         bias = bias + _pack(jnp.asarray(windows.mask), 0, packed)[None, :, None]
     return bias
 
 
-# XLA:CPU passes over the gradient once for each case, at many times the cost of one sum for all cases. Devices that
-# share a batch exchange their sums.
+# JAX's own gradient makes XLA:CPU pass over the data once per case. This one sums all cases in one pass, at a fraction
+# of the cost. Devices that share a batch exchange only the sums.
 _select_offset_case_on_cpu = jax.custom_vjp(select_offset_case)
 
 

@@ -1,11 +1,11 @@
-"""Softmax attention as one Pallas kernel for TPUs, forward and backward: within windows of a map, or among all tokens.
+"""Softmax attention as Pallas kernels for TPUs, forward and backward: within windows of a map, or among all tokens.
 
-Arrays of all pairs of tokens stay in VMEM. The kernel slices its windows from maps [B, H, W, C], selects the position
+Arrays of all pairs of tokens stay in VMEM. A kernel slices its windows from maps [B, H, W, C], selects the position
 bias from its nine cases, and recomputes the softmax in the backward pass.
 
-Keys lie along sublanes, and the queries of several heads side by side along lanes. Queries are repeated for each head,
-with zeros in the channels of the other heads. A product of [K, C] and [heads * Q, C] over up to 128 channels takes the
-MXU no longer than one over d channels, and its result fills the lanes even for small windows.
+Keys lie along sublanes, and the queries of several heads along lanes. Queries are repeated for each head, with zeros in
+the channels of the other heads. The MXU takes as long for a product of [K, C] and [heads * Q, C] over up to 128
+channels as for one over d channels, and the result fills the lanes even for small windows.
 """
 
 import math
@@ -36,18 +36,13 @@ Maps = tuple[Any, ...]  # arrays [B, H, W, C], or Refs to them inside the kernel
 
 
 class Terms(NamedTuple):
-    """The terms added to queries, keys and values, and to the logits, in the kernel's layout; all float32.
+    """The terms added to queries, keys and values, and to the logits, in the kernel's layout; all float32."""
 
-    Attributes:
-        biases: [3, C], of the linear layers of queries, keys and values.
-        tables: [products, 9 or 1, K, heads * Q], the position bias of each case, with the heads of a product together.
-        offsets: [B, windows, 2, heads * N], dy and dx of each token's unit; None with a single case.
-        regions: [windows, 1, heads * N]: tokens of different regions do not attend to each other; None: all do.
-    """
-
-    biases: jax.Array | Ref
+    biases: jax.Array | Ref  # [3, C], of the linear layers of queries, keys and values
+    # [products, 9 or 1, K, heads * Q], the position bias of each case, with the heads of a product together
     tables: jax.Array | Ref | None = None
-    offsets: jax.Array | Ref | None = None
+    offsets: jax.Array | Ref | None = None  # [B, windows, 2, heads * N], (dy, dx) of each token's unit
+    # [windows, 1, heads * N]; tokens of different regions do not attend to each other
     regions: jax.Array | Ref | None = None
 
 
@@ -85,7 +80,7 @@ def _heads_per_product(heads: int, channels: int, queries: int) -> int:
 
 
 def _groups(heads: int, channels: int, queries: int) -> Iterator[tuple[slice, list[_Product]]]:
-    """Yield the channels that are read together, and the products of their heads."""
+    """Yield groups of heads: the channels to read, and the products to compute from them."""
     width, size = channels // heads, _heads_per_product(heads, channels, queries)
     group = min(heads, LANES // width)
     for first in range(0, heads, group):
@@ -125,8 +120,8 @@ def _apply_to_windows(
 
     Args:
         biases: [3, C], added to the first three inputs: queries, keys and values.
-        grad_biases: [3, C], the sums of the outputs over all tokens are added to it; None: no sums.
-        scratch: per input and output, float32 [H, W, channels that are read together].
+        grad_biases: [3, C], accumulates the outputs summed over all tokens; None: no sums.
+        scratch: per input and output, float32 [H, W, channels of a group of heads].
         compute: image, window, products, windows of the inputs [N, channels] -> windows of the outputs.
     """
 
@@ -263,9 +258,7 @@ def _call(
 ) -> tuple[Maps, Maps]:
     """Run a kernel, several images per grid step; return the output maps, and gradients summed over images.
 
-    Args:
-        maps: inputs, the queries first.
-        outputs, grad_terms: arrays of the shapes and dtypes of the results.
+    `outputs` and `grad_terms` are arrays with the shapes and dtypes of the results.
     """
     batch, height, width, channels = maps[0].shape
     max_images = max(1, TOKENS_PER_STEP // (height * width))
@@ -300,8 +293,8 @@ def _map_terms(terms: Terms, per_step: Callable[[Any], Any], whole: Callable[[An
 def _cost(settings: _Settings, maps: Maps, terms: Terms, outputs: Maps) -> pl.CostEstimate:
     """Return a loose lower bound of a call's cost: matrix products, exponentials, and bytes padded to whole lanes.
 
-    The kernel spends its time on the vector unit, some ten (forward) to forty (backward, with nine cases) operations
-    per pair.
+    Most of the time goes to the vector unit: about ten (forward) to forty (backward, with nine cases) operations per
+    pair.
     """
     (batch, height, width, channels), (_, rows, columns, _) = maps[0].shape, maps[1].shape
     pairs = batch * height * width * rows * columns // math.prod(settings.windows)
@@ -338,7 +331,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _on_each_device(settings: _Settings, maps: Maps, terms: Terms) -> jax.Array:
-    """Run the kernel on each device for its own images, since the compiler cannot partition a kernel."""
+    """Run the kernel on each device for its own images; the compiler cannot partition a kernel."""
     whole = PartitionSpec()
     images = PartitionSpec(jax.sharding.get_abstract_mesh().axis_names)
     specs = (images,) * 3, _map_terms(terms, lambda _: images, lambda _: whole)
@@ -349,7 +342,7 @@ def _on_each_device(settings: _Settings, maps: Maps, terms: Terms) -> jax.Array:
 def _supports(tokens: int, channels: int, heads: int) -> bool:
     """Return whether the kernel supports this number of tokens in a row of a window.
 
-    It needs a mesh, as in a compiled training step; pictures and probes, with few images, use the plain attention.
+    It needs a mesh, which a compiled training step has. Pictures and probes have none; their few images do not need it.
     """
     lane_aligned = LANES % (channels // heads) == 0 or channels <= LANES
     return not jax.sharding.get_abstract_mesh().empty and tokens % SUBLANES == 0 and lane_aligned
@@ -359,7 +352,7 @@ def supports_windows(shape: tuple[int, ...], windows: Windows, heads: int) -> bo
     """Return whether `window_attention` supports maps of a shape [B, H, W, C].
 
     Windows must tile the maps without padding, cut the mask units at the same places, and have at most MAX_TOKENS
-    tokens. Their rows must be whole sublanes, unless one window covers the map.
+    tokens. Their rows must fill whole sublanes, unless one window covers the map.
     """
     rows, columns = windows.size
     single_window = windows.size == shape[1:3]

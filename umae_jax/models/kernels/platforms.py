@@ -1,19 +1,19 @@
-"""Differences between kinds of devices in tracing and compiling; the numbers are the same."""
+"""Platform-specific tracing and compilation, with equal results."""
 
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 
-LANES = 128  # of a TPU
+LANES = 128  # of a TPU's vector registers
 
-# The limit of fast memory per operation that XLA:TPU schedules, twice the default: fusions move larger pieces, and less
-# memory remains to keep arrays there between operations. Only for chips on which steps have been compiled both ways; on
-# v6e it changes nothing. See docs/performance.md.
-_MORE_FAST_MEMORY = {"xla_tpu_scoped_vmem_limit_kib": str(32 * 1024)}
-_OPTIONS = {"TPU v5 lite": _MORE_FAST_MEMORY, "TPU v5": _MORE_FAST_MEMORY}  # by kind of device
+# Twice the default limit of VMEM per operation: fusions move larger pieces, and fewer arrays stay in VMEM between
+# operations. Only for chips for which steps were compiled with both limits; on v6e it changes nothing. See
+# docs/performance.md.
+_MORE_VMEM = {"xla_tpu_scoped_vmem_limit_kib": str(32 * 1024)}
+_OPTIONS = {"TPU v5 lite": _MORE_VMEM, "TPU v5": _MORE_VMEM}  # by kind of device
 
 
-def is_for(platform: str) -> bool:
-    """Return whether the mesh in use says that the traced program will run on `platform`, such as "tpu" or "cpu"."""
+def tracing_for(platform: str) -> bool:
+    """Return whether the program is being traced for a mesh of `platform` devices, such as "tpu" or "cpu"."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device is not None and device.platform == platform
 
@@ -26,8 +26,8 @@ def compiler_options(device: jax.Device) -> dict[str, str]:
 def row_major(x: jax.Array) -> jax.Array:
     """Return the same array, on TPUs in row-major layout, so that its last axis fills the lanes.
 
-    By default the compiler puts the batch of images last and transposes their pixels as float32, four times the bytes.
+    By default the compiler puts the batch axis of images last, and transposes pixels as float32, four times the bytes.
     """
-    if not is_for("tpu"):
+    if not tracing_for("tpu"):
         return x
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))

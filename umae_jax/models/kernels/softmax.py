@@ -1,13 +1,13 @@
 """Softmax attention with a hand-written gradient, in layouts that need few copies and no transposes.
 
 Tokens are the last axis, [..., heads, d, N], so the inputs and outputs of every matrix product fill a TPU's lanes. The
-backward pass saves and sums less than JAX's own: the only part of the softmax that it saves are the exponentials, in
-the dtype of the products, and a sum over d replaces a sum over keys.
+forward pass saves less for the backward pass than JAX's own: of the softmax only the exponentials, in the dtype of the
+products. The backward pass sums over d where JAX's own sums over keys.
 
 Packed windows (see `packed_windows`): queries of P windows are concatenated along the lanes, [..., heads, d, P * N];
 their keys and values are stacked along the channels, [..., heads, P * d, N]. Each query is zero-padded to P * d
-channels, so it meets only the keys of its own window. A matrix unit takes as long for P * d channels as for d, while
-they fit, and elementwise passes over pairs fill all lanes.
+channels, so its products with keys of other windows are zero. A matrix unit takes as long for P * d channels as for d,
+while they fit, and elementwise operations on pairs fill all lanes.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from umae_jax.models.kernels.platforms import is_for
+from umae_jax.models.kernels.platforms import tracing_for
 
 # Logits up to this are exponentiated without a shift: e^50 is 5e21, so sums over many keys, and gradients divided by
 # them, stay far inside the range of float32 and bfloat16.
@@ -37,7 +37,7 @@ def attend(
         q, k, v: as in `attention.attend`; for packed windows, Q counts the queries of all, and k and v are stacked.
         tables: float32, the argument of `pair_bias`; None without a bias.
         pair_bias: function from the tables to the bias, broadcastable to [..., heads, K, Q]. It selects one value per
-            pair. It may add a negative mask, but not to all pairs of a query.
+            pair, and may add a negative mask, but not to all pairs of a query.
         packed: number of packed windows; 1 without packing.
     """
     q = q * jnp.asarray(q.shape[-2] ** -0.5, q.dtype)
@@ -54,13 +54,13 @@ def _shift(
 ) -> jax.Array | None:
     """Return the shift that is subtracted from the logits of each query: float32 [..., heads, 1, Q], or None.
 
-    Softmax is shift-invariant; subtract an upper bound of the logits to stay inside float32. If None, `_forward`
-    subtracts the maximum of the logits that it computes. On TPUs, computing logits costs less than storing them, so
-    one more pass computes them for the maximum, and `_forward` computes them again.
+    Softmax is shift-invariant; subtract an upper bound of the logits to stay inside float32. If the shift is None,
+    `_forward` subtracts the maximum of its logits. On TPUs, logits are cheaper to recompute than to store: an extra
+    pass computes them for their maximum only, and `_forward` computes them again.
 
-    If the norms of queries and keys bound all logits by MAX_UNSHIFTED_LOGIT, the shift is 0 and that pass is skipped.
-    Packed windows have no such branch: their pass costs less than arranging queries and keys for the branch. The
-    condition is one scalar, reduced over all devices, so all take the same branch.
+    If the norms of queries and keys bound all logits by MAX_UNSHIFTED_LOGIT, the shift is 0 and the extra pass is
+    skipped. For packed windows that branch would cost more than the pass. The condition is one scalar, reduced over all
+    devices, so all devices take the same branch.
     """
 
     def max_logits(q: jax.Array) -> jax.Array:
@@ -69,9 +69,9 @@ def _shift(
     def max_norm(x: jax.Array) -> jax.Array:  # [..., heads]
         return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-2).max(axis=-1))
 
-    if not is_for("tpu"):
+    if not tracing_for("tpu"):
         return None
-    if packed > 1:  # barriers keep the compiler from storing logits between their maximum and their exponentials
+    if packed > 1:  # without barriers, the compiler stores the logits from their maximum to their exponentials
         return jax.lax.optimization_barrier(max_logits(jax.lax.optimization_barrier(q)))
     return jax.lax.cond(
         jnp.max(max_norm(q) * max_norm(k)) + jnp.max(jnp.abs(tables)) < MAX_UNSHIFTED_LOGIT,
@@ -81,7 +81,7 @@ def _shift(
 
 
 def _own_lanes(x: jax.Array, packed: int) -> list[jax.Array]:
-    """Return one mask per window, bool [Q], of the lanes of [..., d, Q] that hold its queries."""
+    """Return one mask per packed window, bool [Q]: the lanes of [..., d, Q] that hold its queries."""
     lane = jnp.arange(x.shape[-1]) // (x.shape[-1] // packed)
     return [lane == window for window in range(packed)]
 
@@ -95,7 +95,7 @@ def _spread(x: jax.Array, packed: int) -> jax.Array:
 
 
 def _collect(x: jax.Array, packed: int) -> jax.Array:
-    """[..., packed * d, Q] -> [..., d, Q]: each window's own lanes."""
+    """Select each query's own window, [..., packed * d, Q] -> [..., d, Q]."""
     first, *others = jnp.split(x, packed, axis=-2)
     for own, other in zip(_own_lanes(x, packed)[1:], others, strict=True):
         first = jnp.where(own, other, first)
@@ -133,7 +133,7 @@ def _backward(packed: int, residuals: tuple[jax.Array, ...], gradient: jax.Array
     grad_logits = (exponentials.astype(wide) * (grad_weights - mean)).astype(v.dtype)
     grad_q = _collect(jnp.einsum("...dk,...kq->...dq", k, grad_logits), packed)
     grad_k = jnp.einsum("...dq,...kq->...dk", _spread(q, packed), grad_logits)
-    # grad_q already holds the whole gradient of the queries, their spread copy included; the shift has none.
+    # grad_q is the whole gradient of the queries, including that of their spread copy; the shift has no gradient.
     return grad_q, grad_k, grad_v, grad_logits.astype(wide), None, None
 
 
