@@ -11,9 +11,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 BATCH = PartitionSpec(("data", "fsdp"))
 
-# (pattern of an array's name, whether to shard its largest axis that `fsdp` divides); the first match decides. Weight
-# matrices are nearly all of the memory; smaller arrays are not worth the gathering.
-RULES = ((r"/kernel(/value)?$", True), (r"", False))
+# Names of the arrays to shard. Weight matrices take nearly all of the memory; gathering smaller arrays is not worth it.
+SHARDED = re.compile(r"/kernel(/value)?$")
 
 
 def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -47,7 +46,7 @@ def local_rows(array: jax.Array) -> np.ndarray:
 
 
 def spec_of(name: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
-    """Return the partition of an array over the `fsdp` axis, by the first of RULES that matches its name.
+    """Return the partition of an array: SHARDED arrays are split along their largest axis that `fsdp` divides.
 
     Args:
         name: path of a parameter, or of the optimizer's array for one, such as
@@ -55,16 +54,15 @@ def spec_of(name: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
         shape: of the array.
         fsdp: size of the mesh axis.
     """
-    sharded = next(sharded for pattern, sharded in RULES if re.search(pattern, name))
     axes = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
-    if not sharded or fsdp == 1 or not axes:
+    if fsdp == 1 or not axes or not SHARDED.search(name):
         return PartitionSpec()
     largest = max(axes, key=lambda axis: shape[axis])
     return PartitionSpec(*(None,) * largest, "fsdp")
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:  # noqa: ANN401 - any pytree
-    """Return the sharding of each array of a pytree, by RULES."""
+    """Return the sharding of each array of a pytree, by `spec_of`."""
 
     def sharding(path: jax.tree_util.KeyPath, array: jax.ShapeDtypeStruct) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -13,7 +13,7 @@ import numpy as np
 import safetensors.numpy
 
 from umae_jax.errors import UserError, require
-from umae_jax.files import AnyPath
+from umae_jax.files import AnyPath, first_line
 
 INSTALL_TORCH = 'install torch: pip install "umae_jax[torch]"'
 
@@ -51,7 +51,7 @@ def _read_safetensors(file: BinaryIO, path: AnyPath) -> Weights:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         return Weights(tensors, header.get("__metadata__", {}))
     except Exception as error:  # a damaged file, or a dtype that NumPy lacks, raises errors of many types
-        raise UserError(f"{path} is not a complete safetensors file of NumPy dtypes ({_first_line(error)})") from None
+        raise UserError(f"{path} is not a complete safetensors file of NumPy dtypes ({first_line(error)})") from None
 
 
 def _read_npz(file: BinaryIO, path: AnyPath) -> Weights:
@@ -61,11 +61,7 @@ def _read_npz(file: BinaryIO, path: AnyPath) -> Weights:
             names = [name for name in archive.files if name.startswith("param/")] or archive.files
             return Weights({name.removeprefix("param/"): archive[name] for name in names}, {})
     except Exception as error:  # a damaged archive makes NumPy and zipfile raise errors of many types
-        raise UserError(f"{path} is not a complete .npz archive of plain arrays ({_first_line(error)})") from None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        raise UserError(f"{path} is not a complete .npz archive of plain arrays ({first_line(error)})") from None
 
 
 def _harmless_classes() -> list[Any]:
@@ -100,7 +96,7 @@ def _read_pth(file: BinaryIO, path: AnyPath) -> Weights:
         with torch.serialization.safe_globals(_harmless_classes()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they repeat the error
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whose message advises the user to disable this protection
+    except Exception as error:  # its message advises the user to disable this protection
         problem = "is not a complete torch file, or holds more than tensors and plain values"
         if rejected := re.search(r"GLOBAL (\S+)", str(error)):
             problem = f"would run {rejected[1]}, which no weights need"

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from umae_jax.config import CONFIG_FILE, old_class_names, read_config
 from umae_jax.errors import UserError, require
-from umae_jax.files import AnyPath, absolute, explain, raised_by_gcsfs
+from umae_jax.files import AnyPath, absolute, explain, first_line, raised_by_gcsfs
 from umae_jax.models.build import build_model
 from umae_jax.multihost import all_gather_json, broadcast_json
 
@@ -178,10 +178,9 @@ def first_whole(
 
 
 def summarize(error: BaseException) -> str:
-    """Return the operating system's message if Orbax's error contains it, else the beginning of the error."""
-    if message := re.search(r"([^:]+?) \[os_error_code", str(error)):
-        return message[1].strip()
-    return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0][:200]
+    """Return the operating system's message if Orbax's error contains it, else the error's first line."""
+    message = re.search(r"([^:]+?) \[os_error_code", str(error))
+    return message[1].strip() if message else first_line(error)
 
 
 @contextlib.contextmanager
