@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor, nn
 
-ACROSS_REGIONS = -100.0  # attention bias between tokens of a window that are not neighbours in the image
+ACROSS_REGIONS = -100.0  # attention bias between tokens of a window that belong to different regions
 NORM_EPSILON = 1e-6
 BLOCK_EPSILON = 1e-5  # of norms inside blocks
 NOT_ENCODER = ("decoder_", "mask_token", "vis_mask_token", "head.", "fc_norm.")  # prefixes of other parameters
@@ -148,7 +148,7 @@ class _Block(nn.Module):
 
 
 class _Backbone(nn.Module):
-    """Base of both pyramids."""
+    """Base class of both pyramid encoders."""
 
     def __init__(
         self,
@@ -218,8 +218,8 @@ class SwinBackbone(_Backbone):
         mlp_ratios: hidden width of each stage's MLPs per channel.
         window: tokens along a side of a window; every second block of a stage shifts by half of it.
         position_width: hidden width of the MLP that computes the position bias.
-        final_norm: normalise the last map, as in pre-training but not in fine-tuned classifiers.
-        drop_path: rate of stochastic depth of the last block in training; it rises linearly from 0 in the first.
+        final_norm: normalise the last map; true for pre-trained models, false for fine-tuned classifiers.
+        drop_path: rate of stochastic depth in training, rising linearly from 0 in the first block to it in the last.
     """
 
     def __init__(

@@ -73,7 +73,7 @@ class Task(BaseTask):
         return hooks
 
     def _picture_hook(self, context: RunContext) -> Callable[[int, Params], dict[str, float]]:
-        """Return a function that draws reconstructions of the first images of the data, always with the same masks."""
+        """Return a function that draws reconstructions of the first images, always with the same masks."""
         config = self.config
         illustrate = pictures.make_illustrator(
             context.graph,
@@ -83,7 +83,7 @@ class Task(BaseTask):
         )
 
         def draw(step: int, params: Params) -> dict[str, float]:
-            picture = illustrate(params, f"step {step}")  # every process computes it
+            picture = illustrate(params, f"step {step}")  # all processes must run it
             if is_primary():
                 (context.workdir / PICTURES).mkdir(exist_ok=True)
                 write_atomic(context.workdir / PICTURES / f"{step:07}.png", picture)

@@ -16,7 +16,7 @@ SHARDED = re.compile(r"/kernel(/value)?$")
 
 
 def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Arrange the devices, all by default, with `fsdp` of them per copy of the parameters."""
+    """Arrange the devices (default: all) in a mesh, with `fsdp` devices per copy of the parameters."""
     devices = jax.devices() if devices is None else devices
     shape = (len(devices) // fsdp, fsdp)
     # Unlike `jax.make_mesh` it may split an axis of the torus between `data` and `fsdp`.
@@ -40,7 +40,7 @@ def shardings_of(tree: Any) -> Any:  # noqa: ANN401 - any pytree
 
 
 def local_rows(array: jax.Array) -> np.ndarray:
-    """Return the rows of a batch [B, ...] that this process holds, on the host and in their order."""
+    """Return the rows of a batch [B, ...] that this process holds, in order, on the host."""
     shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 

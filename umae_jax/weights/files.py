@@ -1,4 +1,4 @@
-"""Read and write weight files (`.safetensors`, `.pth`, `.npz`); reading never runs code that a file holds."""
+"""Read and write weight files (`.safetensors`, `.pth`, `.npz`) without running code from them."""
 
 import argparse
 import io
@@ -29,7 +29,7 @@ def read_weights(path: AnyPath) -> Weights:
     """Read a weight file, every array as float32.
 
     Raises:
-        UserError: if the file is missing, is damaged, is no weight file or would run code.
+        UserError: if the file is missing or damaged, is not a weight file, or would run code.
     """
     require(path.is_file(), f"there is no file {path}")
     require(
@@ -65,7 +65,7 @@ def _read_npz(file: BinaryIO, path: AnyPath) -> Weights:
 
 
 def _harmless_classes() -> list[Any]:
-    """List the classes of training arguments, which hold values and do nothing when unpickled."""
+    """List the classes of stored training arguments, which are safe to unpickle: they only hold values."""
     functions = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(1).__reduce__()[0]}
     aliases = [
         (function, f"{module}.multiarray.{name}")
@@ -83,7 +83,7 @@ def _harmless_classes() -> list[Any]:
 
 
 def _read_pth(file: BinaryIO, path: AnyPath) -> Weights:
-    """Read a state dict that torch.save wrote, alone or under "model" or "state_dict" of a dict.
+    """Read a state dict saved by torch.save, alone or under the key "model" or "state_dict" of a dict.
 
     Torch's restricted unpickler builds tensors, plain containers and `_harmless_classes`; it rejects everything else
     before running any of it.
@@ -121,7 +121,7 @@ _READERS = {".safetensors": _read_safetensors, ".pth": _read_pth, ".npz": _read_
 
 
 def check_output(path: Path) -> None:
-    """Check that a weight file can be written under this name.
+    """Check that a weight file can be written to this path.
 
     Raises:
         UserError: naming the suffixes to choose from, or the package to install.
