@@ -94,11 +94,6 @@ class Task(BaseTask):
         self.validation = labelled.open_matching_validation(config, self.source)
         self.measured_last = TOP1 if self.validation and config.validation.every_epochs else None
 
-    @property
-    def num_samples(self) -> int:
-        """Number of training images."""
-        return len(self.source)
-
     def sample_loader(self) -> Callable[[int, int], Sample]:
         """Return random resized crops under RandAugment, with labels."""
         config, augment = self.config, self.config.augment

@@ -52,11 +52,6 @@ class Task(BaseTask):
         self.validation = labelled.open_matching_validation(self.config, self.source)
         self.measured_last = KNN if self.validation and self.config.validation.every_epochs else None
 
-    @property
-    def num_samples(self) -> int:
-        """Number of training images."""
-        return len(self.source)
-
     def sample_loader(self) -> Callable[[int, int], Sample]:
         """Return the function that loads a random resized crop."""
         config = self.config

@@ -9,8 +9,6 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-BATCH = PartitionSpec(("data", "fsdp"))
-
 # Names of the arrays to shard. Weight matrices take nearly all of the memory; gathering smaller arrays is not worth it.
 SHARDED = re.compile(r"/kernel(/value)?$")
 
@@ -26,7 +24,7 @@ def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mes
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding of a batch: its first axis over all devices."""
-    return NamedSharding(mesh, BATCH)
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,5 +1,7 @@
 """The training state: abstract (shapes only), and freshly initialised."""
 
+import itertools
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -61,20 +63,11 @@ class AbstractRun(NamedTuple):
     state: TrainState
 
 
-class _Keys:
-    """Returns the keys of `nnx.Rngs(seed)`; counts them in Python, since tracing the counters is slow."""
-
-    def __init__(self, seed: int) -> None:
-        self._key = jax.random.key(seed)
-        self._given = 0
-
-    def params(self) -> jax.Array:
-        self._given += 1
-        return jax.random.fold_in(self._key, self._given - 1)
-
-
 def _build_model(task: BaseTask) -> nnx.Module:
-    return task.build_model(cast(nnx.Rngs, _Keys(task.config.seed)))
+    """Build the model with the keys of `nnx.Rngs(seed)`, counted in Python, since tracing its counters is slow."""
+    key = jax.random.key(task.config.seed)
+    keys = (jax.random.fold_in(key, count) for count in itertools.count())
+    return task.build_model(cast(nnx.Rngs, SimpleNamespace(params=lambda: next(keys))))
 
 
 def abstract_run(task: BaseTask, mesh: Mesh) -> AbstractRun:

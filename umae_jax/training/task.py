@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from umae_jax.data.pipeline import Sample
+from umae_jax.data.sources import Source
 from umae_jax.errors import UserError
 from umae_jax.files import AnyPath
 from umae_jax.models.build import build_model
@@ -61,6 +62,7 @@ class BaseTask(abc.ABC):
         best_metric: metric whose highest value selects the best checkpoint; None: keep no best checkpoint.
         measured_last: `Hook.metric` that a complete run has logged at its last step, set by `prepare`; None: none.
         group_size: number of neighbouring samples that gradient accumulation keeps in one microbatch.
+        source: the training data, set by `open`.
         config: the configuration; `open` may complete it from the data.
         class_names: names of the classes of the training data; () without classes.
     """
@@ -69,6 +71,7 @@ class BaseTask(abc.ABC):
     best_metric: ClassVar[str | None] = None
     group_size: int = 1
     measured_last: str | None = None
+    source: Source
 
     def __init__(self, config: ConfigDict) -> None:
         self.config = config
@@ -128,9 +131,9 @@ class BaseTask(abc.ABC):
         """
 
     @property
-    @abc.abstractmethod
     def num_samples(self) -> int:
         """Number of training samples per epoch."""
+        return len(self.source)
 
     @abc.abstractmethod
     def sample_loader(self) -> Callable[[int, int], Sample]:

@@ -11,8 +11,6 @@ from ml_collections import ConfigDict
 from umae_jax.errors import UserError
 from umae_jax.positions import sincos_table
 
-Tensors = Mapping[str, np.ndarray]
-
 
 class Layout(NamedTuple):
     """Conversions of one array between our layout and the reference's."""
@@ -144,7 +142,9 @@ def to_reference(config: ConfigDict, params: nnx.State) -> dict[str, np.ndarray]
     return tensors | _fixed_tables(config)
 
 
-def from_reference(config: ConfigDict, params: nnx.State, tensors: Tensors, *, name: str, only: str = "") -> nnx.State:
+def from_reference(
+    config: ConfigDict, params: nnx.State, tensors: Mapping[str, np.ndarray], *, name: str, only: str = ""
+) -> nnx.State:
     """Convert the reference's state dict to a model's parameters, float32 on the host.
 
     Args:

@@ -24,7 +24,7 @@ def recognize(tensors: Mapping[str, np.ndarray], name: str, *, encoder_only: boo
     normalised targets (except SimMIM) and, for the decoder of a pyramid, the reference's order of positions.
 
     Raises:
-        UserError: naming the file, if the architecture is unknown, or a setting follows from neither shapes nor defaults.
+        UserError: naming the file, if the architecture is unknown, or shapes and defaults leave a setting open.
     """
     shapes = {key: array.shape for key, array in tensors.items()}
     encoder = next((encoder for encoder, marker in MARKERS.items() if any(marker in key for key in shapes)), None)
