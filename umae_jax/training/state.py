@@ -81,11 +81,7 @@ def abstract_run(task: BaseTask, mesh: Mesh) -> AbstractRun:
     recipe = task.config.optimizer
     optimizer = make_optimizer(recipe, lambda name: task.layer_index(model, name))
     state = jax.eval_shape(lambda params: init_state(params, optimizer, ema=recipe.ema_decay is not None), params)
-    state = jax.tree.map(
-        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
-        state,
-        state_shardings(mesh, state),
-    )
+    state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, state_shardings(mesh, state))
     return AbstractRun(graph, optimizer, state)
 
 

@@ -66,12 +66,9 @@ def _read_npz(file: BinaryIO, path: AnyPath) -> Weights:
 
 def _harmless_classes() -> list[Any]:
     """List the classes of stored training arguments, which are safe to unpickle: they only hold values."""
-    functions = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(1).__reduce__()[0]}
-    aliases = [
-        (function, f"{module}.multiarray.{name}")
-        for name, function in functions.items()
-        for module in ("numpy.core", "numpy._core")  # NumPy 1 and 2
-    ]
+    functions: tuple[Any, ...] = (np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0])
+    modules = ("numpy.core.multiarray", "numpy._core.multiarray")  # NumPy 1 and 2
+    aliases = [(function, f"{module}.{function.__name__}") for function in functions for module in modules]
     dtypes = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
     # Python 3.13 renamed the module of paths; paths of another operating system become pure paths.
     paths = [

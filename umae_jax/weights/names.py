@@ -94,11 +94,12 @@ def reference_entry(config: ConfigDict, path: str) -> Entry:
     if path in PARAMETERS:
         return Entry(path if model.method == "simmim" and path == "mask_token" else PARAMETERS[path], SAME)
 
-    def numbered(match: re.Match) -> str:
-        return f"blocks.{sum(model.depths[: int(match[1])]) + int(match[2] or 0)}"
+    # The reference numbers blocks through all stages; its first block of a stage includes the merge before that stage.
+    def numbered(stage_and_block: re.Match) -> str:
+        stage, block = stage_and_block.groups(default="0")
+        return f"blocks.{sum(model.depths[: int(stage)]) + int(block)}"
 
     module, _, leaf = path.rpartition(".")
-    # The reference numbers blocks through all stages; its first block of a stage includes the merge before that stage.
     module = re.sub(r"^encoder\.stages\.(\d+)(?:\.blocks\.(\d+))?", numbered, module)
     if match := re.match(r"(?:encoder\.)?((?:decoder_)?blocks\.\d+\.)(.+)", module):
         block, theirs = match[1], BLOCK_MODULES[match[2]]

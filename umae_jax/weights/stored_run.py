@@ -74,7 +74,7 @@ def read_run(
     if sharding is None:
         mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
         sharding = NamedSharding(mesh, PartitionSpec())
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), params)
+    params = jax.tree.map(lambda x: x.update(sharding=sharding), params)
     field = "params" if config.optimizer.ema_decay is None else "average"
     paths = [path for _, path in _best_first(workdir)] if best else newest_first(workdir / FOLDER)
     require(
