@@ -19,7 +19,7 @@ from umae_jax.weights.exchange import read_model
 from umae_jax.weights.names import from_reference
 from umae_jax.weights.stored_run import CLASSES_FILE
 
-INCOMING = ".incoming"  # subfolder in which the run's files are completed before they move
+INCOMING = ".incoming"  # subfolder where the run's files are written before they move
 
 
 def import_weights(file: AnyPath, workdir: Path, config: ConfigDict | None = None) -> ConfigDict:

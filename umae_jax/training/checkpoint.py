@@ -167,7 +167,7 @@ class Checkpoints:
         def read(path: epath.Path) -> tuple[TrainState, dict[str, Any]]:
             data = read_data(path)
             fields = _fields(abstract_state)
-            counted = "skipped_images" in data  # earlier versions stored it in the state
+            counted = "skipped_images" in data  # earlier versions stored their number in the state
             arrays = read_arrays(path, fields if counted else fields | {"skipped_images": abstract_state.step})
             if not counted:
                 data["skipped_images"] = int(arrays.pop("skipped_images"))

@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
         step: int32, number of steps, including skipped updates.
         params: the model's parameters.
         optimizer: Optax's state.
-        bad_steps: int32, number of latest consecutive steps whose loss or gradient was not finite.
+        bad_steps: int32, number of consecutive steps, up to now, whose loss or gradient was not finite.
         skipped_updates: int32, total number of such steps.
         ema: exponential moving average of the parameters; None: not kept.
     """
