@@ -7,19 +7,18 @@ from tests.rngs import ConstantRngs
 from umae_jax.config import ENCODERS, default_config, methods_of
 from umae_jax.errors import UserError
 from umae_jax.models.build import build_model
-from umae_jax.weights.names import entries, to_reference
+from umae_jax.weights.names import reference_entry, to_reference
 from umae_jax.weights.recognize import recognize
 
 
 def shapes_of(config):
     """Return a state dict with the reference's names, of arrays that take no memory."""
     params = nnx.state(nnx.eval_shape(lambda: build_model(config, ConstantRngs())), nnx.Param)
-    shapes = {".".join(map(str, keys)): variable.shape for keys, variable in nnx.to_flat_state(params)}
-    return {
-        entry.theirs: entry.layout.to_theirs(np.broadcast_to(np.float32(0), shapes[entry.ours]))
-        for entry in entries(config)
-        if entry.ours in shapes
-    }
+    state = {}
+    for keys, variable in nnx.to_flat_state(params):
+        name, layout = reference_entry(config, ".".join(map(str, keys)))
+        state[name] = layout.to_theirs(np.broadcast_to(np.float32(0), variable.shape))
+    return state
 
 
 @pytest.mark.parametrize(

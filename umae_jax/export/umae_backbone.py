@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor, nn
 
-ACROSS_REGIONS = -100.0  # attention bias between tokens of a window that are not neighbours in the image
+ACROSS_REGIONS = -100.0  # attention bias between tokens of a window that belong to different regions
 NORM_EPSILON = 1e-6
 BLOCK_EPSILON = 1e-5  # of norms inside blocks
 NOT_ENCODER = ("decoder_", "mask_token", "vis_mask_token", "head.", "fc_norm.")  # prefixes of other parameters
@@ -33,33 +33,11 @@ def _norm(width: int, epsilon: float = NORM_EPSILON) -> nn.LayerNorm:
     return nn.LayerNorm(width, eps=epsilon)
 
 
-def _convolve(convolution: nn.Conv2d, x: Tensor) -> Tensor:
-    """Apply a convolution to a channels-last map: [B, H, W, C] -> [B, h, w, D]."""
-    return convolution(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-class _PatchEmbedding(nn.Module):
-    """Patch convolution and optional norm: [B, C, H, W] -> [B, h, w, D]."""
-
-    def __init__(self, channels: int, width: int, patch: int, *, normed: bool) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, patch, patch)
-        self.norm = _norm(width) if normed else nn.Identity()
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.norm(self.proj(images).permute(0, 2, 3, 1))
-
-
-class _Downsampling(nn.Module):
-    """Optional norm and 2 x 2 convolution of stride 2: [B, H, W, C] -> [B, H / 2, W / 2, D]."""
-
-    def __init__(self, inputs: int, width: int, *, normed: bool) -> None:
-        super().__init__()
-        self.norm = _norm(inputs) if normed else nn.Identity()
-        self.proj = nn.Conv2d(inputs, width, 2, 2)
+class _Convolution(nn.Conv2d):
+    """Convolution of a channels-last map: [B, H, W, C] -> [B, h, w, D]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _convolve(self.proj, self.norm(x))
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class _WindowAttention(nn.Module):
@@ -123,7 +101,7 @@ class _PooledAttention(nn.Module):
         self.heads, self.sr_ratio = heads, sr_ratio
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
-        self.sr = nn.Conv2d(width, width, 1)
+        self.sr = _Convolution(width, width, 1)
         self.norm = _norm(width, BLOCK_EPSILON)
         self.proj = nn.Linear(width, width)
 
@@ -134,7 +112,7 @@ class _PooledAttention(nn.Module):
             stage = f"a stage of {rows} x {columns} tokens"
             raise ValueError(f"sr_ratios: {self.sr_ratio} does not divide {stage}; choose others or another image size")
         pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), self.sr_ratio).permute(0, 2, 3, 1)
-        pooled = self.norm(_convolve(self.sr, pooled)).flatten(1, 2)  # [B, M, C]
+        pooled = self.norm(self.sr(pooled)).flatten(1, 2)  # [B, M, C]
         queries = self.q(x.flatten(1, 2)).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, d]
         keys, values = self.kv(pooled).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, M, d]
         x = F.scaled_dot_product_attention(queries, keys, values)
@@ -170,7 +148,7 @@ class _Block(nn.Module):
 
 
 class _Backbone(nn.Module):
-    """Base of both pyramids."""
+    """Base class of both pyramid encoders."""
 
     def __init__(
         self,
@@ -188,14 +166,18 @@ class _Backbone(nn.Module):
         self.strides = tuple(patch * 2**stage for stage in range(len(widths)))  # pixels per token along a side
         self.mean: tuple[float, ...] = ()  # normalisation of each image channel, which `load_backbone` sets
         self.std: tuple[float, ...] = ()
-        self.patch_embed = _PatchEmbedding(channels, widths[0], patch, normed=normed)
+        norm = _norm if normed else nn.Identity  # of patches and before downsampling
+        embed = _Convolution(channels, widths[0], patch, patch)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=embed, norm=norm(widths[0])))
         self.blocks = nn.ModuleList()
         self._ends = []  # index of the last block of each stage
         last = max(sum(map(len, attentions)) - 1, 1)
         for stage, (width, mlp_ratio, layers) in enumerate(zip(widths, mlp_ratios, attentions, strict=True)):
             for index, attention in enumerate(layers):
-                first = stage > 0 and index == 0
-                downsample = _Downsampling(widths[stage - 1], width, normed=normed) if first else nn.Identity()
+                downsample = nn.Sequential()
+                if stage > 0 and index == 0:
+                    halve = _Convolution(widths[stage - 1], width, 2, 2)
+                    downsample = nn.Sequential(OrderedDict(norm=norm(widths[stage - 1]), proj=halve))
                 rate = drop_path * len(self.blocks) / last
                 self.blocks.append(_Block(width, mlp_ratio, attention, downsample, rate))
             self._ends.append(len(self.blocks) - 1)
@@ -213,7 +195,7 @@ class _Backbone(nn.Module):
         """
         height, width = images.shape[-2:]
         x = F.pad(images, (0, -width % self.strides[-1], 0, -height % self.strides[-1]))
-        x = self._add_positions(self.patch_embed(x))
+        x = self._add_positions(self.patch_embed(x.permute(0, 2, 3, 1)))
         maps = []
         for index, block in enumerate(self.blocks):
             x = block(x)
@@ -236,8 +218,8 @@ class SwinBackbone(_Backbone):
         mlp_ratios: hidden width of each stage's MLPs per channel.
         window: tokens along a side of a window; every second block of a stage shifts by half of it.
         position_width: hidden width of the MLP that computes the position bias.
-        final_norm: normalise the last map, as in pre-training but not in fine-tuned classifiers.
-        drop_path: rate of stochastic depth of the last block in training; it rises linearly from 0 in the first.
+        final_norm: normalise the last map; true for pre-trained models, false for fine-tuned classifiers.
+        drop_path: rate of stochastic depth in training, rising linearly from 0 in the first block to it in the last.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """One file per task: everything that differs between pre-training, classification and other training tasks.
 
-A task adds two files: `tasks/NAME.py` with a class `Task`, derived from `training.task.BaseTask`; and `config/NAME.py`
-with its section of the configuration and the values of `model.method` that select it. Nothing else needs an edit. A
-task of another package adds an entry to `config.METHODS` instead.
+To add a task, add two files: `tasks/NAME.py` with a class `Task`, derived from `training.task.BaseTask`; and
+`config/NAME.py` with its section of the configuration and the values of `model.method` that select it. A task of
+another package adds an entry to `config.METHODS` instead.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from umae_jax.training.task import BaseTask
 
 
 def make_task(config: ConfigDict) -> BaseTask:
-    """Make the task that `model.method` selects."""
+    """Create the task that `model.method` selects."""
     method = config.model.method
     require(method in METHODS, f"model.method must be one of {', '.join(METHODS)}, not {method!r}")
     return importlib.import_module(METHODS[method].task).Task(config)

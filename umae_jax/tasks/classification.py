@@ -36,9 +36,9 @@ NUM_PREDICTED = 5  # classes named per image
 class Accuracy(NamedTuple):
     """Accuracy on a data set."""
 
-    images: int  # number of readable images; the others do not count
-    top1: float  # fraction of them whose class is the likeliest
-    top5: float  # fraction of them whose class is among the five likeliest
+    images: int  # number of readable images; unreadable ones do not count
+    top1: float  # fraction whose class has the highest logit
+    top5: float  # fraction whose class is among the five highest logits
     unreadable: int  # number of unreadable images
 
 
@@ -51,14 +51,14 @@ class Task(BaseTask):
     def __init__(self, config: ConfigDict) -> None:
         super().__init__(config)
         mixes = bool(config.augment.mixup or config.augment.cutmix)
-        self.group_size = 2 if mixes else 1  # neighbours are mixed with each other
+        self.group_size = 2 if mixes else 1  # mixup and cutmix mix neighbours
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return image uint8 [H, W, C] and label int32 []."""
         return labelled.sample_arrays(self.config)
 
     def loss(self, model: Classifier, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Flip, normalise, erase, mix and drop paths by each image's own key; return the cross-entropy."""
+        """Augment each image with its own random keys; return the cross-entropy."""
         augment = self.config.augment
         keys = jax.vmap(lambda key: jax.random.split(key, 4))(sample_keys(self.config.seed, batch["sample_index"]))
         flip, erase, mixing, drop = keys.swapaxes(0, 1)
@@ -94,11 +94,6 @@ class Task(BaseTask):
         self.validation = labelled.open_matching_validation(config, self.source)
         self.measured_last = TOP1 if self.validation and config.validation.every_epochs else None
 
-    @property
-    def num_samples(self) -> int:
-        """Number of training images."""
-        return len(self.source)
-
     def sample_loader(self) -> Callable[[int, int], Sample]:
         """Return random resized crops under RandAugment, with labels."""
         config, augment = self.config, self.config.augment
@@ -123,7 +118,7 @@ class Task(BaseTask):
         return adapt_pretrained(self.config, abstract["encoder"], pretrained, encoder)
 
     def hooks(self, context: RunContext) -> Sequence[Hook]:
-        """Return the measurement of accuracy."""
+        """Return the hook that measures validation accuracy."""
         config = self.config
         if self.validation is None:
             cli.say("validation.source is not set: accuracy is not measured")
@@ -150,7 +145,7 @@ class Task(BaseTask):
         """Return top-1 and top-5 accuracy on the validation images.
 
         Raises:
-            UserError: if none are named, or their classes are not the model's.
+            UserError: if the run names no validation images, or their classes are not the model's.
         """
         config, name = run.config, run.config.validation.source
         require(name is not None, "--validation is missing; write --validation with folder:PATH or tfds:NAME")
@@ -171,7 +166,7 @@ class Task(BaseTask):
         return line, {"step": run.step, **accuracy._asdict()}
 
     def predict(self, run: StoredRun, path: Path) -> Iterator[Prediction]:
-        """Yield the likeliest classes of each image and their probabilities."""
+        """Yield the most probable classes of each image and their probabilities."""
         config, source = run.config, open_images(path)
         names = run.classes or [f"class {number}" for number in range(config.model.classes)]
 
@@ -196,7 +191,7 @@ class Task(BaseTask):
 
 
 def rank_of(labels: jax.Array, logits: jax.Array) -> jax.Array:
-    """Count the classes ranked before the true one: labels int32 [B], logits [B, classes] -> int32 [B].
+    """Count the classes ranked above the true one: labels int32 [B], logits [B, classes] -> int32 [B].
 
     Among equal logits the lower class ranks first. A NaN never improves the rank of the true class.
     """
@@ -221,11 +216,11 @@ def make_evaluator(
 
     Args:
         config, graph: of the classifier.
-        params: its parameters, or their shapes with their shardings.
+        params: its parameters, or their shapes with shardings.
         source: labelled images.
         mesh: the devices.
         batch_size: global.
-        check: called before each batch; may raise to abandon the evaluation.
+        check: called before each batch; may raise to stop the evaluation.
     """
     loader = labelled.eval_loader(config, source, "validation.source", mesh, batch_size, None, set())
 

@@ -1,4 +1,4 @@
-"""The main of each training command."""
+"""The main function of every training command."""
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -12,16 +12,16 @@ from umae_jax.training import run
 
 
 def train(config: ConfigDict, workdir: AnyPath, command: str, step_timeout: float | None = None) -> str | None:
-    """Train what a configuration describes, or continue; SIGTERM and SIGINT save and leave.
+    """Train a configuration in a directory, or continue its run there; SIGTERM and SIGINT save and exit.
 
     Args:
-        config: of the run; may be completed from the data.
-        workdir: for everything that the run writes.
-        command: name of the command, which must be the task's.
-        step_timeout: as for `run.train`.
+        config: of the run; the task may complete it from the data.
+        workdir: the run's directory.
+        command: must be the command of the task.
+        step_timeout: see `run.train`.
 
     Returns:
-        The line that the finished run ends with, if any.
+        The task's result, a line to print, if any.
 
     Raises:
         Preempted, UserError: see `run.train`.
@@ -40,7 +40,7 @@ def run_command(command: str) -> None:
     """Parse the flags of a training command and run it."""
     config_flag = cli.define_config()
     workdir_flag = flags.DEFINE_string("workdir", None, "Directory for checkpoints, metrics and everything else.")
-    step_timeout = flags.DEFINE_float("step_timeout", 0, "Seconds that a training step may take; 0: any.", 0)
+    step_timeout = flags.DEFINE_float("step_timeout", 0, "Max seconds per training step; 0: no limit.", 0)
     cluster = multihost.ClusterFlags()
 
     def main() -> None:

@@ -1,4 +1,4 @@
-"""Evaluation of a finished run, whatever its task."""
+"""Evaluation of a stored run of any task."""
 
 import jax
 
@@ -40,7 +40,7 @@ def open_run(
 
 
 def evaluate_run(run: StoredRun, *, probe: str | None = None, batch_size: int = 256) -> Prediction:
-    """Return the metrics of a run on its validation data, or of a probe of its features.
+    """Evaluate a run, or a probe of its features, on its validation data.
 
     Args:
         run: from `open_run`.

@@ -1,4 +1,4 @@
-"""Make a run's directory from a weight file."""
+"""Create a run's directory from a weight file."""
 
 import contextlib
 import json
@@ -19,15 +19,15 @@ from umae_jax.weights.exchange import read_model
 from umae_jax.weights.names import from_reference
 from umae_jax.weights.stored_run import CLASSES_FILE
 
-INCOMING = ".incoming"  # folder in the directory, from which the run's files move when they are complete
+INCOMING = ".incoming"  # subfolder where the run's files are written before they move
 
 
 def import_weights(file: AnyPath, workdir: Path, config: ConfigDict | None = None) -> ConfigDict:
-    """Make a run's directory, at step 0, from a weight file; write all of it or nothing. Return its configuration.
+    """Create a run's directory, at step 0, from a weight file, or leave nothing behind. Return its configuration.
 
     Args:
         file: the weight file.
-        workdir: the directory to make; it must be empty or absent.
+        workdir: the directory; it must be empty or not exist.
         config: see `read_model`.
 
     Raises:
@@ -57,7 +57,7 @@ def import_weights(file: AnyPath, workdir: Path, config: ConfigDict | None = Non
         if classes:
             write_atomic(incoming / CLASSES_FILE, json.dumps(classes).encode())
         write_atomic(incoming / CONFIG_FILE, to_json(config).encode())
-        # The directory is a run once it holds a configuration, so that moves last.
+        # A directory with a configuration counts as a run, so the configuration moves last.
         for path in sorted(incoming.iterdir(), key=lambda path: path.name == CONFIG_FILE):
             path.replace(workdir / path.name)
     except BaseException as error:

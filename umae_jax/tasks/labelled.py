@@ -25,10 +25,10 @@ def open_validation(config: ConfigDict, key: str = "validation.source") -> Sourc
     """Open the labelled images that `config.validation` names.
 
     Raises:
-        UserError: if there are none, or they have no labels; `key` is the key or flag that named them.
+        UserError: if there are none, or they have no labels; it names `key`, the key or flag that selects them.
     """
-    where = config.validation
-    source = open_source(where.source, split=where.split, data_dir=config.data.data_dir, key="validation")
+    named = config.validation
+    source = open_source(named.source, split=named.split, data_dir=config.data.data_dir, key="validation")
     check_labelled(source, key)
     return source
 
@@ -36,10 +36,10 @@ def open_validation(config: ConfigDict, key: str = "validation.source") -> Sourc
 def open_matching_validation(
     config: ConfigDict, training: Source, keys: tuple[str, str] = ("data.source", "validation.source")
 ) -> Source | None:
-    """Open the validation images, whose classes must be those of the training images; None if none are named.
+    """Open the validation images, whose classes must be those of the training images; None if the source is not set.
 
     Raises:
-        UserError: if either has no labels, or the classes differ; `keys` are the keys or flags that named the two.
+        UserError: if either has no labels, or the classes differ; it names `keys`, the keys or flags of the two.
     """
     if config.validation.source is None:
         return None
@@ -79,7 +79,7 @@ def sample_arrays(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
 def eval_loader(
     config: ConfigDict, source: Source, key: str, mesh: Mesh, batch_size: int, images: int | None, named: set[str]
 ) -> EvalLoader:
-    """Load the central crop and label of each image, or of `images` of them; see `EvalLoader`."""
+    """Load the central crop and label of every image, or of `images` of them; see `EvalLoader`."""
     labels = (len(source.classes), key)
     return EvalLoader(
         len(source),

@@ -52,11 +52,6 @@ class Task(BaseTask):
         self.validation = labelled.open_matching_validation(self.config, self.source)
         self.measured_last = KNN if self.validation and self.config.validation.every_epochs else None
 
-    @property
-    def num_samples(self) -> int:
-        """Number of training images."""
-        return len(self.source)
-
     def sample_loader(self) -> Callable[[int, int], Sample]:
         """Return the function that loads a random resized crop."""
         config = self.config
@@ -73,7 +68,7 @@ class Task(BaseTask):
         return hooks
 
     def _picture_hook(self, context: RunContext) -> Callable[[int, Params], dict[str, float]]:
-        """Return a function that draws reconstructions of the first images of the data, always with the same masks."""
+        """Return a function that draws reconstructions of the first images, always with the same masks."""
         config = self.config
         illustrate = pictures.make_illustrator(
             context.graph,
@@ -83,7 +78,7 @@ class Task(BaseTask):
         )
 
         def draw(step: int, params: Params) -> dict[str, float]:
-            picture = illustrate(params, f"step {step}")  # every process computes it
+            picture = illustrate(params, f"step {step}")  # all processes must run it
             if is_primary():
                 (context.workdir / PICTURES).mkdir(exist_ok=True)
                 write_atomic(context.workdir / PICTURES / f"{step:07}.png", picture)

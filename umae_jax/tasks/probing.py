@@ -1,4 +1,4 @@
-"""Probes of frozen features: the accuracy of a nearest-neighbour vote or a linear layer on an encoder's mean maps."""
+"""Probes of frozen features: kNN and linear classification of spatially averaged feature maps."""
 
 import functools
 import time
@@ -23,7 +23,7 @@ from umae_jax.training.task import Batch, Params, Prediction
 from umae_jax.weights.stored_run import StoredRun
 
 PROBES = ("knn", "linear")
-BLOCK = 1024  # queries per search for neighbours
+BLOCK = 1024  # queries that search for neighbours at once
 LINEAR_STEPS = 100  # of L-BFGS
 PENALTIES = tuple(10.0**power for power in range(0, -7, -1))  # on half the squared weights of the linear probe
 HELD_OUT = 0.2  # fraction of the training features that select the penalty
@@ -38,14 +38,14 @@ class Labelled(NamedTuple):
 
 
 class FeatureReader:
-    """Reads the features of images: the mean over the encoder's map of one stage, `config.probe.stage`.
+    """Reads the features of images: the spatial mean of the encoder's map of one stage, `config.probe.stage`.
 
     Args:
         config, graph: of a model of any task.
-        params: its parameters, or their shapes with their shardings.
+        params: its parameters, or their shapes with shardings.
         mesh: the devices.
         batch_size: global.
-        check: called after each batch; may raise to abandon the probe.
+        check: called after each batch; may raise to stop the probe.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class FeatureReader:
         self._named: set[str] = set()
 
     def __call__(self, params: Params, source: Source, key: str, images: int | None = None) -> Labelled:
-        """Read the features of all images of a source, or of `images` of them, drawn by the seed.
+        """Read the features of all images of a source, or of `images` of them, sampled with the seed.
 
         Raises:
             UserError: naming the source by its key or flag, if none of its images can be read.
@@ -89,18 +89,22 @@ def _vote(
     bank: jax.Array, labels: jax.Array, queries: jax.Array, *, classes: int, neighbors: int, temperature: float
 ) -> jax.Array:
     """Return each query's class by its nearest neighbours: bank [N, C], labels [N], queries [Q, C] -> int32 [Q]."""
-    similarity = jnp.einsum("qc,nc->qn", queries, bank, precision=jax.lax.Precision.HIGHEST)
-    nearest, indices = jax.lax.top_k(similarity, neighbors)  # [Q, k]
-    votes = jnp.exp((nearest - nearest[:, :1]) / temperature)[..., None] * jax.nn.one_hot(labels[indices], classes)
-    return votes.sum(1).argmax(-1)
+
+    def vote(query: jax.Array) -> jax.Array:
+        similarity = jnp.matmul(bank, query, precision=jax.lax.Precision.HIGHEST)
+        nearest, indices = jax.lax.top_k(similarity, neighbors)  # [k]
+        votes = jnp.exp((nearest - nearest[:1]) / temperature)[:, None] * jax.nn.one_hot(labels[indices], classes)
+        return votes.sum(0).argmax()
+
+    return jax.lax.map(vote, queries, batch_size=BLOCK)
 
 
 def knn_accuracy(
     training: Labelled, validation: Labelled, *, classes: int, neighbors: int, temperature: float
 ) -> float:
-    """Return the fraction of validation features that a vote of their nearest training features classifies correctly.
+    """Return the kNN accuracy on the validation features.
 
-    The similarity s is the cosine; a neighbour's vote has the weight exp(s / temperature).
+    Each of the nearest training features votes with weight exp(s / temperature), where s is the cosine similarity.
     """
 
     def unit(features: np.ndarray) -> jax.Array:
@@ -109,13 +113,7 @@ def knn_accuracy(
 
     bank, labels, queries = unit(training.features), jnp.asarray(training.labels), unit(validation.features)
     options = {"classes": classes, "neighbors": min(neighbors, len(bank)), "temperature": temperature}
-    blocks = [
-        _vote(bank, labels, jnp.pad(block, ((0, BLOCK - len(block)), (0, 0))), **options)
-        for start in range(0, len(queries), BLOCK)
-        if len(block := queries[start : start + BLOCK])
-    ]
-    votes = np.concatenate(jax.device_get(blocks))[: len(queries)]
-    return float((votes == validation.labels).mean())
+    return float((np.asarray(_vote(bank, labels, queries, **options)) == validation.labels).mean())
 
 
 class _Linear(NamedTuple):
@@ -128,7 +126,7 @@ class _Linear(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="classes")
 def _fit(features: jax.Array, labels: jax.Array, penalty: jax.Array, *, classes: int) -> _Linear:
-    """Fit logistic regression to features [N, C] and labels [N] by full-batch L-BFGS."""
+    """Fit logistic regression on features [N, C] and labels [N] by full-batch L-BFGS."""
 
     def loss(layer: _Linear) -> jax.Array:
         entropy = optax.softmax_cross_entropy_with_integer_labels(layer(features), labels).mean()
@@ -152,8 +150,8 @@ def _fit(features: jax.Array, labels: jax.Array, penalty: jax.Array, *, classes:
 def linear_accuracy(training: Labelled, validation: Labelled, *, classes: int, seed: int) -> tuple[float, float]:
     """Return the accuracy of logistic regression on the validation features, and its penalty on the weights.
 
-    The penalty is the one of PENALTIES with the best accuracy on held-out training features, among equals the
-    strongest; the layer is then fitted to all training features.
+    The penalty is the one of PENALTIES with the best accuracy on held-out training features, the strongest in a tie.
+    The layer is then refitted on all training features.
     """
     mean, std = training.features.mean(0), training.features.std(0) + 1e-6
     features, labels = jnp.asarray((training.features - mean) / std), jnp.asarray(training.labels)

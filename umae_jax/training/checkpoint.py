@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, DIR/checkpoints/STEP, written in the background, whole or not at all."""
+"""Checkpoints of a training run, DIR/checkpoints/STEP, written atomically in the background."""
 
 import contextlib
 import functools
@@ -39,13 +39,13 @@ from umae_jax.weights.stored_run import (
 )
 
 _UNREADABLE = "checkpoints_unreadable"
-# Orbax cuts an array that several devices hold into one slice per device: hundreds of slices per save, for which a
-# step waits. Smaller arrays, nearly all of them, are written whole, from one device.
+# Orbax splits a replicated array into one slice per device: hundreds of slices per save, for which a step waits.
+# Smaller arrays, nearly all of them, are written whole, from one device.
 _MIN_SLICED_BYTES = 2**20
 
 
 def _fields(state: TrainState) -> dict[str, Any]:
-    """Return the fields of a state by their names on disk; `ema` is called "average" there."""
+    """Return the fields of a state by their names on disk, where `ema` is called "average"."""
     fields = state._asdict()
     ema = fields.pop("ema")
     return fields if ema is None else fields | {"average": ema}
@@ -67,16 +67,15 @@ class _Step(PreservationPolicy):
 
 
 class Checkpoints:
-    """The checkpoints of one run: its newest, those of every `keep_every`-th step, and the best.
+    """The checkpoints of one run: the newest, those of every `keep_every`-th step, and the best.
 
-    Each holds the training state, the position in the data and, if it is the best so far, its validation metric. The
-    best is one of them, not a copy, so that a run never continues from a step before it.
+    Each holds the training state, the position in the data and, if it was the best when saved, its validation metric.
 
     Args:
         workdir: the run's directory.
         keep: number of newest checkpoints to keep.
-        keep_every: also keep each step that this number divides; 0 for none.
-        best_metric: the metric whose highest value makes the best checkpoint.
+        keep_every: also keep every checkpoint whose step is a multiple of it; 0: none.
+        best_metric: metric whose highest value selects the best checkpoint.
 
     Raises:
         OSError: if the folder cannot be created.
@@ -87,7 +86,7 @@ class Checkpoints:
         self._folder = self._workdir / FOLDER
         self._folder.mkdir(parents=True, exist_ok=True)
         self._metric = best_metric
-        self._restored: int | None = None  # the step that the run continues from
+        self._restored: int | None = None  # step that the run continues from
         self._highest = float("-inf")  # value of the best metric so far
         self._writing = contextlib.ExitStack()
         self._best_step = _Step()
@@ -112,15 +111,15 @@ class Checkpoints:
         return self._metric is not None and metrics.get(self._metric, float("-inf")) > self._highest
 
     def save(self, step: int, state: TrainState, data: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
-        """Copy the state to the host and write it in the background, after the previous checkpoint is complete.
+        """Wait for the previous checkpoint, copy the state to the host, and write it in the background.
 
-        The step that the run continues from is on disk already: only its metrics are added.
+        The restored step is on disk already; `save` only adds its metrics.
 
         Args:
-            step: number of steps done.
+            step: number of completed steps.
             state: the training state.
-            data: the position in the data, as JSON; "skipped_images" is 0 if absent.
-            metrics: measured at this step; only a new best value of `best_metric` is stored.
+            data: the position in the data, as JSON; "skipped_images" defaults to 0.
+            metrics: of this step; only a new best value of `best_metric` is stored.
 
         Raises:
             UserError: if this or the previous checkpoint cannot be written.
@@ -140,7 +139,7 @@ class Checkpoints:
             self._guard(lambda: write_atomic(file, json.dumps(content).encode()))
 
     def wait(self) -> None:
-        """Wait until everything is written; raise UserError if it cannot be."""
+        """Wait until all checkpoints are written; raise UserError if writing fails."""
         with self._writing:
             self._guard(self._manager.wait_until_finished)
 
@@ -168,7 +167,7 @@ class Checkpoints:
         def read(path: epath.Path) -> tuple[TrainState, dict[str, Any]]:
             data = read_data(path)
             fields = _fields(abstract_state)
-            counted = "skipped_images" in data  # earlier versions count them in the state
+            counted = "skipped_images" in data  # earlier versions stored their number in the state
             arrays = read_arrays(path, fields if counted else fields | {"skipped_images": abstract_state.step})
             if not counted:
                 data["skipped_images"] = int(arrays.pop("skipped_images"))
@@ -198,6 +197,6 @@ class Checkpoints:
         return state_and_data
 
     def close(self) -> None:
-        """Release the folder, after everything is written."""
+        """Wait until all checkpoints are written, and release the folder."""
         with self._writing:
             self._manager.close()

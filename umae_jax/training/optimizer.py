@@ -1,4 +1,4 @@
-"""AdamW after SPEC 10, without the learning rate, which the step applies."""
+"""AdamW (SPEC 10) without the learning rate, which the training step applies."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from umae_jax.training.task import Params
 
 
 def _map_by_name(function: Callable[[str, jax.Array], Any], params: Params) -> Any:  # noqa: ANN401 - a pytree alike
-    """Map a function over dotted paths, such as "encoder.stages.0.blocks.1.qkv.kernel", and arrays."""
+    """Map a function of a dotted path, such as "encoder.stages.0.blocks.1.qkv.kernel", and an array over a pytree."""
 
     def of_leaf(path: tuple[Any, ...], leaf: jax.Array) -> Any:  # noqa: ANN401
         return function(jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"), leaf)
@@ -28,10 +28,7 @@ def decay_mask(params: Params) -> Any:  # noqa: ANN401 - a pytree alike
 def layer_scales(params: Params, layer_index: Callable[[str], tuple[int, int]], decay: float) -> Any:  # noqa: ANN401
     """Return the factor of each parameter's learning rate: decay ** (last layer - layer) (SPEC 10).
 
-    Args:
-        params: a pytree of arrays.
-        layer_index: name of a parameter -> its layer, and the last layer; raises ValueError for an unknown name.
-        decay: ratio of the rates of two neighbouring layers.
+    `layer_index` maps a parameter's name to its layer and the last layer; it raises ValueError for an unknown name.
     """
 
     def scale(name: str, _: jax.Array) -> float:
@@ -48,7 +45,7 @@ def make_optimizer(
 
     Args:
         recipe: the configuration's `optimizer`.
-        layer_index: as for `layer_scales`; needed where the recipe has a `layer_decay` below 1.
+        layer_index: see `layer_scales`; required if the recipe has a `layer_decay` other than 1.
     """
     parts = [
         optax.identity() if recipe.clip_norm is None else optax.clip_by_global_norm(recipe.clip_norm),
@@ -69,12 +66,9 @@ def make_optimizer(
 def learning_rate_schedule(
     recipe: ConfigDict, *, batch_size: int, warmup_steps: int, total_steps: int
 ) -> optax.Schedule:
-    """Build the schedule, step -> rate: linear warm-up from 0 to the scaled rate, then half a cosine to the final one.
+    """Build the schedule, step -> rate: linear warm-up from 0 to the peak rate, then cosine decay to the final rate.
 
-    Args:
-        recipe: the configuration's `optimizer`.
-        batch_size: global; the peak rate is proportional to it.
-        warmup_steps, total_steps: durations.
+    The peak rate is proportional to the global batch size. `recipe` is the configuration's `optimizer`.
     """
     peak = recipe.base_learning_rate * batch_size / 256
     end = min(recipe.final_learning_rate, peak)

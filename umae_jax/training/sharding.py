@@ -9,15 +9,12 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-BATCH = PartitionSpec(("data", "fsdp"))
-
-# (pattern of an array's name, whether to shard its largest axis that `fsdp` divides); the first match decides. Weight
-# matrices are nearly all of the memory; smaller arrays are not worth the gathering.
-RULES = ((r"/kernel(/value)?$", True), (r"", False))
+# Names of the arrays to shard. Weight matrices take nearly all of the memory; gathering smaller arrays is not worth it.
+SHARDED = re.compile(r"/kernel(/value)?$")
 
 
 def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Arrange the devices, all by default, with `fsdp` of them per copy of the parameters."""
+    """Arrange the devices (default: all) in a mesh, with `fsdp` devices per copy of the parameters."""
     devices = jax.devices() if devices is None else devices
     shape = (len(devices) // fsdp, fsdp)
     # Unlike `jax.make_mesh` it may split an axis of the torus between `data` and `fsdp`.
@@ -27,7 +24,7 @@ def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mes
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding of a batch: its first axis over all devices."""
-    return NamedSharding(mesh, BATCH)
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -41,13 +38,13 @@ def shardings_of(tree: Any) -> Any:  # noqa: ANN401 - any pytree
 
 
 def local_rows(array: jax.Array) -> np.ndarray:
-    """Return the rows of a batch [B, ...] that this process holds, on the host and in their order."""
+    """Return the rows of a batch [B, ...] that this process holds, in order, on the host."""
     shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
 def spec_of(name: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
-    """Return the partition of an array over the `fsdp` axis, by the first of RULES that matches its name.
+    """Return the partition of an array: SHARDED arrays are split along their largest axis that `fsdp` divides.
 
     Args:
         name: path of a parameter, or of the optimizer's array for one, such as
@@ -55,16 +52,15 @@ def spec_of(name: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
         shape: of the array.
         fsdp: size of the mesh axis.
     """
-    sharded = next(sharded for pattern, sharded in RULES if re.search(pattern, name))
     axes = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
-    if not sharded or fsdp == 1 or not axes:
+    if fsdp == 1 or not axes or not SHARDED.search(name):
         return PartitionSpec()
     largest = max(axes, key=lambda axis: shape[axis])
     return PartitionSpec(*(None,) * largest, "fsdp")
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:  # noqa: ANN401 - any pytree
-    """Return the sharding of each array of a pytree, by RULES."""
+    """Return the sharding of each array of a pytree, by `spec_of`."""
 
     def sharding(path: jax.tree_util.KeyPath, array: jax.ShapeDtypeStruct) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")

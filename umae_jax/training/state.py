@@ -1,5 +1,7 @@
-"""The training state: in shapes alone, and freshly initialised."""
+"""The training state: abstract (shapes only), and freshly initialised."""
 
+import itertools
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -15,15 +17,15 @@ from umae_jax.training.task import BaseTask, Params
 
 
 class TrainState(NamedTuple):
-    """Everything on the devices that a run continues from.
+    """The state on the devices that checkpoints store.
 
     Attributes:
-        step: int32, updates attempted so far.
+        step: int32, number of steps, including skipped updates.
         params: the model's parameters.
         optimizer: Optax's state.
-        bad_steps: int32, consecutive attempts, up to now, whose loss or gradient was not finite.
-        skipped_updates: int32, all such attempts.
-        ema: exponential moving average of the parameters, where one is kept.
+        bad_steps: int32, number of consecutive steps, up to now, whose loss or gradient was not finite.
+        skipped_updates: int32, total number of such steps.
+        ema: exponential moving average of the parameters; None: not kept.
     """
 
     step: jax.Array
@@ -35,18 +37,12 @@ class TrainState(NamedTuple):
 
     @property
     def eval_params(self) -> Params:
-        """The parameters to evaluate and export: the moving average where one is kept."""
+        """Parameters to evaluate and export: the moving average if it is kept."""
         return self.params if self.ema is None else self.ema
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, *, ema: bool = False) -> TrainState:
-    """Return the state before the first step.
-
-    Args:
-        params: of the model.
-        optimizer: Optax's.
-        ema: keep a moving average of the parameters.
-    """
+    """Return the state before the first step; with `ema`, it keeps a moving average of the parameters."""
     # Three arrays, not one three times: the step donates each.
     step, bad_steps, skipped_updates = (jnp.zeros((), jnp.int32) for _ in range(3))
     copy = jax.tree.map(jnp.copy, params) if ema else None
@@ -54,11 +50,11 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, *, ema: 
 
 
 class AbstractRun(NamedTuple):
-    """A model and its training state in shapes, before any array exists.
+    """A model and its training state, in shapes only.
 
     Attributes:
         graph: the model without its parameters; `nnx.merge(graph, params)` gives the model.
-        optimizer: Optax's, without the learning rate.
+        optimizer: Optax transformation without the learning rate.
         state: shapes, dtypes and shardings of the training state.
     """
 
@@ -67,24 +63,15 @@ class AbstractRun(NamedTuple):
     state: TrainState
 
 
-class _Keys:
-    """Gives the keys of `nnx.Rngs(seed)`, counted in Python: traced counters take most of the time of building."""
-
-    def __init__(self, seed: int) -> None:
-        self._key = jax.random.key(seed)
-        self._given = 0
-
-    def params(self) -> jax.Array:
-        self._given += 1
-        return jax.random.fold_in(self._key, self._given - 1)
-
-
 def _build_model(task: BaseTask) -> nnx.Module:
-    return task.build_model(cast(nnx.Rngs, _Keys(task.config.seed)))
+    """Build the model with the keys of `nnx.Rngs(seed)`, counted in Python, since tracing its counters is slow."""
+    key = jax.random.key(task.config.seed)
+    keys = (jax.random.fold_in(key, count) for count in itertools.count())
+    return task.build_model(cast(nnx.Rngs, SimpleNamespace(params=lambda: next(keys))))
 
 
 def abstract_run(task: BaseTask, mesh: Mesh) -> AbstractRun:
-    """Build model and state in shapes alone.
+    """Build the model and its training state in shapes only.
 
     Raises:
         UserError: if the numbers of the configuration do not fit together.
@@ -94,21 +81,17 @@ def abstract_run(task: BaseTask, mesh: Mesh) -> AbstractRun:
     recipe = task.config.optimizer
     optimizer = make_optimizer(recipe, lambda name: task.layer_index(model, name))
     state = jax.eval_shape(lambda params: init_state(params, optimizer, ema=recipe.ema_decay is not None), params)
-    state = jax.tree.map(
-        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
-        state,
-        state_shardings(mesh, state),
-    )
+    state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, state_shardings(mesh, state))
     return AbstractRun(graph, optimizer, state)
 
 
 def initialize(task: BaseTask, run: AbstractRun, given: Params | None = None) -> TrainState:
-    """Return the first state; each array is created on the devices that hold it.
+    """Return the initial state; each array is created on the devices that hold it.
 
     Args:
         task: of the run.
         run: from `abstract_run`.
-        given: parameters on the host that replace those the model draws; all of them or some.
+        given: values, on the host, for all or some parameters; the others are initialised at random.
     """
     shardings = shardings_of(run.state)
     places = dict(nnx.to_flat_state(shardings.params))
@@ -125,6 +108,6 @@ def initialize(task: BaseTask, run: AbstractRun, given: Params | None = None) ->
 
 
 def _place(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:  # noqa: ANN401 - of the host or any device
-    """Put an array that each process holds whole where it belongs, without comparing it among processes first."""
+    """Shard an array that each process holds whole; unlike `jax.device_put`, do not compare it across processes."""
     host = np.asarray(array)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

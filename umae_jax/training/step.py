@@ -16,15 +16,13 @@ from umae_jax.training.task import Batch, Params
 
 # (parameters, batch) -> mean loss, further scalars to report
 LossFunction = Callable[[Params, Batch], tuple[jax.Array, dict[str, jax.Array]]]
-
-
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def _split(batch: Batch, parts: int, group_size: int) -> Batch:
-    """Split a batch into equal parts, [parts, B / parts, ...], each spread over all devices.
+    """Split a batch into microbatches, [parts, B / parts, ...], each of samples from all devices.
 
-    Part i takes every `parts`-th group of neighbouring samples, so groups stay together.
+    Microbatch i takes every `parts`-th group of neighbouring samples, starting at group i.
     """
 
     def deal(x: jax.Array) -> jax.Array:
@@ -57,8 +55,8 @@ def make_train_step(
         loss_function: (parameters, batch) -> mean loss of the batch, further scalars to report.
         optimizer: Optax transformation without a learning rate; the step multiplies its updates by the schedule's.
         schedule: step -> learning rate.
-        grad_accum_steps: number of equal parts of a batch, computed one after the other.
-        group_size: number of neighbouring samples that stay in one part.
+        grad_accum_steps: number of microbatches per step.
+        group_size: number of neighbouring samples that stay in one microbatch.
         ema_decay: decay of the EMA of the parameters; None: the state has no EMA.
         shardings: `NamedSharding`s of the parameters. Sharded parameters are gathered before use; their gradients are
             summed and sharded again.
@@ -139,11 +137,7 @@ def make_train_step(
 def lower_step(train_step: TrainStep, state: TrainState, batch: Batch, mesh: Mesh) -> jax.stages.Lowered:
     """Lower the step for ahead-of-time compilation; the step donates its state.
 
-    Args:
-        train_step: from `make_train_step`.
-        state, batch: arrays or `jax.ShapeDtypeStruct`s with the shardings of the step's inputs; the new state
-            has the same shardings.
-        mesh: the devices.
+    `state` and `batch` hold arrays or `jax.ShapeDtypeStruct`s with shardings. The new state has the state's shardings.
     """
     jitted = jax.jit(
         train_step,
@@ -151,5 +145,5 @@ def lower_step(train_step: TrainStep, state: TrainState, batch: Batch, mesh: Mes
         out_shardings=(shardings_of(state), replicated(mesh)),
         compiler_options=compiler_options(mesh.devices.flat[0]),
     )
-    with jax.set_mesh(mesh):  # tells kernels how the batch is sharded
+    with jax.set_mesh(mesh):  # kernels read from it how the batch is sharded
         return jitted.lower(state, batch)

@@ -1,4 +1,4 @@
-"""The protocol of a task: what the engine (`run.py`) asks of everything that it trains; `umae_jax/tasks/` answers."""
+"""The interface between the training loop (`run.py`) and the tasks that it trains (`umae_jax/tasks/`)."""
 
 import abc
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from umae_jax.data.pipeline import Sample
+from umae_jax.data.sources import Source
 from umae_jax.errors import UserError
 from umae_jax.files import AnyPath
 from umae_jax.models.build import build_model
@@ -18,16 +19,16 @@ from umae_jax.weights.stored_run import StoredRun
 
 Batch = dict[str, Any]  # arrays [B, ...], sharded over their first axis
 Params = Any  # a pytree of float32 arrays
-Prediction = tuple[str, dict[str, Any]]  # a line for people, and the same as JSON
+Prediction = tuple[str, dict[str, Any]]  # a summary in one line, and the same values by name
 
 
 class Hook(NamedTuple):
-    """Something done between steps: an evaluation, or a picture.
+    """An action between steps, such as an evaluation or a picture.
 
     Attributes:
-        every: steps between two calls, with one before the first step and one after the last; 0: never.
+        every: interval in steps; the hook also runs before the first and after the last step. 0: never.
         run: (step, parameters) -> metrics to report; may raise PreemptionRequested.
-        metric: one of these metrics. A run that continues at a step that has it already does not call the hook again.
+        metric: name of one of these metrics. A resumed run skips the hook at its first step if this is logged.
     """
 
     every: int
@@ -36,14 +37,14 @@ class Hook(NamedTuple):
 
 
 class RunContext(NamedTuple):
-    """The parts of a run that the hooks of its task may use.
+    """The parts of a run that hooks use.
 
     Attributes:
         graph: the model without its parameters; `nnx.merge(graph, params)` gives the model.
         params: shapes, dtypes and shardings of the parameters.
         mesh: the devices.
         workdir: the run's directory.
-        check: raises PreemptionRequested when the run should save and exit; call it in long evaluations.
+        check: raises PreemptionRequested if the run should save and exit; long evaluations call it per batch.
     """
 
     graph: nnx.GraphDef
@@ -54,13 +55,14 @@ class RunContext(NamedTuple):
 
 
 class BaseTask(abc.ABC):
-    """Answers of a task to the engine. A task is made of a configuration alone; `open` adds the data.
+    """Base class of tasks. A configuration alone is enough to create a task; `open` adds the data.
 
     Attributes:
-        command: name of the command that trains it.
-        best_metric: metric whose highest value names the best checkpoint; None: no best checkpoint is kept.
-        measured_last: the `Hook.metric` that a run measures at its last step, set by `prepare`; None: no such metric.
-        group_size: gradient accumulation keeps this many neighbouring samples together in one part.
+        command: command that trains the task.
+        best_metric: metric whose highest value selects the best checkpoint; None: keep no best checkpoint.
+        measured_last: `Hook.metric` that a complete run has logged at its last step, set by `prepare`; None: none.
+        group_size: number of neighbouring samples that gradient accumulation keeps in one microbatch.
+        source: the training data, set by `open`.
         config: the configuration; `open` may complete it from the data.
         class_names: names of the classes of the training data; () without classes.
     """
@@ -69,6 +71,7 @@ class BaseTask(abc.ABC):
     best_metric: ClassVar[str | None] = None
     group_size: int = 1
     measured_last: str | None = None
+    source: Source
 
     def __init__(self, config: ConfigDict) -> None:
         self.config = config
@@ -108,9 +111,9 @@ class BaseTask(abc.ABC):
         return model.layer_index(name), model.num_layers
 
     def assume_classes(self, classes: int) -> None:  # noqa: B027 - a task without classes has nothing to assume
-        """Complete the configuration for a plan whose data set is elsewhere and has this many classes."""
+        """Set the number of classes, for a plan without the data set."""
 
-    # With data.
+    # With data, for a training run.
 
     @abc.abstractmethod
     def open(self) -> None:
@@ -121,16 +124,16 @@ class BaseTask(abc.ABC):
         """
 
     def prepare(self) -> None:  # noqa: B027 - not every task has validation data
-        """Open what only a training run needs, such as validation data; called after `open`.
+        """Open further data that only a training run needs, such as validation data; called after `open`.
 
         Raises:
             UserError: naming the key and what to write.
         """
 
     @property
-    @abc.abstractmethod
     def num_samples(self) -> int:
         """Number of training samples per epoch."""
+        return len(self.source)
 
     @abc.abstractmethod
     def sample_loader(self) -> Callable[[int, int], Sample]:
@@ -140,7 +143,7 @@ class BaseTask(abc.ABC):
         """
 
     def initial_params(self, abstract: Params) -> Params | None:
-        """Return parameters to begin with, on the host: all of `abstract` or some; None: the model draws all.
+        """Return initial values, on the host, for all or some parameters of `abstract`; None: initialise all at random.
 
         Raises:
             UserError: if the weights that the configuration names do not fit.
@@ -152,10 +155,10 @@ class BaseTask(abc.ABC):
         return ()
 
     def result(self, workdir: AnyPath) -> str | None:
-        """Return the line that a finished run ends with, such as the path of its last picture."""
+        """Return the line to print at the end of a run, such as the path of its last picture."""
         return None
 
-    # Of a finished run: the command `evaluate`.
+    # With a stored run: the command `evaluate`.
 
     def evaluate(self, run: StoredRun, mesh: Mesh, batch_size: int) -> Prediction:
         """Evaluate a stored run on its validation data.
@@ -169,6 +172,6 @@ class BaseTask(abc.ABC):
         """Predict for an image file or each image of a folder.
 
         Raises:
-            UserError: if the task predicts nothing for single images.
+            UserError: if the task has no predictions for images.
         """
         raise UserError(f"model.method: {self.config.model.method} has no predictions for images; fine-tune it first")

@@ -1,1 +1,1 @@
-"""Weights in files: names, layouts, formats, and the models they belong to."""
+"""Weight files: parameter names, layouts, formats, and the models they belong to."""

@@ -34,12 +34,12 @@ class Model(NamedTuple):
 
 
 def read_model(path: AnyPath, config: ConfigDict | None = None, *, encoder_only: bool = False) -> Model:
-    """Read a weight file with the reference's names or those of transformers.
+    """Read a weight file with the parameter names of the reference or of transformers.
 
     Args:
         path: the file.
-        config: the model's configuration; None: that of the file's metadata or, without one, inferred from shapes.
-        encoder_only: ignore the decoder in inferring the configuration.
+        config: the model's configuration; None: read it from the metadata or, if they have none, infer it from shapes.
+        encoder_only: ignore the decoder when inferring the configuration.
 
     Raises:
         UserError: if the file is damaged, would run code or holds an unknown architecture.
@@ -57,7 +57,7 @@ def read_model(path: AnyPath, config: ConfigDict | None = None, *, encoder_only:
 
 
 def export_weights(workdir: AnyPath, output: Path, layout: str = REFERENCE, *, best: bool = False) -> list[Path]:
-    """Write a run's newest checkpoint as a weight file and, beside it, a model card and the files that load it.
+    """Export a run's newest checkpoint as a weight file, with a model card and the files that other frameworks need.
 
     Args:
         workdir: the run's directory.
@@ -90,7 +90,7 @@ def export_weights(workdir: AnyPath, output: Path, layout: str = REFERENCE, *, b
     if readme.exists():
         text = readme.read_text(errors="replace")
         if GENERATED not in text or f'"{output.name}"' not in text:
-            readme = output.with_suffix(".md")  # keep a card that someone edited or that describes another file
+            readme = output.with_suffix(".md")  # keep a card that was edited or describes another file
     count = sum(array.size for array in tensors.values())
     card = model_card(config, file=output.name, layout=layout, step=run.step, parameters=count)
     beside[readme.name] = card.encode()
@@ -105,7 +105,7 @@ def export_weights(workdir: AnyPath, output: Path, layout: str = REFERENCE, *, b
 
 
 def _check_transformers(config: ConfigDict, layout: str, output: Path) -> None:
-    """Check that transformers can compute this model, and that writing its files overwrites nothing."""
+    """Check that transformers supports this model, and that its files overwrite no others."""
     model = config.model
     require(
         len(model.depths) == 1 and "classes" not in model,

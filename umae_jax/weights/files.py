@@ -1,4 +1,4 @@
-"""Read and write weight files (`.safetensors`, `.pth`, `.npz`); reading never runs code that a file holds."""
+"""Read and write weight files (`.safetensors`, `.pth`, `.npz`) without running code from them."""
 
 import argparse
 import io
@@ -13,7 +13,7 @@ import numpy as np
 import safetensors.numpy
 
 from umae_jax.errors import UserError, require
-from umae_jax.files import AnyPath
+from umae_jax.files import AnyPath, first_line
 
 INSTALL_TORCH = 'install torch: pip install "umae_jax[torch]"'
 
@@ -29,7 +29,7 @@ def read_weights(path: AnyPath) -> Weights:
     """Read a weight file, every array as float32.
 
     Raises:
-        UserError: if the file is missing, is damaged, is no weight file or would run code.
+        UserError: if the file is missing or damaged, is not a weight file, or would run code.
     """
     require(path.is_file(), f"there is no file {path}")
     require(
@@ -51,7 +51,7 @@ def _read_safetensors(file: BinaryIO, path: AnyPath) -> Weights:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         return Weights(tensors, header.get("__metadata__", {}))
     except Exception as error:  # a damaged file, or a dtype that NumPy lacks, raises errors of many types
-        raise UserError(f"{path} is not a complete safetensors file of NumPy dtypes ({_first_line(error)})") from None
+        raise UserError(f"{path} is not a complete safetensors file of NumPy dtypes ({first_line(error)})") from None
 
 
 def _read_npz(file: BinaryIO, path: AnyPath) -> Weights:
@@ -61,21 +61,14 @@ def _read_npz(file: BinaryIO, path: AnyPath) -> Weights:
             names = [name for name in archive.files if name.startswith("param/")] or archive.files
             return Weights({name.removeprefix("param/"): archive[name] for name in names}, {})
     except Exception as error:  # a damaged archive makes NumPy and zipfile raise errors of many types
-        raise UserError(f"{path} is not a complete .npz archive of plain arrays ({_first_line(error)})") from None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        raise UserError(f"{path} is not a complete .npz archive of plain arrays ({first_line(error)})") from None
 
 
 def _harmless_classes() -> list[Any]:
-    """List the classes of training arguments, which hold values and do nothing when unpickled."""
-    functions = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(1).__reduce__()[0]}
-    aliases = [
-        (function, f"{module}.multiarray.{name}")
-        for name, function in functions.items()
-        for module in ("numpy.core", "numpy._core")  # NumPy 1 and 2
-    ]
+    """List the classes of stored training arguments, which are safe to unpickle: they only hold values."""
+    functions: tuple[Any, ...] = (np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0])
+    modules = ("numpy.core.multiarray", "numpy._core.multiarray")  # NumPy 1 and 2
+    aliases = [(function, f"{module}.{function.__name__}") for function in functions for module in modules]
     dtypes = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
     # Python 3.13 renamed the module of paths; paths of another operating system become pure paths.
     paths = [
@@ -87,7 +80,7 @@ def _harmless_classes() -> list[Any]:
 
 
 def _read_pth(file: BinaryIO, path: AnyPath) -> Weights:
-    """Read a state dict that torch.save wrote, alone or under "model" or "state_dict" of a dict.
+    """Read a state dict saved by torch.save, alone or under the key "model" or "state_dict" of a dict.
 
     Torch's restricted unpickler builds tensors, plain containers and `_harmless_classes`; it rejects everything else
     before running any of it.
@@ -100,7 +93,7 @@ def _read_pth(file: BinaryIO, path: AnyPath) -> Weights:
         with torch.serialization.safe_globals(_harmless_classes()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they repeat the error
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whose message advises the user to disable this protection
+    except Exception as error:  # its message advises the user to disable this protection
         problem = "is not a complete torch file, or holds more than tensors and plain values"
         if rejected := re.search(r"GLOBAL (\S+)", str(error)):
             problem = f"would run {rejected[1]}, which no weights need"
@@ -125,7 +118,7 @@ _READERS = {".safetensors": _read_safetensors, ".pth": _read_pth, ".npz": _read_
 
 
 def check_output(path: Path) -> None:
-    """Check that a weight file can be written under this name.
+    """Check that a weight file can be written to this path.
 
     Raises:
         UserError: naming the suffixes to choose from, or the package to install.

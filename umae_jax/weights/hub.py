@@ -1,4 +1,4 @@
-"""Files that accompany exported weights on a model hub: the model card, and configurations for transformers."""
+"""Files beside exported weights on a model hub: the model card, and configurations for transformers."""
 
 import json
 
@@ -48,7 +48,7 @@ def model_card(config: ConfigDict, *, file: str, layout: str, step: int, paramet
         file: name of the weight file.
         layout: "reference", or a key of ARCHITECTURES.
         step: training step of the checkpoint; 0 for imported weights.
-        parameters: number of values in the file.
+        parameters: number of parameters in the file.
     """
     model, data = config.model, config.data
     rows = {

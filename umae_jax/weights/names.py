@@ -1,7 +1,8 @@
 """Parameter names and layouts of the PyTorch reference (SPEC 13): one table for both directions."""
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 from flax import nnx
@@ -9,8 +10,6 @@ from ml_collections import ConfigDict
 
 from umae_jax.errors import UserError
 from umae_jax.positions import sincos_table
-
-Tensors = Mapping[str, np.ndarray]
 
 
 class Layout(NamedTuple):
@@ -31,123 +30,86 @@ def _convolution(side: int) -> Layout:
 SAME = Layout(lambda weight: weight, lambda array: array)
 TRANSPOSED = Layout(np.transpose, np.transpose)  # linear [out, in]
 
-# A module's parameters: our name, the reference's name, layout.
-LINEAR = (("kernel", "weight", TRANSPOSED), ("bias", "bias", SAME))
-POINTWISE_CONVOLUTION = (("kernel", "weight", _convolution(1)), ("bias", "bias", SAME))
-HALVING_CONVOLUTION = (("kernel", "weight", _convolution(2)), ("bias", "bias", SAME))
-PATCH_CONVOLUTION = (("kernel", "weight", None), ("bias", "bias", SAME))  # the patch sets the layout
-NORM = (("scale", "weight", SAME), ("bias", "bias", SAME))
-PARAMETER = (("", "", SAME),)
-
-Rows = tuple[tuple[str, str, Any], ...]
-
-# Modules of a block.
-_VIT: Rows = (
-    ("norm1", "norm1", NORM),
-    ("qkv", "attn.qkv", LINEAR),
-    ("proj", "attn.proj", LINEAR),
-    ("norm2", "norm2", NORM),
-    ("mlp.fc1", "mlp.fc1", LINEAR),
-    ("mlp.fc2", "mlp.fc2", LINEAR),
-)
-_SWIN: Rows = (
-    *_VIT,
-    ("position.fc1", "attn.posmlp.0", POINTWISE_CONVOLUTION),
-    ("position.fc2", "attn.posmlp.2", POINTWISE_CONVOLUTION),
-)
-_PVT: Rows = (
-    ("norm1", "norm1", NORM),
-    ("attention.q", "attn.q", LINEAR),
-    ("attention.kv", "attn.kv", LINEAR),
-    ("attention.proj", "attn.proj", LINEAR),
-    ("attention.reduce", "attn.sr", POINTWISE_CONVOLUTION),
-    ("attention.norm", "attn.norm", NORM),
-    *_VIT[3:],
-)
-
-
-def _blocks(ours: str, theirs: str, rows: Rows) -> Rows:
-    """Prefix the modules of a block."""
-    return tuple((ours + name, theirs + other, layout) for name, other, layout in rows)
-
-
-# Our module, the reference's module, parameters. {stage} and {block} count from 0. The reference numbers blocks through
-# all stages, {number}, and its first block of a stage includes the downsampling before that stage.
-ENCODERS: dict[str, Rows] = {
-    "swin": (
-        ("encoder.patch_embed", "patch_embed.proj", PATCH_CONVOLUTION),
-        ("encoder.patch_norm", "patch_embed.norm", NORM),
-        ("encoder.stages.{stage}.merge.norm", "blocks.{number}.downsample.norm", NORM),
-        ("encoder.stages.{stage}.merge.proj", "blocks.{number}.downsample.proj", HALVING_CONVOLUTION),
-        *_blocks("encoder.stages.{stage}.blocks.{block}.", "blocks.{number}.", _SWIN),
-        ("encoder.norm", "norm", NORM),
-    ),
-    "pvt": (
-        ("encoder.positions.table", "pos_embed", PARAMETER),
-        ("encoder.patch_embed", "patch_embed.proj", PATCH_CONVOLUTION),
-        ("encoder.stages.{stage}.merge", "blocks.{number}.downsample.proj", HALVING_CONVOLUTION),
-        *_blocks("encoder.stages.{stage}.blocks.{block}.", "blocks.{number}.", _PVT),
-        ("encoder.norm", "norm", NORM),
-    ),
-    "vit": (
-        ("encoder.class_token", "cls_token", PARAMETER),
-        ("encoder.positions.table", "pos_embed", PARAMETER),
-        ("encoder.patch_embed", "patch_embed.proj", PATCH_CONVOLUTION),
-        *_blocks("encoder.blocks.{block}.", "blocks.{block}.", _VIT),
-        ("encoder.norm", "norm", NORM),
-    ),
+# Our name -> the reference's name. Single parameters, then modules outside blocks, then modules of a block.
+PARAMETERS = {
+    "encoder.class_token": "cls_token",
+    "encoder.positions.table": "pos_embed",
+    "mask_token": "vis_mask_token",  # of the autoencoder; that of SimMIM is called mask_token
+    "decoder_mask_token": "mask_token",
 }
-_AUTOENCODER: Rows = (
-    ("mask_token", "vis_mask_token", PARAMETER),
-    ("decoder_embed", "decoder_embed", LINEAR),
-    ("decoder_mask_token", "mask_token", PARAMETER),
-    *_blocks("decoder_blocks.{decoder_block}.", "decoder_blocks.{decoder_block}.", _VIT),
-    ("decoder_norm", "decoder_norm", NORM),
-    ("decoder_prediction", "decoder_pred", LINEAR),
-)
-METHODS: dict[str, Rows] = {
-    "um_mae": _AUTOENCODER,
-    "mae": _AUTOENCODER,
-    "simmim": (("mask_token", "mask_token", PARAMETER), ("decoder_prediction", "decoder_pred", LINEAR)),
-    "classifier": (("head_norm", "fc_norm", NORM), ("head", "head", LINEAR)),
+MODULES = {
+    "encoder.patch_embed": "patch_embed.proj",
+    "encoder.patch_norm": "patch_embed.norm",
+    "encoder.norm": "norm",
+    "decoder_embed": "decoder_embed",
+    "decoder_norm": "decoder_norm",
+    "decoder_prediction": "decoder_pred",
+    "head_norm": "fc_norm",
+    "head": "head",
 }
+BLOCK_MODULES = {
+    "merge": "downsample.proj",  # PVT
+    "merge.norm": "downsample.norm",  # Swin
+    "merge.proj": "downsample.proj",
+    "norm1": "norm1",
+    "qkv": "attn.qkv",
+    "proj": "attn.proj",
+    "position.fc1": "attn.posmlp.0",
+    "position.fc2": "attn.posmlp.2",
+    "attention.q": "attn.q",
+    "attention.kv": "attn.kv",
+    "attention.proj": "attn.proj",
+    "attention.reduce": "attn.sr",
+    "attention.norm": "attn.norm",
+    "norm2": "norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+# Kernel sides of the reference's convolutions, which are linear layers here; `model.patch` is that of the first one.
+CONVOLUTIONS = {"downsample.proj": 2, "attn.posmlp.0": 1, "attn.posmlp.2": 1, "attn.sr": 1}
 
 # Prefixes of names outside the encoder: decoders, mask tokens and heads, also those of other programs.
 NOT_ENCODER = ("decoder", "mask_token", "vis_mask_token", "head", "fc_norm", "pooler.", "classifier.")
 
 
 class Entry(NamedTuple):
-    """One parameter of the table."""
+    """The reference's counterpart of one parameter."""
 
-    ours: str  # dotted path in our model
-    theirs: str  # name in the reference's state dict
+    name: str  # in the reference's state dict
     layout: Layout
 
 
-def entries(config: ConfigDict) -> Iterator[Entry]:
-    """Expand the table for one model; the model may lack some of the entries."""
+def reference_entry(config: ConfigDict, path: str) -> Entry:
+    """Return the reference's name and layout of a parameter of our model.
+
+    Args:
+        config: the model's configuration.
+        path: dotted path of the parameter.
+
+    Raises:
+        KeyError: if the table has no such parameter.
+    """
     model = config.model
-    blocks = [
-        {"stage": stage, "block": block, "number": sum(model.depths[:stage]) + block}
-        for stage, depth in enumerate(model.depths)
-        for block in range(depth)
-    ]
-    indices: dict[str, list[dict[str, int]]] = {
-        "{block}": blocks,
-        "{stage}": [index for index in blocks if index["block"] == 0],
-        "{decoder_block}": [{"decoder_block": block} for block in range(model.get("decoder_depth", 0))],
-        "": [{}],
-    }
-    for our_module, their_module, leaves in ENCODERS[model.encoder] + METHODS[model.method]:
-        for index in next(numbers for field, numbers in indices.items() if field in our_module):
-            for our_leaf, their_leaf, layout in leaves:
-                ours = f"{our_module}.{our_leaf}".format(**index).rstrip(".")
-                theirs = f"{their_module}.{their_leaf}".format(**index).rstrip(".")
-                yield Entry(ours, theirs, layout or _convolution(model.patch))
+    if path in PARAMETERS:
+        return Entry(path if model.method == "simmim" and path == "mask_token" else PARAMETERS[path], SAME)
 
+    # The reference numbers blocks through all stages; its first block of a stage includes the merge before that stage.
+    def numbered(stage_and_block: re.Match) -> str:
+        stage, block = stage_and_block.groups(default="0")
+        return f"blocks.{sum(model.depths[: int(stage)]) + int(block)}"
 
-def _by_path(params: nnx.State) -> dict[str, Any]:
-    return {".".join(map(str, keys)): variable for keys, variable in nnx.to_flat_state(params)}
+    module, _, leaf = path.rpartition(".")
+    module = re.sub(r"^encoder\.stages\.(\d+)(?:\.blocks\.(\d+))?", numbered, module)
+    if match := re.match(r"(?:encoder\.)?((?:decoder_)?blocks\.\d+\.)(.+)", module):
+        block, theirs = match[1], BLOCK_MODULES[match[2]]
+    else:
+        block, theirs = "", MODULES[module]
+    layout = SAME
+    if leaf == "kernel":
+        side = model.patch if module == "encoder.patch_embed" else CONVOLUTIONS.get(theirs)
+        layout = _convolution(side) if side else TRANSPOSED
+    return Entry(f"{block}{theirs}.{LEAVES[leaf]}", layout)
 
 
 def _fixed_tables(config: ConfigDict) -> dict[str, np.ndarray]:
@@ -174,18 +136,16 @@ def to_reference(config: ConfigDict, params: nnx.State) -> dict[str, np.ndarray]
 
     It includes the fixed position tables.
     """
-    ours = {path: np.asarray(variable[...], np.float32) for path, variable in _by_path(params).items()}
-    tensors = {
-        entry.theirs: np.ascontiguousarray(entry.layout.to_theirs(ours.pop(entry.ours)))
-        for entry in entries(config)
-        if entry.ours in ours
-    }
-    if ours:
-        raise ValueError(f"no entry of the table for {sorted(ours)}")
+    tensors = {}
+    for keys, variable in nnx.to_flat_state(params):
+        name, layout = reference_entry(config, ".".join(map(str, keys)))
+        tensors[name] = np.ascontiguousarray(layout.to_theirs(np.asarray(variable[...], np.float32)))
     return tensors | _fixed_tables(config)
 
 
-def from_reference(config: ConfigDict, params: nnx.State, tensors: Tensors, *, name: str, only: str = "") -> nnx.State:
+def from_reference(
+    config: ConfigDict, params: nnx.State, tensors: Mapping[str, np.ndarray], *, name: str, only: str = ""
+) -> nnx.State:
     """Convert the reference's state dict to a model's parameters, float32 on the host.
 
     Args:
@@ -198,22 +158,24 @@ def from_reference(config: ConfigDict, params: nnx.State, tensors: Tensors, *, n
     Raises:
         UserError: listing every tensor that is missing, unexpected, of a wrong shape or wrong in value.
     """
-    ours = {path: variable for path, variable in _by_path(params).items() if path.startswith(only)}
-    values: dict[str, np.ndarray] = {}
+    converted = {}
     missing, wrong, unexpected = [], [], set(tensors)
-    for entry in entries(config):
-        if entry.ours not in ours:
+    for keys, variable in nnx.to_flat_state(params):
+        path = ".".join(map(str, keys))
+        if not path.startswith(only):
             continue
-        if entry.theirs not in tensors:
-            missing.append(entry.theirs)
+        theirs, layout = reference_entry(config, path)
+        if theirs not in tensors:
+            missing.append(theirs)
             continue
-        unexpected.discard(entry.theirs)
-        tensor, shape = tensors[entry.theirs], ours[entry.ours].shape
-        expected = entry.layout.to_theirs(np.broadcast_to(np.float32(0), shape)).shape
+        unexpected.discard(theirs)
+        tensor = tensors[theirs]
+        expected = layout.to_theirs(np.broadcast_to(np.float32(0), variable.shape)).shape
         if tensor.shape == expected:
-            values[entry.ours] = np.ascontiguousarray(entry.layout.to_ours(np.asarray(tensor, np.float32)))
+            value = np.ascontiguousarray(layout.to_ours(np.asarray(tensor, np.float32)))
+            converted[keys] = variable.replace(value)
         else:
-            wrong.append(f"{entry.theirs} is {list(tensor.shape)}, not {list(expected)}")
+            wrong.append(f"{theirs} is {list(tensor.shape)}, not {list(expected)}")
     for fixed, table in _fixed_tables(config).items():
         if fixed in unexpected:
             unexpected.discard(fixed)
@@ -230,13 +192,9 @@ def from_reference(config: ConfigDict, params: nnx.State, tensors: Tensors, *, n
             f"{name} holds only an encoder, and a run needs a whole model; use the file with umae_jax.load_encoder, or "
             "as init of fine-tuning"
         )
-    groups = {"missing": missing, "unexpected": sorted(unexpected), "wrong": wrong}
+    groups = {"missing": sorted(missing), "unexpected": sorted(unexpected), "wrong": wrong}
     problems = "; ".join(f"{len(names)} {kind}: {', '.join(names)}" for kind, names in groups.items() if names)
     if problems:
         model = f"the configured {config.model.encoder} for {config.model.method}"
         raise UserError(f"{name} does not fit {model}: {problems}; give its own model with --config FILE")
-    converted = {}
-    for keys, variable in nnx.to_flat_state(params):
-        if (path := ".".join(map(str, keys))) in values:
-            converted[keys] = variable.replace(values[path])
     return nnx.from_flat_state(converted)

@@ -12,19 +12,19 @@ from umae_jax.errors import UserError, require
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-MARKERS = {"swin": ".posmlp.", "pvt": ".attn.sr.", "vit": "cls_token"}  # parts of names that only one encoder has
-DECODER_WIDTH = 512  # of every preset; the presets' number of decoder heads belongs to it
+MARKERS = {"swin": ".posmlp.", "pvt": ".attn.sr.", "vit": "cls_token"}  # parts of names that occur in one encoder only
+DECODER_WIDTH = 512  # of every preset; the number of decoder heads is known for this width only
 USE_CONFIG = "name the model with --config FILE"
 
 
 def recognize(tensors: Mapping[str, np.ndarray], name: str, *, encoder_only: bool = False) -> ConfigDict:
     """Infer the configuration of a model from its state dict with the reference's names.
 
-    Settings that shapes do not determine are the paper's: windows, sr_ratios, the ratio of secondary masking,
+    Settings that shapes do not determine take the paper's values: windows, sr_ratios, the ratio of secondary masking,
     normalised targets (except SimMIM) and, for the decoder of a pyramid, the reference's order of positions.
 
     Raises:
-        UserError: naming the file, if the architecture is unknown or shapes leave a setting without a default open.
+        UserError: naming the file, if the architecture is unknown, or shapes and defaults leave a setting open.
     """
     shapes = {key: array.shape for key, array in tensors.items()}
     encoder = next((encoder for encoder, marker in MARKERS.items() if any(marker in key for key in shapes)), None)

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from umae_jax.config import CONFIG_FILE, old_class_names, read_config
 from umae_jax.errors import UserError, require
-from umae_jax.files import AnyPath, absolute, explain, raised_by_gcsfs
+from umae_jax.files import AnyPath, absolute, explain, first_line, raised_by_gcsfs
 from umae_jax.models.build import build_model
 from umae_jax.multihost import all_gather_json, broadcast_json
 
@@ -55,16 +55,16 @@ def read_run(
     sharding: jax.sharding.Sharding | None = None,
     build: Callable[[ConfigDict, nnx.Rngs], nnx.Module] = build_model,
 ) -> StoredRun:
-    """Read a run and its newest whole checkpoint; try older ones if that cannot be read.
+    """Read a run and its newest readable checkpoint.
 
     Args:
-        workdir: the run's directory; it is not changed.
-        best: read the checkpoint with the best validation metric instead.
-        sharding: of every parameter; the default copies them to all devices.
+        workdir: the run's directory, which is not changed.
+        best: read the checkpoint with the best validation metric instead of the newest.
+        sharding: of every parameter; None: replicate them on all devices.
         build: builds the model.
 
     Raises:
-        UserError: if there is no such checkpoint.
+        UserError: if there is no run, or no such checkpoint.
     """
     workdir = absolute(workdir)
     config_file = workdir / CONFIG_FILE
@@ -74,7 +74,7 @@ def read_run(
     if sharding is None:
         mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
         sharding = NamedSharding(mesh, PartitionSpec())
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), params)
+    params = jax.tree.map(lambda x: x.update(sharding=sharding), params)
     field = "params" if config.optimizer.ema_decay is None else "average"
     paths = [path for _, path in _best_first(workdir)] if best else newest_first(workdir / FOLDER)
     require(
@@ -104,14 +104,14 @@ def checkpoints_in(folder: epath.Path) -> list[epath.Path]:
 
 
 class Scored(NamedTuple):
-    """A checkpoint that had the best validation metric of its run when it was saved."""
+    """A checkpoint that was the best of its run when it was saved, and its validation metric."""
 
     value: float
     folder: epath.Path
 
 
 def best_checkpoint(workdir: AnyPath) -> Scored | None:
-    """Return the checkpoint with the highest validation metric, None without one; every process must call it."""
+    """Return the checkpoint with the highest validation metric, or None; every process must call it."""
     return next(iter(_best_first(absolute(workdir))), None)
 
 
@@ -126,14 +126,14 @@ def _best_first(workdir: epath.Path) -> list[Scored]:
 
 
 def read_data(path: epath.Path) -> dict[str, Any]:
-    """Return the position in the data that belongs to a checkpoint."""
+    """Return the position in the data that a checkpoint stores."""
     return json.loads((path / DATA_FILE).read_bytes())
 
 
 def read_arrays(path: epath.Path, abstract: dict[str, Any]) -> dict[str, Any]:
     """Read some fields of a checkpoint's state.
 
-    Processes do not wait for each other: if one failed, the others would wait forever.
+    Each process reads by itself: with a barrier, one failure would make the others wait forever.
 
     Args:
         path: the checkpoint, DIR/checkpoints/STEP.
@@ -156,10 +156,10 @@ def read_arrays(path: epath.Path, abstract: dict[str, Any]) -> dict[str, Any]:
 def first_whole(
     paths: Sequence[epath.Path], read: Callable[[epath.Path], T]
 ) -> tuple[tuple[epath.Path, T] | None, dict[epath.Path, str]]:
-    """Return the first checkpoint that every process can read, and why each one before it cannot be read.
+    """Return the first checkpoint that every process can read, and the errors of those before it.
 
     Raises:
-        UserError: if the bucket cannot be reached; then nothing is broken.
+        UserError: if the bucket cannot be reached, which does not mean that a checkpoint is broken.
     """
     broken: dict[epath.Path, str] = {}
     for path in paths:
@@ -178,15 +178,14 @@ def first_whole(
 
 
 def summarize(error: BaseException) -> str:
-    """Return the operating system's message if Orbax's error contains it, else the beginning of the error."""
-    if message := re.search(r"([^:]+?) \[os_error_code", str(error)):
-        return message[1].strip()
-    return f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0][:200]
+    """Return the operating system's message if Orbax's error contains it, else the error's first line."""
+    message = re.search(r"([^:]+?) \[os_error_code", str(error))
+    return message[1].strip() if message else first_line(error)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hide the hundreds of lines that Orbax, asyncio and TensorStore log about an error that Orbax raises as well."""
+    """Hide the hundreds of lines that Orbax, asyncio and TensorStore log about an error that Orbax also raises."""
     loggers = (logging.get_absl_logger(), std_logging.getLogger("asyncio"))
     policy = asyncio.get_event_loop_policy()
     asyncio.set_event_loop_policy(_TolerantPolicy())
@@ -205,7 +204,7 @@ def _not_from_orbax(record: std_logging.LogRecord) -> bool:
 
 
 class _TolerantLoop(asyncio.SelectorEventLoop):
-    """An event loop that ignores callbacks once it is closed: after one array failed, TensorStore still sends them."""
+    """An event loop that ignores callbacks after it is closed: TensorStore still sends them after an array failed."""
 
     def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # noqa: ANN401
         with contextlib.suppress(RuntimeError):
