@@ -74,7 +74,7 @@ def inspect_process(config: ConfigDict | None, workdir: AnyPath | None) -> dict[
         with collect_fault("--workdir"):
             workdir.mkdir(parents=True, exist_ok=True)
             path = workdir / f".doctor-{jax.process_index()}"
-            write_atomic(path, b"")
+            write_atomic(path, b"written by umae_jax.doctor")
             path.unlink()
     return {"host": socket.gethostname(), "description": description, "equal": equal, "faults": faults}
 
