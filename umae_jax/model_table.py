@@ -51,11 +51,11 @@ def main(*sizes: str) -> None:
     unknown = [size for size in sizes if size not in models]
     require(not unknown, f"there is no size {', '.join(unknown)}; choose {', '.join(models)}")
     for name, method in METHODS.items():
-        print(f"{name:<11} {method.summary}")  # noqa: T201 - the result
-    print(f"\n{ROW.format(*COLUMNS)}")  # noqa: T201
+        cli.result(f"{name:<11} {method.summary}")
+    cli.result(f"\n{ROW.format(*COLUMNS)}")
     for size in sizes or models:
         for name in models[size]:
-            print(ROW.format(*describe(size, name)), flush=True)  # noqa: T201
+            cli.result(ROW.format(*describe(size, name)))
 
 
 if __name__ == "__main__":
