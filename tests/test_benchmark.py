@@ -58,8 +58,8 @@ def test_a_peer_takes_its_turn():
     ("arguments", "message"),
     [
         (("--against=none.py",), "--against: there is no file none.py"),
-        (("--against=README.md",), "--against: README.md: SyntaxError"),
-        (("--against=tests/images.py",), "--against: tests/images.py: KeyError: 'get_config'"),
+        (("--against=README.md",), "--against: README.md is not a Python file"),
+        (("--against=tests/images.py",), "--against: tests/images.py: it must define get_config()"),
         (("--loader", "--config.data.workers=2"), "data.workers: "),
     ],
 )

@@ -7,7 +7,7 @@ from flax import nnx
 
 from umae_jax.config.base import Method
 from umae_jax.data.pipeline import EvalLoader, Readers, Sample
-from umae_jax.multihost import gather_rows
+from umae_jax.multihost import all_gather_json
 from umae_jax.training.sharding import batch_sharding, local_rows
 from umae_jax.training.task import BaseTask, Hook
 
@@ -56,5 +56,5 @@ class Task(BaseTask):
         loader = EvalLoader(20, load, batch_size=batch_size, sharding=batch_sharding(mesh), readers=Readers(1))
         error = jax.jit(lambda params, batch: jnp.abs(nnx.merge(graph, params)(batch["image"]) - batch["colour"]))
         errors = [local_rows(error(params, batch))[local_rows(batch["valid"])] for batch in loader]
-        errors = gather_rows(np.concatenate(errors))  # a different number per process
+        errors = np.concatenate(all_gather_json(np.concatenate(errors).tolist()))  # a different number per process
         return {"negative_error": -float(errors.mean()), "evaluated": len(errors)}

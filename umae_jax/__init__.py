@@ -1,6 +1,6 @@
 """UM-MAE: masked pre-training of pyramid vision transformers, in JAX.
 
-"SPEC n" in docstrings is section n of docs/method.md, which a wheel holds as umae_jax/docs/method.md.
+"SPEC n" in docstrings is section n of docs/method.md (in a wheel umae_jax/docs/method.md).
 """
 
 import importlib
@@ -16,7 +16,7 @@ __all__ = ["default_config", "evaluate", "finetune", "list_models", "load_encode
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - one of the functions of the API
-    """Import the API on first use: commands and the workers that read images start without it."""
+    """Import the API on first use; commands, and the workers that read images, start faster without it."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module("umae_jax.features" if name == "load_encoder" else "umae_jax.api")

@@ -1,16 +1,15 @@
-"""Measure the speed of training steps side by side, or of the data loader.
+"""Compare the speed of training steps, or measure the data loader.
 
     python -m umae_jax.benchmark --config configs/pretrain_swin_tiny.py [--against FILE ...] [--peer NAME ...]
     python -m umae_jax.benchmark --config configs/pretrain_swin_tiny.py --config.data.source=folder:PATH --loader
 
-All contenders take turns within one run, so that other load on the machine affects them alike. Steps are timed on one
-batch that stays on the devices. Peers are steps in PyTorch (pip install "umae_jax[peers]").
+Contenders take turns, so other load on the machine affects all alike. Steps are timed on one batch that stays on the
+devices. Peers are steps in PyTorch (pip install "umae_jax[peers]").
 """
 
 import importlib.util
 import json
 import os
-import runpy
 from pathlib import Path
 
 import jax
@@ -20,36 +19,29 @@ from ml_collections import ConfigDict, config_flags
 from umae_jax import cli
 from umae_jax.benchmarking import profile, reading, steps
 from umae_jax.benchmarking.peers import PEERS
-from umae_jax.config import check
+from umae_jax.config import check, load_config
 from umae_jax.errors import UserError, require
 from umae_jax.planning import parts
 
 PROFILED_STEPS = 3
 
 _CONFIG = cli.define_config()
-_AGAINST = flags.DEFINE_multi_string("against", [], "Further configuration files; they use the first one's dtype.")
-_PEER = flags.DEFINE_multi_string("peer", [], f"PyTorch steps of the configuration's sizes: {', '.join(PEERS)}.")
+_AGAINST = flags.DEFINE_multi_string("against", [], "Further configurations, run in the dtype of --config.")
+_PEER = flags.DEFINE_multi_string("peer", [], f"PyTorch steps at the sizes of --config: {', '.join(PEERS)}.")
 _BATCH = flags.DEFINE_integer("batch", None, "Images per device and step; 8 on CPUs, else 128.", lower_bound=1)
 _LOADER = flags.DEFINE_boolean("loader", False, "Measure the data loader instead, alone and with the step.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns of each contender.", lower_bound=1)
 _NUM_IMAGES = flags.DEFINE_integer("num_images", 512, "Images per turn of --loader.", lower_bound=1)
-_PARTS = flags.DEFINE_boolean("parts", False, "Also profile our own steps by part of the model.")
+_PARTS = flags.DEFINE_boolean("parts", False, "Also profile the JAX steps by part of the model.")
 _JSON = flags.DEFINE_boolean("json", False, "Print JSON instead of tables.")
 
 
 def read_other(path: str) -> ConfigDict:
-    """Read a configuration file of --against.
-
-    Raises:
-        UserError: if it does not define a configuration.
-    """
-    require(Path(path).is_file(), f"--against: there is no file {path}; name one such as configs/quickstart.py")
+    """Load a configuration of --against; a UserError names the flag."""
     try:
-        config = runpy.run_path(path)["get_config"]()
-    except Exception as error:  # user code may raise anything
-        raise UserError(f"--against: {path}: {type(error).__name__}: {error}") from None
-    require(isinstance(config, ConfigDict), f"--against: get_config() of {path} must return a changed default_config()")
-    return config
+        return load_config(path)
+    except UserError as error:
+        raise UserError(f"--against: {error}") from None
 
 
 def set_batch_size(config: ConfigDict) -> None:
@@ -60,7 +52,7 @@ def set_batch_size(config: ConfigDict) -> None:
 
 
 def time_steps(config: ConfigDict) -> None:
-    """Time all contenders in turn and print the results."""
+    """Time the steps of all contenders in turn, and print the results."""
     path = config_flags.get_config_filename(flags.FLAGS[_CONFIG.name])
     contenders = []
     for name, one in [(path, config), *((other, read_other(other)) for other in _AGAINST.value)]:

@@ -3,12 +3,12 @@
     python -m umae_jax.convert FILE --workdir DIR [--config FILE]
     python -m umae_jax.convert DIR --output FILE [--layout reference|vit_mae|vit] [--best]
 
-Import: a `.pth` file of the reference, a `.safetensors` or an `.npz` file becomes a run's directory, which every
-command accepts. Without --config, the file's metadata or shapes determine the model.
+Import: a `.pth`, `.safetensors` or `.npz` file becomes the directory of a run, which every command accepts. Without
+--config, the file's metadata or the shapes of its tensors determine the model.
 
-Export: the newest checkpoint becomes a `.safetensors` or `.pth` file with the reference's names, decoder included. A
-model card and, for Swin and PVT, the PyTorch file that loads the weights are written beside it. A ViT can also be
-exported with the names of transformers: `--output FOLDER/model.safetensors --layout vit_mae`.
+Export: the newest checkpoint becomes a `.safetensors` or `.pth` file with the reference's parameter names, decoder
+included. Beside it are written a model card and, for Swin and PVT, the PyTorch file that loads the weights. A ViT can
+also take the parameter names of transformers: `--output FOLDER/model.safetensors --layout vit_mae`.
 """
 
 from absl import flags
@@ -22,13 +22,13 @@ from umae_jax.weights.exchange import REFERENCE, export_weights
 from umae_jax.weights.huggingface import LAYOUTS, resolve_weights
 
 _CONFIG = cli.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Import: the run's directory to make.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Import: the directory to make.")
 _OUTPUT = flags.DEFINE_string("output", None, "Export: the file to write, .safetensors or .pth.")
 _LAYOUT = flags.DEFINE_enum(
     "layout",
     REFERENCE,
     [REFERENCE, *LAYOUTS],
-    "Export: parameter names; vit_mae and vit are those of ViTMAEForPreTraining and ViTModel of transformers.",
+    "Export: parameter names; vit_mae and vit are transformers' ViTMAEForPreTraining and ViTModel.",
 )
 _BEST = flags.DEFINE_boolean("best", False, "Export: the checkpoint with the best validation metric, not the newest.")
 
@@ -44,7 +44,7 @@ def main(source: str = "") -> None:
         cli.say(f"also written: {', '.join(file.name for file in written[1:])}")
         cli.result(output)
     else:
-        workdir = locate_local(cli.required(_WORKDIR, "the run's directory to make"), "--workdir")
+        workdir = locate_local(cli.required(_WORKDIR, "the directory to make"), "--workdir")
         config = None
         if flags.FLAGS["config"].present:
             config = cli.read_config(_CONFIG)

@@ -1,9 +1,10 @@
-"""Check processes, devices, data and directory before a run is started on them.
+"""Check processes, devices, data and directory before you start a run.
 
     python -m umae_jax.doctor [--config FILE] [--workdir DIR]
         [--coordinator_address HOST:PORT --num_processes N --process_id I]
 
-Start it like the run, in every process. Process 0 prints one page of findings. The exit status is 2 if one is WRONG.
+Start it as you would start the run, in every process. Process 0 prints the findings. If one is WRONG, the exit status
+is 2.
 """
 
 import contextlib
@@ -40,17 +41,18 @@ _CLUSTER = multihost.ClusterFlags()
 
 
 def inspect_process(config: ConfigDict | None, workdir: AnyPath | None) -> dict[str, Any]:
-    """Return a description of this process, the facts that must be equal in all, and the faults."""
+    """Return JSON about this process: its host, a description, values that must be equal in all, and faults."""
     device = jax.local_devices()[0]
-    equal: dict[str, Any] = {"devices": f"{jax.local_device_count()} x {device.device_kind}"}
+    devices = f"{jax.local_device_count()} x {device.device_kind}"
     limit = (device.memory_stats() or {}).get("bytes_limit", 0)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    description = equal["devices"] + (f" of {limit / GIB:.1f} GiB" if limit else "")
+    description = devices + (f" of {limit / GIB:.1f} GiB" if limit else "")
     description += f"; {host_cores()} cores, {memory / GIB:.0f} GiB"
+    equal: dict[str, Any] = {"devices": devices}
     faults: list[str] = []
 
     @contextlib.contextmanager
-    def attempt(name: str) -> Iterator[None]:
+    def collect_fault(name: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -60,16 +62,16 @@ def inspect_process(config: ConfigDict | None, workdir: AnyPath | None) -> dict[
             faults.append(fault if fault.startswith(("data.", name)) else f"{name}: {fault}")
 
     if device.platform == "cpu" and Path("/dev/nvidia0").exists():
-        faults.append('this host has a GPU that JAX does not find; install with pip install -e ".[cuda]"')
+        faults.append('JAX does not find the GPU of this host; install with pip install -e ".[cuda]"')
     if config is not None:
-        with attempt("data.source"):
+        with collect_fault("data.source"):
             source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
             equal["images"] = len(source)
             description += f", {len(source):,} images, the first {source[0].name}"
-        with attempt(""):
+        with collect_fault(""):
             check(config)
     if workdir is not None:
-        with attempt("--workdir"):
+        with collect_fault("--workdir"):
             workdir.mkdir(parents=True, exist_ok=True)
             path = workdir / f".doctor-{jax.process_index()}"
             write_atomic(path, b"written by umae_jax.doctor")
@@ -78,11 +80,11 @@ def inspect_process(config: ConfigDict | None, workdir: AnyPath | None) -> dict[
 
 
 def time_sum() -> tuple[bool, float]:
-    """Sum an array over all devices; return whether the sum is right, and the seconds it takes."""
+    """Sum an array over all devices; return whether the sum is right, and the median seconds it takes."""
     devices = jax.device_count()
     sharding = NamedSharding(jax.make_mesh((devices,), ("x",), axis_types=(AxisType.Auto,)), PartitionSpec("x"))
-    numbers = functools.partial(jax.lax.broadcasted_iota, jnp.float32, (devices, FLOATS), 0)  # per device, its index
-    array = jax.jit(numbers, out_shardings=sharding)()
+    index = functools.partial(jax.lax.broadcasted_iota, jnp.float32, (devices, FLOATS), 0)  # of each device
+    array = jax.jit(index, out_shardings=sharding)()
     add = jax.jit(lambda array: array.sum(0), out_shardings=sharding.update(spec=PartitionSpec()))
     seconds = []
     for _ in range(ROUNDS + 1):
@@ -90,11 +92,11 @@ def time_sum() -> tuple[bool, float]:
         total = jax.block_until_ready(add(array))
         seconds.append(time.perf_counter() - start)
     correct = bool((total.addressable_data(0) == sum(range(devices))).all())
-    return correct, statistics.median(seconds[1:])  # the first compiles
+    return correct, statistics.median(seconds[1:])  # the first call compiles
 
 
 def main() -> None:
-    """Inspect all processes, and print the page."""
+    """Inspect all processes, and print the findings."""
     workdir = locate(_WORKDIR.value, "--workdir") if _WORKDIR.value else None
     cli.join(_CLUSTER, _CONFIG.value, workdir)
     processes = multihost.all_gather_json(inspect_process(_CONFIG.value, workdir))
@@ -116,8 +118,8 @@ def main() -> None:
         findings.append((True, f"{len(processes)} processes share software, configuration and workdir"))
     speed = f"{seconds * 1e3:.1f} ms, {FLOATS * 4 / seconds / 1e9:.2f} GB/s"
     findings.append((correct, f"sum over {jax.device_count()} devices, {FLOATS * 4 >> 20} MiB each: {speed}"))
-    cli.result("\n".join(f"{'ok   ' if good else 'WRONG'}  {line}" for good, line in findings))
-    require(all(good for good, _ in findings), "the lines above that begin with WRONG need fixing")
+    cli.result("\n".join(f"{'ok   ' if ok else 'WRONG'}  {line}" for ok, line in findings))
+    require(all(ok for ok, _ in findings), "fix what is marked WRONG above")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Errors that a user can fix, and how a run ends early."""
+"""Errors that a user can fix, and exceptions that end a run early."""
 
 import signal
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ class Preempted(Exception):  # noqa: N818 - not an error
     """A signal stopped a run, after its state was saved.
 
     Attributes:
-        number: of the signal.
-        step: at which the state was saved.
+        number: signal number.
+        step: the saved step.
     """
 
     def __init__(self, number: int, step: int) -> None:
@@ -31,7 +31,7 @@ class PreemptionRequested(Exception):  # noqa: N818 - not an error
 
 
 def nearest_multiples(value: int, multiple: int) -> str:
-    """Return the multiples of `multiple` around `value`, for an error message: "192 or 256"."""
+    """Return the positive multiples below and above `value`, for an error message: "192 or 256"."""
     below = value // multiple * multiple
     return f"{below} or {below + multiple}" if below > 0 else str(multiple)
 

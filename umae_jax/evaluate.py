@@ -1,10 +1,10 @@
 """Evaluate a run: its metrics, probes of its frozen features, or predictions for images.
 
     python -m umae_jax.evaluate --workdir DIR                     top-1 and top-5 of a fine-tuned run
-    python -m umae_jax.evaluate --workdir DIR --probe knn         or linear, of any run
-    python -m umae_jax.evaluate --workdir DIR --images PATH       classes of an image file or each image of a folder
+    python -m umae_jax.evaluate --workdir DIR --probe knn         top-1 of a probe, knn or linear, of any run
+    python -m umae_jax.evaluate --workdir DIR --images PATH       classes of an image file, or of each image in a folder
 
-The data are those of the run's configuration, unless --source and --validation name others.
+--source and --validation replace the data of the run's configuration.
 """
 
 import json
@@ -18,9 +18,9 @@ from umae_jax.tasks import evaluation, make_task, probing
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run.")
 _BEST = flags.DEFINE_boolean("best", False, "Use the checkpoint with the best validation metric, not the newest.")
-_PROBE = flags.DEFINE_enum("probe", None, probing.PROBES, "Probe frozen features by neighbours or a linear layer.")
+_PROBE = flags.DEFINE_enum("probe", None, probing.PROBES, "Probe frozen features by kNN or a linear layer.")
 _STAGE = flags.DEFINE_integer("stage", None, "Stage whose features are probed: 0 is the first, -1 the last.")
-_IMAGES = flags.DEFINE_string("images", None, "An image file, or a folder of them, to predict for.")
+_IMAGES = flags.DEFINE_string("images", None, "Image file, or folder of them, to classify.")
 _SOURCE = flags.DEFINE_string("source", None, "Labelled training images for a probe: folder:PATH or tfds:NAME.")
 _VALIDATION = flags.DEFINE_string("validation", None, "Labelled images to evaluate on: folder:PATH or tfds:NAME.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images per step, over all devices.", lower_bound=1)
@@ -29,9 +29,9 @@ _CLUSTER = multihost.ClusterFlags()
 
 
 def main() -> None:
-    """Evaluate as the flags ask."""
+    """Evaluate the run, probe it, or classify images."""
     workdir = locate(cli.required(_WORKDIR, "the directory of a run"), "--workdir")
-    require(not (_PROBE.value and _IMAGES.value), "--probe and --images exclude each other; choose one")
+    require(not (_PROBE.value and _IMAGES.value), "--probe and --images cannot be combined; choose one")
     require(
         bool(_PROBE.value) or (_SOURCE.value is None and _STAGE.value is None),
         "--source and --stage belong to a probe; add --probe knn or --probe linear, or leave them out",

@@ -1,4 +1,4 @@
-"""Features of whole images from pre-trained weights: a run's directory or a weight file."""
+"""Features of whole images, from the weights in a run's directory or a file."""
 
 import os
 
@@ -29,9 +29,9 @@ class PretrainedEncoder:
 
     Attributes:
         module: the Flax module.
-        config: configuration of the model that the encoder was part of.
+        config: configuration of the whole model.
         widths: channels of each stage's map.
-        strides: pixels per token of each stage's map, along a side.
+        strides: pixels along a token's side in each stage's map.
         mean, std: normalisation of each channel, for pixels in [0, 1].
     """
 
@@ -43,8 +43,8 @@ class PretrainedEncoder:
     def __call__(self, images: ArrayLike) -> tuple[jax.Array, ...]:
         """Return the map of every stage, [B, H / strides[i], W / strides[i], widths[i]], in the encoder's dtype.
 
-        The last map is normalised, in float32, if the weights include the encoder's final norm: those of pre-training
-        do, those of a classifier do not.
+        The last map is normed, in float32, if the weights include the encoder's final norm: those of pre-training do,
+        those of a classifier do not.
 
         Args:
             images: [B, H, W, C], uint8 in 0..255, or floating point and already normalised by `mean` and `std`; the
@@ -76,8 +76,8 @@ def load_encoder(
         path: the directory of a run (pre-trained, fine-tuned or converted); or a `.safetensors`, `.pth` or `.npz` file
             with the reference's parameter names or, for a ViT, those of transformers; or a folder that transformers
             saved.
-        window: Swin: tokens along a side of a window, an even number; by default the model's. The position MLP is
-            continuous, so other windows work without training.
+        window: Swin: tokens along a window's side, an even number; None: the model's. Other windows need no training,
+            because the position MLP is continuous.
         dtype: dtype in which linear layers compute, "float32" or "bfloat16".
 
     Raises:
@@ -95,7 +95,7 @@ def load_encoder(
 
 
 def read_encoder(path: str | os.PathLike[str], name: str = "path") -> tuple[ConfigDict, nnx.State]:
-    """Read the configuration of an encoder's whole model, and the encoder's parameters on the host.
+    """Read the configuration of a whole model, and the parameters of its encoder, on the host.
 
     Args:
         path: as for `load_encoder`.

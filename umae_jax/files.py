@@ -16,12 +16,12 @@ from etils import epath
 
 from umae_jax.errors import UserError, require
 
-# etils prefers TensorFlow for buckets where it is installed; gcsfs asks for more permissions than reading needs.
+# By default etils reads buckets through TensorFlow if installed, and gcsfs needs more permissions than reading.
 os.environ.setdefault("EPATH_USE_TF", "false")
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 BUCKETS = "gs://"
-AnyPath: TypeAlias = Path | epath.Path  # the first is local, the second local or in a bucket
+AnyPath: TypeAlias = Path | epath.Path  # only an epath.Path may be in a bucket
 
 # Errors of the local file system that the user can fix.
 _FIXABLE = (
@@ -31,7 +31,7 @@ _FIXABLE = (
 
 
 def explain(error: BaseException) -> str | None:
-    """Return one sentence for an error that the user can fix, None for any other error."""
+    """Return one sentence about an error that the user can fix, None for any other error."""
     if isinstance(error, UserError):
         return str(error)
     if raised_by_gcsfs(error):
@@ -45,7 +45,7 @@ def explain(error: BaseException) -> str | None:
 
 
 def raised_by_gcsfs(error: BaseException | None) -> bool:
-    """Return whether gcsfs raised the error or one of its causes, by traceback: gcsfs raises too many types."""
+    """Return whether gcsfs raised the error or one of its causes; the traceback decides, as error types vary."""
     while error is not None:
         modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
         if any(module.partition(".")[0] == "gcsfs" for module in modules):
@@ -65,19 +65,19 @@ def in_bucket(path: str | os.PathLike[str]) -> bool:
 
 
 def absolute(path: AnyPath) -> epath.Path:
-    """Return the absolute path; epath's own method prepends the working directory to gs:// too."""
+    """Return the absolute path; `epath.Path.absolute` would prepend the working directory to gs:// too."""
     return epath.Path(path if in_bucket(path) else os.path.abspath(path))
 
 
 def locate(text: str | os.PathLike[str], name: str) -> epath.Path:
-    """Return the path that the user wrote, local (~ is the home directory) or in a bucket.
+    """Return the path that a user gives, local (~ is the home directory) or in a bucket.
 
     Args:
         text: the path.
         name: the flag or configuration key that holds it, for error messages.
 
     Raises:
-        UserError: if its scheme is unknown, or the bucket cannot be reached.
+        UserError: if the path is some other URL, or the bucket cannot be reached.
     """
     if not in_bucket(text):
         is_local = re.match(r"\w+://|gs:/", os.fspath(text)) is None
@@ -95,7 +95,7 @@ def locate(text: str | os.PathLike[str], name: str) -> epath.Path:
 
 
 def locate_local(text: str | os.PathLike[str], name: str) -> Path:
-    """Return the path that the user wrote, which must be local."""
+    """Return the path that a user gives, which must be local."""
     require(not in_bucket(text), f"{name}: {text} is in a bucket; write a local path")
     return Path(locate(text, name))
 
@@ -104,14 +104,14 @@ def locate_local(text: str | os.PathLike[str], name: str) -> Path:
 def _gcs() -> fsspec.AbstractFileSystem:
     """Return the gcsfs file system; its settings also apply to the instance that etils creates."""
     settings = fsspec.config.conf.setdefault("gcs", {})
-    settings["use_listings_cache"] = False  # other processes write too
+    settings["use_listings_cache"] = False  # other processes write, too
     settings["requests_timeout"] = 60  # seconds; the default is none
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs the traceback of each error that it raises
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs the traceback of every error it raises
     return fsspec.filesystem("gcs")
 
 
 def read_file(path: str) -> bytes:
-    """Return the content of a file. A file in a bucket takes one request; epath sends two."""
+    """Return the content of a file; one in a bucket takes one request, with epath two."""
     if in_bucket(path):
         return _gcs().cat_file(path.removeprefix(BUCKETS))
     with open(path, "rb", buffering=0) as file:
@@ -119,7 +119,7 @@ def read_file(path: str) -> bytes:
 
 
 def files_in_bucket(folder: AnyPath) -> list[str]:
-    """Return the paths of all files below a folder in a bucket, in one request; epath sends one per subfolder."""
+    """Return the paths of all files below a folder in a bucket, in one request; epath needs one per subfolder."""
     return [f"{BUCKETS}{file}" for file in _gcs().find(str(folder).removeprefix(BUCKETS))]
 
 
@@ -140,7 +140,7 @@ def write_atomic(path: AnyPath, data: bytes) -> None:
 
 
 def write_together(files: Mapping[AnyPath, bytes] | Mapping[Path, bytes]) -> None:
-    """Write local files that belong together: write all to temporary files, then rename them.
+    """Write several local files or none: write all to temporary files, then rename them.
 
     Raises:
         OSError: if a file cannot be written; it names the file.

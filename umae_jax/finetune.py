@@ -2,8 +2,8 @@
 
     python -m umae_jax.finetune --config finetune_swin_tiny --workdir DIR --config.init=DIR_OR_FILE
 
-`init` is the directory of a run or a file of weights, as for `umae_jax.load_encoder`; without it the model is trained
-from scratch. The same command again continues from the newest whole checkpoint in DIR.
+`init` is the directory of a run or a file of weights, as for `umae_jax.load_encoder`; without it, training starts from
+scratch. The same command again continues from the newest whole checkpoint in DIR.
 """
 
 from umae_jax.tasks.command import run_command

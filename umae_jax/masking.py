@@ -33,7 +33,7 @@ class Mask(Protocol):
 
 
 class UniformMask(NamedTuple):
-    """A mask with one sampled unit per cell; `masked_units` lists the others of each cell in row-major order.
+    """One sampled unit per cell; `masked_units` returns the other three of each cell in row-major order.
 
     Attributes:
         offset: int32 [B, cell rows, cell columns], the sampled unit of each cell, 0..3.
@@ -53,7 +53,7 @@ class UniformMask(NamedTuple):
     def masked_units(self, x: jax.Array) -> jax.Array:
         """See `Mask.masked_units`."""
         units, offset = _four_units(x, self.offset.shape[1:]), _per_cell(self.offset)
-        # The j-th remaining unit is unit j, or unit j + 1 from the sampled one on.
+        # The j-th unit not sampled is unit j if that lies before the sampled unit, else unit j + 1.
         return jnp.stack([_flat(jnp.where(offset <= j, units[j + 1], units[j])) for j in range(3)], axis=1)
 
     def assemble(self, sampled: jax.Array, masked: jax.Array) -> jax.Array:
@@ -63,11 +63,11 @@ class UniformMask(NamedTuple):
         k = height // rows
         split = (batch, rows, k, columns, k, channels)
         masked = jnp.broadcast_to(masked, (batch, 3, height, width, channels))
-        remaining = [masked[:, j].reshape(split) for j in range(3)]
+        others = [masked[:, j].reshape(split) for j in range(3)]
         sampled, offset = sampled.reshape(split), _per_cell(self.offset)
         units = []
-        for place in range(4):
-            before, after = remaining[min(place, 2)], remaining[max(place - 1, 0)]
+        for place in range(4):  # before the sampled unit comes the unit `place` of the others, after it `place - 1`
+            before, after = others[min(place, 2)], others[max(place - 1, 0)]
             units.append(jnp.where(offset == place, sampled, jnp.where(offset > place, before, after)))
         whole = jnp.stack(units, axis=1).reshape(batch, 2, 2, *split[1:])
         # [B, dy, dx, rows, k, columns, k, C] -> [B, rows, dy, k, columns, dx, k, C]
@@ -103,7 +103,7 @@ def sample_uniform_mask(key: jax.Array, batch: int, cells: tuple[int, int], seco
 
 
 def image_keys(key: jax.Array, batch: int) -> jax.Array:
-    """Return one key per image, [B]. A single key is folded with the image index; a wrong number raises ValueError."""
+    """Return one key per image, [B]; fold a single key with the index of each image. ValueError for another number."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if key.ndim == 0:
@@ -120,7 +120,7 @@ def sample_hidden(key: jax.Array, cells: tuple[int, int], secondary_ratio: float
 
 
 def unit_side(shape: tuple[int, ...], cells: tuple[int, ...]) -> int:
-    """Return the elements of a map [B, H, W, ...] along a unit's side; ValueError if the map has no square units."""
+    """Return a unit's side in elements of a map [B, H, W, ...]; ValueError if the map has no square units."""
     height, width = shape[1:3]
     side = height // (2 * cells[0])
     if (2 * cells[0] * side, 2 * cells[1] * side) != (height, width) or side == 0:
@@ -129,14 +129,14 @@ def unit_side(shape: tuple[int, ...], cells: tuple[int, ...]) -> int:
 
 
 def _four_units(x: jax.Array, cells: tuple[int, ...]) -> list[jax.Array]:
-    """Split [B, H, W, C] into four maps [B, rows, k, columns, k, C], one for each offset."""
+    """Split [B, H, W, C] into four maps [B, rows, k, columns, k, C], one per offset."""
     k = unit_side(x.shape, cells)
     x = x.reshape(x.shape[0], cells[0], 2, k, cells[1], 2, k, -1)
     return [x[:, :, dy, :, :, dx] for dy in (0, 1) for dx in (0, 1)]
 
 
 def _per_cell(values: jax.Array) -> jax.Array:
-    """Reshape [B, rows, columns] to [B, rows, 1, columns, 1, 1], to broadcast with the maps of `_four_units`."""
+    """Reshape [B, rows, columns] to [B, rows, 1, columns, 1, 1], which broadcasts over the maps of `_four_units`."""
     return values[:, :, None, :, None, None]
 
 

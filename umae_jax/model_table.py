@@ -1,4 +1,4 @@
-"""List the preset models: parameters, encoder tokens, and FLOPs per image of the paper's size.
+"""List the preset models: parameters, encoder tokens, and FLOPs per image at the paper's image size.
 
     python -m umae_jax.models [SIZE ...]
 
@@ -24,7 +24,7 @@ ROW = "{:<11} {:<11} {:>9} {:>12} {:>7} {:>16}"
 
 
 def describe(size: str, method: str) -> tuple[str, ...]:
-    """Return one row of the table."""
+    """Return the row of a model, in the order of COLUMNS."""
     config = default_config(size, method)
     config.dtype = "float32"
     model = nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)))
@@ -46,16 +46,16 @@ def describe(size: str, method: str) -> tuple[str, ...]:
 
 
 def main(*sizes: str) -> None:
-    """Print the table row by row."""
+    """Print the methods, and the table row by row."""
     models = list_models()
     unknown = [size for size in sizes if size not in models]
     require(not unknown, f"there is no size {', '.join(unknown)}; choose {', '.join(models)}")
     for name, method in METHODS.items():
-        print(f"{name:<11} {method.summary}")  # noqa: T201 - the result
-    print(f"\n{ROW.format(*COLUMNS)}")  # noqa: T201
+        cli.result(f"{name:<11} {method.summary}")
+    cli.result(f"\n{ROW.format(*COLUMNS)}")
     for size in sizes or models:
         for name in models[size]:
-            print(ROW.format(*describe(size, name)), flush=True)  # noqa: T201
+            cli.result(ROW.format(*describe(size, name)))
 
 
 if __name__ == "__main__":

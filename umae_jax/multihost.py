@@ -1,7 +1,7 @@
 """Several processes that train together, connected by JAX's coordination service.
 
-On a cluster that JAX knows (Cloud TPU, GKE, SLURM, Open MPI) no flags are needed. If one
-process is lost, JAX ends the others: at once if a connection breaks, otherwise after --heartbeat_timeout.
+JAX detects Cloud TPU, GKE, SLURM and Open MPI; there no flags are needed. If a process is lost, JAX ends the others: at
+once if a connection breaks, otherwise after --heartbeat_timeout.
 """
 
 import contextlib
@@ -33,9 +33,9 @@ from jax.experimental import multihost_utils
 from umae_jax.errors import PreemptionRequested, UserError, listing, require
 from umae_jax.files import AnyPath, explain, first_line, write_atomic
 
-NOTICE_SECONDS = 10.0  # wait for other processes before a message reports it
+NOTICE_SECONDS = 10.0  # a longer wait for other processes is reported
 VISIBLE_SECONDS = 10.0  # max delay until a shared file system shows another host's file
-EXIT_SECONDS = 10.0  # max wait of a failed process for the others
+EXIT_SECONDS = 10.0  # max time that a failed process waits for the others
 PACKAGES = (
     *("umae_jax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax", "orbax-checkpoint", "grain"),
     *("numpy", "pillow"),
@@ -43,26 +43,26 @@ PACKAGES = (
 
 
 class ClusterFlags:
-    """The flags of a command that several processes may run together."""
+    """Flags of the commands that can run as several processes."""
 
     def __init__(self) -> None:
         integer = flags.DEFINE_integer
         self.coordinator_address = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
-        self.num_processes = integer("num_processes", None, "Number of processes; 1: ignore the cluster.", 1)
+        self.num_processes = integer("num_processes", None, "Number of processes; 1 ignores any cluster.", 1)
         self.process_id = integer("process_id", None, "Index of this process, from 0.", 0)
         self.initialization_timeout = integer("initialization_timeout", 300, "Seconds to wait for all processes.", 1)
-        self.heartbeat_timeout = integer("heartbeat_timeout", 100, "Seconds without heartbeat that end the run.", 1)
+        self.heartbeat_timeout = integer("heartbeat_timeout", 100, "Seconds without heartbeat; then the run ends.", 1)
 
 
 def initialize(cluster: ClusterFlags, *, preemption: bool = False) -> None:
-    """Connect the processes given by the flags or by the cluster; do nothing for a single process.
+    """Connect the processes that the flags or the cluster name; do nothing for a single process.
 
-    Call it before JAX creates its devices. If a process is missing after --initialization_timeout, JAX aborts all
+    Call it before JAX creates its devices. If a process is missing after --initialization_timeout, JAX aborts the
     others, with an error that lists the missing ones.
 
     Args:
         cluster: the flags.
-        preemption: have JAX handle SIGTERM, for a `StopSignal`; otherwise the signal ends the process as usual.
+        preemption: let JAX handle SIGTERM, which `StopSignal` needs; otherwise SIGTERM ends the process as usual.
 
     Raises:
         UserError: if the flags are wrong or incomplete, or the processes cannot be connected.
@@ -70,9 +70,8 @@ def initialize(cluster: ClusterFlags, *, preemption: bool = False) -> None:
     address, count, index = cluster.coordinator_address.value, cluster.num_processes.value, cluster.process_id.value
     if count == 1:
         return
-    is_set = [value is not None for value in (address, count, index)]
     require(
-        any(is_set) == all(is_set),
+        len({value is None for value in (address, count, index)}) == 1,
         "--coordinator_address, --num_processes and --process_id belong together; set all or none",
     )
     if address is not None and count is not None and index is not None:
@@ -93,9 +92,9 @@ def initialize(cluster: ClusterFlags, *, preemption: bool = False) -> None:
                 initialization_timeout=timeout + 5,  # the service times out first: its error lists missing processes
                 heartbeat_timeout_seconds=cluster.heartbeat_timeout.value,
             )
-    except Exception as error:  # errors of the network or of cluster detection
+    except Exception as error:  # network errors and failed cluster detection have many types
         if isinstance(error, ValueError) and "coordinator_address" in str(error):
-            return  # JAX finds no cluster
+            return  # JAX detected no cluster
         raise UserError(
             f"the processes cannot be connected ({first_line(error)}); set --coordinator_address, --num_processes and "
             "--process_id, or --num_processes=1 to run alone"
@@ -104,16 +103,16 @@ def initialize(cluster: ClusterFlags, *, preemption: bool = False) -> None:
 
 @contextlib.contextmanager
 def _report_missing_processes(timeout: int) -> Iterator[None]:
-    """Announce a long wait, and make JAX's service list the processes that are missing after `timeout` seconds.
+    """Report a long wait, and make the coordination service list the processes missing after `timeout` seconds.
 
-    JAX passes its initialization timeout only to the clients, whose error names no process. The coordination service's
-    error names them, but its timeout, one hour, has no public setting.
+    JAX applies its initialization timeout only to the clients, whose error names no process. The service's error names
+    the missing ones, but its own timeout, one hour, has no public setting.
     """
     line = f'still waiting for other processes, up to {timeout} s; JAX then aborts and lists "timed out task names"\n'
     notice = threading.Timer(NOTICE_SECONDS, os.write, (2, line.encode()))
     notice.daemon = True
     notice.start()
-    module: Any = getattr(jaxlib, "_jax", None)  # private: without it JAX works, but names no process
+    module: Any = getattr(jaxlib, "_jax", None)  # private; if JAX drops it, only the names are lost
     create = getattr(module, "get_distributed_runtime_service", None)
     try:
         if create:
@@ -130,17 +129,12 @@ def is_primary() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
-def _all_gather_bytes(data: bytes) -> list[bytes]:
-    if jax.process_count() == 1:
-        return [data]
-    sizes = multihost_utils.process_allgather(np.int32(len(data)))
-    rows = multihost_utils.process_allgather(np.frombuffer(data.ljust(int(sizes.max()), b"\0"), np.uint8))
-    return [row[:size].tobytes() for row, size in zip(rows, sizes, strict=True)]
-
-
 def all_gather_json(value: Any) -> list[Any]:  # noqa: ANN401 - any JSON
     """Return the JSON values of all processes by index; all processes must call it, in the same order."""
-    return [json.loads(data) for data in _all_gather_bytes(json.dumps(value).encode())]
+    data = json.dumps(value).encode()
+    size = multihost_utils.process_allgather(np.int32(len(data))).max()
+    padded = np.frombuffer(data.ljust(size), np.uint8)  # JSON ignores trailing spaces
+    return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
 
 
 def broadcast_json(value: Any) -> Any:  # noqa: ANN401 - any JSON
@@ -148,14 +142,8 @@ def broadcast_json(value: Any) -> Any:  # noqa: ANN401 - any JSON
     return all_gather_json(value)[0]
 
 
-def gather_rows(array: np.ndarray) -> np.ndarray:
-    """Concatenate the arrays [n_i, ...] of all processes, by index; dtype and other axes must be the same."""
-    parts = _all_gather_bytes(np.ascontiguousarray(array).tobytes())
-    return np.concatenate([np.frombuffer(data, array.dtype).reshape(-1, *array.shape[1:]) for data in parts])
-
-
 def versions() -> dict[str, str]:
-    """Return, by name, the version of each package that affects results, and a hash of this package's source code."""
+    """Return the version of each package that affects results, by name, and a hash of this package's source code."""
     by_name = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -168,11 +156,11 @@ def check_agreement(fingerprint: dict[str, Any], workdir: AnyPath | None) -> Non
     """Check that all processes run the same software with the same settings, and share the workdir.
 
     Args:
-        fingerprint: settings of this process by name, in JSON.
-        workdir: directory that all write to, if any.
+        fingerprint: settings of this process by name; JSON values.
+        workdir: the directory that all processes write to, if any.
 
     Raises:
-        UserError: on every process, naming the first process that differs.
+        UserError: in every process, naming the first process that differs.
     """
     if jax.process_count() == 1:
         return
@@ -219,18 +207,19 @@ def _wait_until_visible(path: AnyPath) -> bool:
 class StopSignal:
     """Context manager that asks a run to save and exit on SIGTERM or SIGINT.
 
-    A single process exits at the next poll. Several processes exit at the same poll, whichever received the signal:
-    JAX's preemption service handles SIGTERM, from `initialize` on, and receives SIGINT as SIGTERM. A second signal has
-    its default effect; with several processes a second SIGTERM has it once all processes have agreed.
+    A single process exits at the next poll. Several processes exit at the same poll, whichever of them received the
+    signal: JAX's preemption service handles SIGTERM from `initialize` on, and SIGINT is passed to it as SIGTERM. A
+    second signal has its default effect; with several processes, a second SIGTERM only after that poll.
 
     Attributes:
-        received: number of the signal once the run should exit, else None.
+        received: signal number once the run should exit, else None.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._multiprocess = jax.process_count() > 1
-        # Processes agree on a count of polls, not on a step, so a signal before the first poll works too.
+        # JAX stops all processes at one number. Polls count from 1, steps of a resumed run do not: a signal before the
+        # first poll would never take effect.
         self._polls = 0
         self._previous: dict[int, Any] = {}
 
@@ -252,13 +241,13 @@ class StopSignal:
             self.received = number
 
     def _announce(self, number: int) -> None:
-        name = signal.Signals(number).name  # os.write, because the signal may interrupt a print
-        os.write(2, f"{name}: saving and exiting after this step; repeat it to exit at once\n".encode())
+        line = f"{signal.Signals(number).name}: saving and exiting after this step; repeat it to exit at once\n"
+        os.write(2, line.encode())  # unlike print, safe in a signal handler
 
     def poll(self) -> int | None:
-        """Return the number of the signal if the run should save and exit before the next step, else None.
+        """Return the signal number if the run should save and exit before the next step, else None.
 
-        Several processes must call `poll` and `check` equally often, in the same order.
+        All processes must call `poll` and `check` equally often, in the same order.
         """
         if self._multiprocess and self.received is None:
             self._polls += 1
@@ -278,14 +267,14 @@ class StopSignal:
 class Watchdog:
     """Ends the process, with a traceback of every thread and status 1, if a step takes more than `seconds`.
 
-    No heartbeat notices a process that is alive but stuck in a collective. None or 0 seconds: no limit.
+    Heartbeats do not detect a process that is alive but stuck in a collective. None or 0 seconds: no limit.
     """
 
     def __init__(self, seconds: float | None) -> None:
         self._seconds = seconds
 
     def arm(self) -> None:
-        """Start the timer of a step; restart it if it is running."""
+        """Start or restart the timer of a step."""
         if self._seconds:
             faulthandler.dump_traceback_later(self._seconds, exit=True, file=2)
 
@@ -296,9 +285,9 @@ class Watchdog:
 
 
 def limit_exit() -> None:
-    """End this process after EXIT_SECONDS, with status 1, if it has not ended by then.
+    """End this process, with status 1, if it has not ended after EXIT_SECONDS.
 
-    A process that fails alone would wait at JAX's shutdown barrier for others, which wait for it in a collective.
+    A process that fails alone waits at JAX's shutdown barrier for the others, which wait for it in a collective.
     """
     if jax.distributed.is_initialized():
         faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True, file=open(os.devnull, "w"))  # noqa: SIM115

@@ -1,4 +1,4 @@
-"""Images to patches and back: reshapes that every model shares. Channels come last."""
+"""Images to patches and back. Channels come last."""
 
 import jax
 
@@ -6,7 +6,7 @@ import jax
 def patchify(x: jax.Array, side: int) -> jax.Array:
     """Cut into patches ordered (row, column, channel): [B, H, W, C] -> [B, H / side, W / side, side * side * C].
 
-    `patchify` and a linear layer equal a convolution of kernel size and stride `side`.
+    `patchify` and a linear layer are a convolution of kernel size and stride `side`.
     """
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // side, side, width // side, side, channels)
@@ -23,7 +23,7 @@ def unpatchify(x: jax.Array, side: int) -> jax.Array:
 def pixel_shuffle(x: jax.Array, factor: int) -> jax.Array:
     """Upsample by rearranging channels (SPEC 6): [B, h, w, C * r * r] -> [B, h * r, w * r, C].
 
-    Channel c * r * r + (i * r + j) moves to place (i, j): channel-major, unlike `unpatchify`.
+    Channel c * r * r + (i * r + j) moves to channel c at place (i, j): channel-major, unlike `unpatchify`.
     """
     batch, height, width, features = x.shape
     x = x.reshape(batch, height, width, features // (factor * factor), factor, factor)

@@ -1,4 +1,4 @@
-"""Pictures of a masked image model's input and predictions."""
+"""Pictures of the input and the predictions of a masked image model."""
 
 import functools
 import io
@@ -17,39 +17,28 @@ from umae_jax.models.masked import MaskedImageModel
 from umae_jax.patches import patchify, unpatchify
 
 NOT_SAMPLED, HIDDEN = np.array([190, 190, 190], np.uint8), np.array([70, 90, 140], np.uint8)
-BACKGROUND, TEXT = (255, 255, 255), (30, 30, 30)
-NEIGHBORS = 4  # visible units whose mean and std replace those of a masked unit
+BACKGROUND, TEXT = 255, (30, 30, 30)
+NEIGHBORS = 4  # visible units that give a masked unit its mean and std
 STATISTICS = {
     "visible": f"de-normalised with the mean and std of the {NEIGHBORS} nearest visible units",
     "unit": "de-normalised with the true mean and std of each unit, which reveal its brightness and contrast",
 }
 PLAIN = "pixels as predicted"
-COLUMNS = ("original", "encoder input", "prediction and visible pixels", "prediction")
 LEGEND = "light gray: not sampled. blue: sampled, but hidden by secondary masking (never predicted)."
 MARGIN, LINE_HEIGHT = 8, 22  # pixels
-MIN_WIDTH = 200  # pixels of a panel, so that its heading fits
+MIN_WIDTH = 200  # pixels; a panel is no narrower than its heading
 
 
 class Panels(NamedTuple):
-    """Panels of each image, uint8 [B, H, W, C], with 0 where a panel shows no pixels.
-
-    Attributes:
-        original: the images.
-        visible: pixels that the encoder sees.
-        pasted: the prediction and the visible pixels.
-        predicted: the prediction.
-        sampled: pixels of sampled units, bool [B, H, W, 1].
-        hidden: pixels hidden by secondary masking, bool [B, H, W, 1].
-        error: mean squared error of each image's prediction, float32 [B].
-    """
+    """Panels of each image: pixels uint8 [B, H, W, C], 0 where a panel shows none, and flags bool [B, H, W, 1]."""
 
     original: jax.Array
-    visible: jax.Array
-    pasted: jax.Array
+    visible: jax.Array  # pixels that the encoder sees
+    pasted: jax.Array  # prediction and visible pixels
     predicted: jax.Array
-    sampled: jax.Array
-    hidden: jax.Array
-    error: jax.Array
+    sampled: jax.Array  # flags of sampled units
+    hidden: jax.Array  # flags of units hidden by secondary masking
+    error: jax.Array  # mean squared error of each prediction, float32 [B]
 
 
 def denormalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
@@ -59,18 +48,18 @@ def denormalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) 
     return jnp.clip(jnp.round(pixels * 255), 0, 255).astype(jnp.uint8)
 
 
-def _visible_statistics(model: MaskedImageModel, images: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array]:
-    """Estimate mean and variance of the masked units from the nearest visible units, by inverse squared distance.
+def _visible_statistics(images: jax.Array, mask: Mask, unit: int) -> tuple[jax.Array, jax.Array]:
+    """Interpolate mean and variance of the masked units from the nearest visible ones, by inverse squared distance.
 
     Args:
-        model: determines unit and cells.
         images: normalised, float32 [B, H, W, C].
         mask: of the images.
+        unit: pixels along a unit's side.
 
     Returns:
         Mean and variance, each float32 [B, 3, cell rows, cell columns, 1], in the order of `Mask.masked_units`.
     """
-    units = patchify(mask.compact(images), model.unit)  # [B, rows, columns, unit pixels]
+    units = patchify(mask.compact(images), unit)  # [B, rows, columns, unit pixels]
     batch, rows, columns, _ = units.shape
     grid = jnp.stack(jnp.meshgrid(jnp.arange(2 * rows), jnp.arange(2 * columns), indexing="ij"), -1)
     sampled = mask.compact(grid[None]).reshape(batch, 1, -1, 2)
@@ -87,9 +76,9 @@ def _visible_statistics(model: MaskedImageModel, images: jax.Array, mask: Mask) 
 
 
 def reconstruct(model: MaskedImageModel, images: jax.Array, mask: Mask, *, statistics: str) -> Panels:
-    """Predict the masked units of uint8 images [B, H, W, C] and arrange them as images.
+    """Predict the masked units of uint8 images [B, H, W, C] and put them into their places.
 
-    `statistics`, a key of STATISTICS, de-normalises the prediction; it is ignored if the model predicts plain pixels.
+    `statistics`, a key of STATISTICS, de-normalises the prediction; a model that predicts plain pixels ignores it.
     """
     encoder = model.encoder
     _, prediction = model(images, mask)
@@ -99,7 +88,7 @@ def reconstruct(model: MaskedImageModel, images: jax.Array, mask: Mask, *, stati
             pixels = encoder.normalize(model.masked_pixels(images, mask))
             mean, variance = pixels.mean(-1, keepdims=True), pixels.var(-1, keepdims=True, ddof=1)
         else:
-            mean, variance = _visible_statistics(model, encoder.normalize(images), mask)
+            mean, variance = _visible_statistics(encoder.normalize(images), mask, model.unit)
         prediction = prediction * jnp.sqrt(variance + 1e-6) + mean
     batch = images.shape[0]
     predicted = unpatchify(prediction.reshape(batch * 3, *prediction.shape[2:]), model.unit)
@@ -123,30 +112,24 @@ def draw(panels: Panels, caption: str) -> bytes:
     """Draw panels as a PNG: one row per image, a heading per column, a caption below."""
     original, visible, pasted, predicted, sampled, hidden, _ = jax.device_get(panels)
     visible = np.where(sampled, visible, NOT_SAMPLED)
-    columns = (
-        original,
-        np.where(hidden, HIDDEN, visible),
-        np.where(hidden, HIDDEN, pasted),
-        np.where(sampled, NOT_SAMPLED, predicted),
-    )
-    rows, height, width, _ = original.shape
-    zoom = -(-MIN_WIDTH // width)  # small images are enlarged by whole pixels
-    height, width = height * zoom, width * zoom
-    lines, font = [caption, LEGEND], ImageFont.load_default(13)
-    size = (
-        MARGIN + len(columns) * (width + MARGIN),
-        MARGIN + LINE_HEIGHT + rows * (height + MARGIN) + len(lines) * LINE_HEIGHT,
-    )
-    sheet = Image.new("RGB", size, BACKGROUND)
-    canvas = ImageDraw.Draw(sheet)
-    for column, (heading, images) in enumerate(zip(COLUMNS, columns, strict=True)):
-        x = MARGIN + column * (width + MARGIN)
-        canvas.text((x, MARGIN), heading, TEXT, font)
-        for row, pixels in enumerate(np.broadcast_to(images, (*images.shape[:3], 3))):
-            panel = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(panel, (x, MARGIN + LINE_HEIGHT + row * (height + MARGIN)))
-    for number, line in enumerate(lines):
-        canvas.text((MARGIN, size[1] - (len(lines) - number) * LINE_HEIGHT), line, TEXT, font)
+    columns = {
+        "original": np.broadcast_to(original, visible.shape),
+        "encoder input": np.where(hidden, HIDDEN, visible),
+        "prediction and visible pixels": np.where(hidden, HIDDEN, pasted),
+        "prediction": np.where(sampled, NOT_SAMPLED, predicted),
+    }
+    zoom = -(-MIN_WIDTH // original.shape[2])  # enlarges small images by a whole number
+    panels_of_rows = np.stack(list(columns.values()), axis=1).repeat(zoom, axis=2).repeat(zoom, axis=3)
+    spaced = np.pad(panels_of_rows, ((0, 0), (0, 0), (0, MARGIN), (0, MARGIN), (0, 0)), constant_values=BACKGROUND)
+    rows, count, height, width, _ = spaced.shape
+    table = spaced.transpose(0, 2, 1, 3, 4).reshape(rows * height, count * width, 3)
+    border = ((MARGIN + LINE_HEIGHT, 2 * LINE_HEIGHT), (MARGIN, 0), (0, 0))
+    sheet = Image.fromarray(np.pad(table, border, constant_values=BACKGROUND))
+    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for column, heading in enumerate(columns):
+        canvas.text((MARGIN + column * width, MARGIN), heading, TEXT, font)
+    canvas.text((MARGIN, sheet.height - 2 * LINE_HEIGHT), caption, TEXT, font)
+    canvas.text((MARGIN, sheet.height - LINE_HEIGHT), LEGEND, TEXT, font)
     encoded = io.BytesIO()
     sheet.save(encoded, "PNG")
     return encoded.getvalue()
@@ -160,14 +143,14 @@ def make_illustrator(
     statistics: str = "visible",
     sharding: jax.sharding.Sharding | None = None,
 ) -> Callable[[nnx.State, str], bytes]:
-    """Return a function of parameters and a title that draws fixed images under fixed masks, as a PNG.
+    """Return a function that draws fixed images under fixed masks: (parameters, title) -> PNG.
 
     Args:
         graph: graph definition of a `MaskedImageModel`.
         images: uint8 [B, H, W, C].
         seed: of the masks.
         statistics: a key of STATISTICS.
-        sharding: of the panels; with several processes, one that every process can read.
+        sharding: of the panels; replicated if there are several processes.
     """
 
     @functools.partial(jax.jit, out_shardings=sharding)
@@ -178,7 +161,7 @@ def make_illustrator(
 
     def illustrate(params: nnx.State, title: str) -> bytes:
         panels = compute(params, images)
-        scale = STATISTICS[statistics] if nnx.merge(graph, params).norm_pix_loss else PLAIN
-        return draw(panels, f"{title}  |  error {np.asarray(panels.error).mean():.4f}  |  {scale}")
+        note = STATISTICS[statistics] if nnx.merge(graph, params).norm_pix_loss else PLAIN
+        return draw(panels, f"{title}  |  error {np.asarray(panels.error).mean():.4f}  |  {note}")
 
     return illustrate

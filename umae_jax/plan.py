@@ -2,12 +2,12 @@
 
     python -m umae_jax.plan --config configs/pretrain_swin_large.py --topology v5e:16x16 [--topology v6e:16x16 ...]
 
-compiles the real training step for each TPU slice with the TPU's own compiler, on any x86-64 machine with Linux
+compiles the real training step for each TPU slice with the TPU compiler, on any x86-64 machine with Linux
 (pip install "umae_jax[plan]"). Without --topology it compiles for the local devices.
 
     python -m umae_jax.plan --config CONFIG --topology v5e:2x2 --topology v5e:4x4 --growth FOLDER
 
-shows instead how the cost of a step grows with image size, depth and batch, on the first slice, and with the number of
+instead shows how the cost of a step grows: with image size, depth and batch on the first slice, and with the number of
 chips.
 """
 
@@ -33,21 +33,20 @@ from umae_jax.training.metrics import duration
 
 _CONFIG = cli.define_config()
 _TOPOLOGY = flags.DEFINE_multi_string("topology", [], "TPU slice such as v5e:16x16, or a local GPU such as h100.")
-_NUM_IMAGES = flags.DEFINE_integer("num_images", None, "Images per epoch, if the data are not here.", lower_bound=1)
+_NUM_IMAGES = flags.DEFINE_integer("num_images", None, "Images per epoch, if the data are elsewhere.", lower_bound=1)
 _LARGEST = flags.DEFINE_boolean("largest", True, "Search for the largest batch that fits; needs several compilations.")
 _PARTS = flags.DEFINE_boolean("parts", False, "Print cycles, FLOPs and bytes by part of the model.")
-_GROWTH = flags.DEFINE_string("growth", None, "Folder for growth.json and growth.png: show how the cost grows instead.")
+_GROWTH = flags.DEFINE_string("growth", None, "Instead show how the cost grows: folder for growth.json and growth.png.")
 _JSON = flags.DEFINE_boolean("json", False, "Print JSON instead of tables.")
 
 
 def resolve_num_images(config: ConfigDict) -> int:
-    """Return the images per epoch: --num_images, or those of the data, or ImageNet's."""
-    found = count_images(config)
-    if found is None:
-        num_images = _NUM_IMAGES.value or IMAGENET_IMAGES
+    """Return the images per epoch: --num_images, else those of the data, else those of ImageNet."""
+    count = count_images(config)  # also completes the configuration
+    num_images = _NUM_IMAGES.value or count or IMAGENET_IMAGES
+    if count is None:
         cli.say(f"{config.data.source} is not on this machine: assuming {num_images:,} images (see --num_images)")
-        return num_images
-    return _NUM_IMAGES.value or found
+    return num_images
 
 
 def print_plans(config: ConfigDict, targets: Sequence[Target], num_images: int) -> None:
@@ -70,7 +69,7 @@ def print_plans(config: ConfigDict, targets: Sequence[Target], num_images: int) 
 
 def print_growth(config: ConfigDict, targets: Sequence[Target], name: str) -> None:
     """Compile variants of the configuration, write growth.json and growth.png to a folder, and print a table."""
-    require(not (_PARTS.value or _JSON.value), "--growth writes growth.json, with parts; omit --json and --parts")
+    require(not (_PARTS.value or _JSON.value), "--growth writes growth.json, parts included; omit --json and --parts")
     folder = locate_local(name, "--growth")
     require(
         importlib.util.find_spec("matplotlib") is not None,
@@ -90,7 +89,7 @@ def main() -> None:
     config = cli.read_config(_CONFIG)
     for name in _TOPOLOGY.value:
         if name.lower() not in GPUS:
-            parse_topology(name)  # reject a wrong name before the slow part
+            parse_topology(name)  # reject a wrong name before compiling
     num_images = resolve_num_images(config)
     targets = [find_target(name) for name in _TOPOLOGY.value] or [local_target()]
     if _GROWTH.value:

@@ -27,13 +27,13 @@ def sincos_table(width: int, grid: tuple[int, int]) -> np.ndarray:
 def _axis_differences(size: int, starts: np.ndarray, unit_side: float | None, steps: np.ndarray) -> np.ndarray:
     """Return coordinate differences along one axis, key minus query: float64 [1 or starts, steps, size, size].
 
-    `steps` are the possible differences of two units' offsets.
+    `steps` are the possible differences of the offsets of two units.
     """
     place = starts[:, None] + np.arange(size)
-    if unit_side is not None:  # on the compact grid a unit covers a cell of twice its extent
+    if unit_side is not None:  # on the compact grid a unit stands for a cell, which has twice its extent
         place = place + place // unit_side * unit_side
     difference = place[:, None, :, None] - place[:, None, None, :]
-    if (difference == difference[:1]).all():  # all windows cut the units alike
+    if (difference == difference[:1]).all():  # all windows cut the units at the same places
         difference = difference[:1]
     return difference + steps[:, None, None] * (unit_side or 0)
 
@@ -41,7 +41,7 @@ def _axis_differences(size: int, starts: np.ndarray, unit_side: float | None, st
 def window_differences(
     grid: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], unit_side: float | None
 ) -> np.ndarray:
-    """Return every log-scaled coordinate difference that two tokens of a window can have (SPEC 3).
+    """Return the log-scaled coordinate differences of all pairs of tokens in a window, for every case (SPEC 3).
 
     On the compact grid the difference of tokens i (query) and j (key) depends on their places and on the difference of
     their units' offsets, (dy_j - dy_i, dx_j - dx_i), each in {-1, 0, 1}: nine cases. A whole image has one case.
@@ -53,8 +53,8 @@ def window_differences(
         unit_side: tokens along a mask unit's side at this stage (1/2: a token spans 2 units); None on a whole image.
 
     Returns:
-        float32 [9 or 1 cases, 1 or windows, N keys, N queries, 2]: sign(d) * log(1 + |d|) for row and column. Case
-        3 * (dy_j - dy_i + 1) + (dx_j - dx_i + 1). Windows share one entry if they cut the units at the same places.
+        float32 [9 or 1 cases, 1 or windows, N keys, N queries, 2]: sign(d) * log(1 + |d|) for row and column. The case
+        is 3 * (dy_j - dy_i + 1) + (dx_j - dx_i + 1). Windows that cut the units at the same places share one entry.
     """
     steps = np.zeros(1) if unit_side is None else np.array([-1, 0, 1])
     starts = [np.arange(shift[axis], grid[axis] + shift[axis], window[axis]) for axis in (0, 1)]
@@ -74,7 +74,7 @@ def select_by_sign(step: jax.Array, cases: Sequence[jax.Array]) -> jax.Array:
 
 
 def select_offset_case(tables: jax.Array, row_step: jax.Array, column_step: jax.Array) -> jax.Array:
-    """Select each pair's value among the nine cases by nested selects: a gather would move far more memory.
+    """Select the value of each pair among the nine cases, by nested selects: a gather would move far more memory.
 
     Args:
         tables: [9, 1 or windows, heads, N, N], keys before queries, cases in the order of `window_differences`.

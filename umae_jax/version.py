@@ -3,4 +3,4 @@
 import time
 
 __version__ = "0.2.0"
-START_TIME = time.monotonic()  # the first phase that `startup` reports begins here
+START_TIME = time.monotonic()  # start of the first phase that `startup` reports

@@ -1,4 +1,4 @@
-"""Draw reconstructions of images by a pre-trained model.
+"""Draw images and their reconstructions by a pre-trained model.
 
 python -m umae_jax.visualize --workdir DIR --images PATH --output FILE.png
 """
@@ -30,7 +30,7 @@ _STATISTICS = flags.DEFINE_enum(
 
 
 def main() -> None:
-    """Draw the picture of the images, their masks and their reconstructions."""
+    """Draw one picture of the images, their masks and their reconstructions."""
     workdir = locate(cli.required(_WORKDIR, "the directory of a pre-training run"), "--workdir")
     path = locate_local(cli.required(_IMAGES, "an image file or a folder of image files"), "--images")
     output = locate_local(cli.required(_OUTPUT, "the PNG file to write"), "--output")
