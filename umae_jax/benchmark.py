@@ -16,7 +16,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from umae_jax import cli
+from umae_jax import cli, console
 from umae_jax.benchmarking import profile, reading, steps
 from umae_jax.benchmarking.peers import PEERS
 from umae_jax.config import check, load_config
@@ -59,10 +59,10 @@ def time_steps(config: ConfigDict) -> None:
         set_batch_size(one)
         one.dtype = config.dtype
         check(one)
-        cli.say(f"{Path(name).stem}: compiling")
+        console.say(f"{Path(name).stem}: compiling")
         contenders.append(steps.jax_step(Path(name).stem, one))
     contenders += [steps.peer_step(name, config) for name in _PEER.value]
-    steps.time_interleaved(contenders, _ROUNDS.value, cli.say)
+    steps.time_interleaved(contenders, _ROUNDS.value, console.say)
     results = steps.results(contenders, config.batch_size)
     for contender, result in zip(contenders, results, strict=True):
         if _PARTS.value and contender.program:
@@ -70,23 +70,23 @@ def time_steps(config: ConfigDict) -> None:
             result["nanoseconds_by_part"] = parts.by_part(scopes)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     if _JSON.value:
-        cli.result(json.dumps({"device": device, "dtype": config.dtype, "rounds": _ROUNDS.value, "steps": results}))
+        console.result(json.dumps({"device": device, "dtype": config.dtype, "rounds": _ROUNDS.value, "steps": results}))
         return
-    cli.result(f"{device}, {config.batch_size} images per step, {config.dtype}, {_ROUNDS.value} rounds")
-    cli.result(steps.table(results))
+    console.result(f"{device}, {config.batch_size} images per step, {config.dtype}, {_ROUNDS.value} rounds")
+    console.result(steps.table(results))
     for result in results:
         if (by_part := result.get("nanoseconds_by_part")) is not None:
-            cli.result(f"\n{result['name']}, time by part, summed over threads and devices:")
-            cli.result(parts.time_table(by_part) if by_part else "the profiler recorded no operations")
+            console.result(f"\n{result['name']}, time by part, summed over threads and devices:")
+            console.result(parts.time_table(by_part) if by_part else "the profiler recorded no operations")
 
 
 def measure_loader(config: ConfigDict) -> None:
     """Measure the loader alone and with the training step, and print the results."""
     result = reading.compare(config, _NUM_IMAGES.value, _ROUNDS.value)
     set_batch_size(config)
-    cli.say("compiling the training step")
+    console.say("compiling the training step")
     result["with_step"] = reading.feed(config, _NUM_IMAGES.value)
-    cli.result(json.dumps(result) if _JSON.value else reading.table(result, config))
+    console.result(json.dumps(result) if _JSON.value else reading.table(result, config))
 
 
 def main() -> None:

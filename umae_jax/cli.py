@@ -1,6 +1,7 @@
 """What every command shares: flags, and errors that are one sentence."""
 
 import functools
+import logging as python_logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -11,8 +12,9 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from umae_jax import multihost, startup
+from umae_jax import multihost, process, startup
 from umae_jax.config import explain_failure, flat, load_config
+from umae_jax.console import LogHandler, say
 from umae_jax.errors import Preempted, UserError
 from umae_jax.files import AnyPath, explain
 from umae_jax.multihost import ClusterFlags
@@ -81,18 +83,6 @@ def read_config(flag: flags.FlagHolder[ConfigDict | None]) -> ConfigDict:
     return required(flag, "a file or a name such as quickstart")
 
 
-def say(line: str) -> None:
-    """Print a line for the user on the terminal, from process 0 only."""
-    if multihost.is_primary():
-        print(line, file=sys.stderr, flush=True)  # noqa: T201 - the terminal
-
-
-def result(line: object) -> None:
-    """Print the result of the command on standard output, from process 0 only."""
-    if multihost.is_primary():
-        print(line, flush=True)  # noqa: T201 - the terminal
-
-
 def _leave(message: str, status: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201 - the terminal
     multihost.limit_exit()
@@ -124,6 +114,7 @@ def run(main: Callable[..., None], *, arguments: int = 0) -> None:
 
     def guarded(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)
+        python_logging.root.handlers = [LogHandler()]
         startup.mark("imports")
         startup.use_user_cache()
         try:
@@ -131,9 +122,6 @@ def run(main: Callable[..., None], *, arguments: int = 0) -> None:
         except Preempted as stopped:
             say(f"{stopped}; everything is saved, the same command continues")
             sys.exit(128 + stopped.number)
-        except KeyboardInterrupt:
-            multihost.limit_exit()
-            sys.exit(130)
         except Exception as error:
             if sentence := explain(error):
                 _leave(sentence, 2 if isinstance(error, UserError) else 1)
@@ -142,4 +130,5 @@ def run(main: Callable[..., None], *, arguments: int = 0) -> None:
             traceback.print_exc()
             _leave("this process failed; if it lost a connection, another one failed first: see the other logs", 1)
 
+    process.prepare()
     app.run(guarded, flags_parser=functools.partial(_parse, max_arguments=arguments))

@@ -13,7 +13,7 @@ also take the parameter names of transformers: `--output FOLDER/model.safetensor
 
 from absl import flags
 
-from umae_jax import cli
+from umae_jax import cli, console
 from umae_jax.config import check
 from umae_jax.errors import require
 from umae_jax.files import locate, locate_local
@@ -41,8 +41,8 @@ def main(source: str = "") -> None:
     if path.is_dir():
         output = locate_local(cli.required(_OUTPUT, "the file to write, .safetensors or .pth"), "--output")
         written = export_weights(path, output, _LAYOUT.value, best=_BEST.value)
-        cli.say(f"also written: {', '.join(file.name for file in written[1:])}")
-        cli.result(output)
+        console.say(f"also written: {', '.join(file.name for file in written[1:])}")
+        console.result(output)
     else:
         workdir = locate_local(cli.required(_WORKDIR, "the directory to make"), "--workdir")
         config = None
@@ -50,8 +50,8 @@ def main(source: str = "") -> None:
             config = cli.read_config(_CONFIG)
             check(config)
         model = import_weights(path, workdir, config).model
-        cli.say(f"imported a {model.encoder} with widths {model.widths} and depths {model.depths} ({model.method})")
-        cli.result(workdir)
+        console.say(f"imported a {model.encoder} with widths {model.widths} and depths {model.depths} ({model.method})")
+        console.result(workdir)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from absl import flags
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from umae_jax import cli, multihost
+from umae_jax import cli, console, multihost
 from umae_jax.config import check
 from umae_jax.data.pipeline import host_cores
 from umae_jax.data.sources import open_source
@@ -118,7 +118,7 @@ def main() -> None:
         findings.append((True, f"{len(processes)} processes share software, configuration and workdir"))
     speed = f"{seconds * 1e3:.1f} ms, {FLOATS * 4 / seconds / 1e9:.2f} GB/s"
     findings.append((correct, f"sum over {jax.device_count()} devices, {FLOATS * 4 >> 20} MiB each: {speed}"))
-    cli.result("\n".join(f"{'ok   ' if ok else 'WRONG'}  {line}" for ok, line in findings))
+    console.result("\n".join(f"{'ok   ' if ok else 'WRONG'}  {line}" for ok, line in findings))
     require(all(ok for ok, _ in findings), "fix what is marked WRONG above")
 
 

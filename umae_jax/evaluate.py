@@ -11,7 +11,7 @@ import json
 
 from absl import flags
 
-from umae_jax import cli, multihost
+from umae_jax import cli, console, multihost
 from umae_jax.errors import require
 from umae_jax.files import locate, locate_local
 from umae_jax.tasks import evaluation, make_task, probing
@@ -45,7 +45,7 @@ def main() -> None:
     else:
         predictions = iter([evaluation.evaluate_run(run, probe=_PROBE.value, batch_size=_BATCH_SIZE.value)])
     for line, values in predictions:
-        cli.result(json.dumps(values) if _JSON.value else line)
+        console.result(json.dumps(values) if _JSON.value else line)
 
 
 if __name__ == "__main__":

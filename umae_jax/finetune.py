@@ -6,7 +6,10 @@
 scratch. The same command again continues from the newest whole checkpoint in DIR.
 """
 
-from umae_jax.tasks.command import run_command
+from umae_jax import process
 
 if __name__ == "__main__":
+    process.prepare()
+    from umae_jax.tasks.command import run_command
+
     run_command("finetune")

@@ -207,9 +207,9 @@ def _wait_until_visible(path: AnyPath) -> bool:
 class StopSignal:
     """Context manager that asks a run to save and exit on SIGTERM or SIGINT.
 
-    A single process exits at the next poll. Several processes exit at the same poll, whichever of them received the
-    signal: JAX's preemption service handles SIGTERM from `initialize` on, and SIGINT is passed to it as SIGTERM. A
-    second signal has its default effect; with several processes, a second SIGTERM only after that poll.
+    A single process does so from `listen` on, at the next poll. Several processes exit at the same poll, whichever
+    received the signal: JAX's preemption service handles SIGTERM, from `initialize` on, and receives SIGINT as SIGTERM.
+    A second signal has its previous effect; with several processes a second SIGTERM once all processes have agreed.
 
     Attributes:
         received: signal number once the run should exit, else None.
@@ -221,19 +221,34 @@ class StopSignal:
         # JAX stops all processes at one number. Polls count from 1, steps of a resumed run do not: a signal before the
         # first poll would never take effect.
         self._polls = 0
+        self._announced = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGINT,) if self._multiprocess else (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._handle)
+        if self._multiprocess:
+            self._install(signal.SIGINT)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self._previous.clear()
+
+    def listen(self) -> None:
+        """Handle signals of a single process from now on; call it once there is a step to save."""
+        if not self._multiprocess:
+            self._install(signal.SIGTERM, signal.SIGINT)
+
+    def _install(self, *numbers: int) -> None:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
+            for number in numbers:
+                self._previous[number] = signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self.__exit__()
+        if self._announced:  # the second signal
+            self.__exit__()
+            signal.raise_signal(number)
+            return
         self._announce(number)
         if self._multiprocess:
             signal.raise_signal(signal.SIGTERM)
@@ -241,6 +256,7 @@ class StopSignal:
             self.received = number
 
     def _announce(self, number: int) -> None:
+        self._announced = True
         line = f"{signal.Signals(number).name}: saving and exiting after this step; repeat it to exit at once\n"
         os.write(2, line.encode())  # unlike print, safe in a signal handler
 

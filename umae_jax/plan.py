@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import ConfigDict
 
-from umae_jax import cli
+from umae_jax import cli, console
 from umae_jax.config import check
 from umae_jax.errors import require
 from umae_jax.files import locate_local, write_atomic
@@ -45,7 +45,7 @@ def resolve_num_images(config: ConfigDict) -> int:
     count = count_images(config)  # also completes the configuration
     num_images = _NUM_IMAGES.value or count or IMAGENET_IMAGES
     if count is None:
-        cli.say(f"{config.data.source} is not on this machine: assuming {num_images:,} images (see --num_images)")
+        console.say(f"{config.data.source} is not on this machine: assuming {num_images:,} images (see --num_images)")
     return num_images
 
 
@@ -55,16 +55,16 @@ def print_plans(config: ConfigDict, targets: Sequence[Target], num_images: int) 
     matmul_flops = matmul_flops_by_scope(config) if _PARTS.value else {}
     plans = []
     for target in targets:
-        cli.say(f"{target.name}: compiling; large models take minutes")
-        plans.append(make_plan(config, target, num_images, flops, matmul_flops, cli.say, search=_LARGEST.value))
-        cli.say(f"{target.name}: compiled in {duration(plans[-1].compile_seconds)}")
+        console.say(f"{target.name}: compiling; large models take minutes")
+        plans.append(make_plan(config, target, num_images, flops, matmul_flops, console.say, search=_LARGEST.value))
+        console.say(f"{target.name}: compiled in {duration(plans[-1].compile_seconds)}")
     if _JSON.value:
-        cli.result(json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2))
+        console.result(json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2))
         return
-    cli.result(table(plans))
+    console.result(table(plans))
     if _PARTS.value:
         for plan, target in zip(plans, targets, strict=True):
-            cli.result(part_tables(plan, target))
+            console.result(part_tables(plan, target))
 
 
 def print_growth(config: ConfigDict, targets: Sequence[Target], name: str) -> None:
@@ -75,13 +75,13 @@ def print_growth(config: ConfigDict, targets: Sequence[Target], name: str) -> No
         importlib.util.find_spec("matplotlib") is not None,
         '--growth: matplotlib is missing; install it with pip install "umae_jax[plot]"',
     )
-    variants = growth.make_variants(config, targets, cli.say)
-    points = growth.measure(variants, folder / "costs", cli.say)
+    variants = growth.make_variants(config, targets, console.say)
+    points = growth.measure(variants, folder / "costs", console.say)
     write_atomic(folder / "growth.json", growth.to_json(points).encode())
     title = f"{config.model.encoder}, {config.model.method}: around {variants[0]}"
     growth_report.draw(points, title, folder / "growth.png")
-    cli.result(growth_report.table(points))
-    cli.say(f"wrote {folder / 'growth.png'}")
+    console.result(growth_report.table(points))
+    console.say(f"wrote {folder / 'growth.png'}")
 
 
 def main() -> None:

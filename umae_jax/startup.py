@@ -5,10 +5,12 @@ import os
 import shutil
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
+from umae_jax.console import duration, say
 from umae_jax.files import AnyPath, in_bucket
 from umae_jax.version import START_TIME
 
@@ -16,6 +18,7 @@ CACHE_FOLDER = "compiled"  # in the directory of a run that several processes sh
 MAX_CACHE_BYTES = 2 * 2**30
 MIN_FREE_BYTES = 2**30  # JAX keeps, and reads later, a program that a full disk cut short
 MIN_COMPILE_SECONDS = 0.2
+MIN_TOLD_SECONDS = 1.0  # `phase` prints the time of phases that take longer
 
 _phases: dict[str, float] = {}
 _last = START_TIME
@@ -27,6 +30,18 @@ def mark(phase: str) -> None:
     now = time.monotonic()
     _phases[phase] = _phases.get(phase, 0.0) + now - _last
     _last = now
+
+
+@contextlib.contextmanager
+def phase(name: str, note: str = "") -> Iterator[None]:
+    """Say that a phase begins and, unless it was short, how long it took; add its time to `summary`."""
+    mark("the rest")
+    start = time.monotonic()
+    say(f"{name}{note} ...")
+    yield
+    if (seconds := time.monotonic() - start) >= MIN_TOLD_SECONDS:
+        say(f"{name}: {duration(seconds)}")
+    mark(name)
 
 
 def restart() -> None:

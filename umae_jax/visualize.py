@@ -6,7 +6,7 @@ python -m umae_jax.visualize --workdir DIR --images PATH --output FILE.png
 from absl import flags
 from flax import nnx
 
-from umae_jax import cli
+from umae_jax import cli, console
 from umae_jax.config import MAX_SEED
 from umae_jax.data.sources import open_images
 from umae_jax.data.transforms import first_readable
@@ -45,7 +45,7 @@ def main() -> None:
     illustrate = make_illustrator(run.graph, images, seed=_SEED.value, statistics=_STATISTICS.value)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, illustrate(run.params, f"step {run.step}"))
-    cli.result(output)
+    console.result(output)
 
 
 if __name__ == "__main__":

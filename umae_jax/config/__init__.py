@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from umae_jax.config.base import ENCODERS, METHODS, Key, build, encoder_of, flat, methods_of
+from umae_jax.config.base import ENCODERS, METHODS, Key, build, encoder_of, flat, methods_of, size_of
 from umae_jax.config.common import COMMON, IMAGENET_MEAN, IMAGENET_STD, MAX_SEED, check_common
 from umae_jax.config.load import REMOVED, RENAMED, all_keys, bundled_configs, explain_failure, load_config
 from umae_jax.errors import UserError, listing, require
@@ -100,6 +100,11 @@ def resolve_steps(config: ConfigDict, key: str, examples_per_epoch: int, batch_s
 def steps_of_epochs(epochs: float, images: int, batch_size: int) -> int:
     """Return the steps in an interval of `epochs`: at least 1, but 0 for 0 epochs, which means never."""
     return max(1, round(epochs * images / batch_size)) if epochs else 0
+
+
+def share_of_run(every: int | None, total_steps: int, parts: int) -> int:
+    """Return an interval in steps: the given one, or if that is None so that a run has this many parts."""
+    return max(1, round(total_steps / parts)) if every is None else every
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> dict[str, tuple[Any, Any]]:

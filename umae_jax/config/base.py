@@ -113,6 +113,15 @@ def encoder_of(size: str) -> str:
     return sizes[size]
 
 
+def size_of(config: ConfigDict) -> str:
+    """Return the name of the preset size that a configuration's model has, else "swin of other sizes" or the like."""
+    model = config.model
+    for name, values in ENCODERS[model.encoder].sizes.items():
+        if all(model[key] == value for key, value in values.items()):
+            return name
+    return f"{model.encoder} of other sizes"
+
+
 def methods_of(size: str) -> tuple[str, ...]:
     """Return the methods that can train a preset size."""
     encoder = encoder_of(size)

@@ -39,9 +39,11 @@ COMMON: Keys = {
     "total_examples": Key(None, "length of the training in images", _MAYBE_COUNT),
     "total_epochs": Key(200.0, "length of the training in epochs", _MAYBE_NUMBER),
     "log_every": Key(50, "steps between lines of metrics", integer(1)),
-    "picture_every": Key(5000, "steps between pictures of reconstructions; 0: never", integer(0)),
+    "picture_every": Key(None, "steps between pictures of reconstructions; 0: never; None: 20 per run", _MAYBE_COUNT),
     "pictures": Key(6, "images per picture", integer(1)),
-    "checkpoint_every": Key(1000, "steps between checkpoints", integer(1)),
+    "checkpoint_every": Key(
+        None, "steps between checkpoints; None: 20 per run, and at most 1,000 steps", optional(integer(1))
+    ),
     "checkpoint_keep": Key(3, "number of newest checkpoints to keep", integer(1)),
     "checkpoint_keep_every": Key(50_000, "steps between checkpoints that are kept for good; 0: none", integer(0)),
     "stop_after_bad_steps": Key(

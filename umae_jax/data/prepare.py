@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from umae_jax import cli
+from umae_jax import cli, console
 from umae_jax.data.sources import FILE_NAME, NO_LABEL, Source, open_source
 from umae_jax.errors import require
 from umae_jax.files import locate_local
@@ -62,7 +62,7 @@ def write_data_set(source: Source, name: str, data_dir: str, split: str = "train
                 path, data, label = source[index]
             except OSError as error:
                 unreadable += 1
-                cli.say(f"left out an image that cannot be read: {error}")
+                console.say(f"left out an image that cannot be read: {error}")
                 continue
             example = {"image": io.BytesIO(data), FILE_NAME: Path(path).name}
             yield index, example if label == NO_LABEL else {**example, "label": label}

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from umae_jax import cli
+from umae_jax import console
 from umae_jax.config import steps_of_epochs
 from umae_jax.data.augment import RandAugment
 from umae_jax.data.on_device import mix, random_erase, random_flip, sample_keys, smooth_targets
@@ -112,7 +112,7 @@ class Task(BaseTask):
     def initial_params(self, abstract: Params) -> Params | None:
         """Return the pre-trained encoder that `init` names."""
         if self.config.init is None:
-            cli.say("init is not set: training from scratch")
+            console.say("init is not set: training from scratch")
             return None
         pretrained, encoder = read_encoder(self.config.init, "init")
         return adapt_pretrained(self.config, abstract["encoder"], pretrained, encoder)
@@ -121,7 +121,7 @@ class Task(BaseTask):
         """Return the hook that measures validation accuracy."""
         config = self.config
         if self.validation is None:
-            cli.say("validation.source is not set: accuracy is not measured")
+            console.say("validation.source is not set: accuracy is not measured")
             return ()
         batch_size = config.batch_size // config.grad_accum_steps
         measure = make_evaluator(
@@ -180,7 +180,7 @@ class Task(BaseTask):
             loaded = load.try_load(index)
             if isinstance(loaded, Unreadable):
                 failures += 1
-                cli.say(f"{loaded.name} cannot be read ({loaded.reason})")
+                console.say(f"{loaded.name} cannot be read ({loaded.reason})")
                 continue
             (name, _, _), pixels = loaded
             values = np.asarray(probabilities(run.params, jnp.asarray(pixels[None])))[0]

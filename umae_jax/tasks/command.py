@@ -3,7 +3,7 @@
 from absl import flags
 from ml_collections import ConfigDict
 
-from umae_jax import cli, multihost
+from umae_jax import cli, console, multihost
 from umae_jax.errors import require
 from umae_jax.files import AnyPath, locate
 from umae_jax.multihost import StopSignal
@@ -48,6 +48,6 @@ def run_command(command: str) -> None:
         workdir = locate(cli.required(workdir_flag, "a directory for what the run produces"), "--workdir")
         cli.join(cluster, config, workdir, preemption=True)
         if line := train(config, workdir, command, step_timeout.value or None):
-            cli.result(line)
+            console.result(line)
 
     cli.run(main)

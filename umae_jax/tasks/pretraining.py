@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from umae_jax import pictures
-from umae_jax.config import steps_of_epochs
+from umae_jax.config import share_of_run, steps_of_epochs
 from umae_jax.data.on_device import random_flip, sample_keys
 from umae_jax.data.pipeline import Sample
 from umae_jax.data.transforms import LoadCrop, first_readable
@@ -19,6 +19,7 @@ from umae_jax.training.sharding import replicated
 from umae_jax.training.task import BaseTask, Batch, Hook, Params, RunContext
 
 PICTURES = "reconstructions"  # folder in a run's directory
+PICTURES_PER_RUN = 20
 KNN = "knn_top1"
 
 
@@ -60,8 +61,8 @@ class Task(BaseTask):
     def hooks(self, context: RunContext) -> Sequence[Hook]:
         """Return the hooks that draw reconstructions and, with labelled validation images, probe with kNN."""
         hooks = []
-        if self.config.picture_every:
-            hooks.append(Hook(self.config.picture_every, self._picture_hook(context)))
+        if picture_every := share_of_run(self.config.picture_every, context.total_steps, PICTURES_PER_RUN):
+            hooks.append(Hook(picture_every, self._picture_hook(context)))
         if self.validation is not None:
             every = steps_of_epochs(self.config.validation.every_epochs, self.num_samples, self.config.batch_size)
             hooks.append(Hook(every, self._knn_probe(context), metric=KNN))

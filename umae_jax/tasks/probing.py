@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from umae_jax import cli
+from umae_jax import console
 from umae_jax.data.sources import Source
 from umae_jax.errors import UserError, require
 from umae_jax.tasks import labelled
@@ -195,7 +195,7 @@ def probe_run(run: StoredRun, probe: str, mesh: Mesh, batch_size: int) -> Predic
     queries = read(run.params, validation, keys[1])
     count, width = training.features.shape
     images, unreadable = len(queries.labels), training.unreadable + queries.unreadable
-    cli.say(f"read {count + images:,} features of width {width} in {duration(time.monotonic() - start)}")
+    console.say(f"read {count + images:,} features of width {width} in {duration(time.monotonic() - start)}")
     options: dict[str, Any]
     if probe == "knn":
         options = {"neighbors": config.probe.neighbors, "temperature": config.probe.temperature}

@@ -10,12 +10,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 import jax
 from absl import logging
 from tqdm import tqdm
 
+from umae_jax.console import duration, say
 from umae_jax.errors import UserError
 from umae_jax.files import AnyPath, in_bucket, write_atomic
 
@@ -34,15 +34,6 @@ def _lines(path: AnyPath) -> Iterator[tuple[int, bytes]]:
 def metric_names(workdir: AnyPath, step: int) -> set[str]:
     """Return the names of the metrics that a run has written for a step."""
     return {name for at, line in _lines(workdir / METRICS_FILE) if at == step for name in json.loads(line)}
-
-
-def duration(seconds: float) -> str:
-    """Format seconds: "42 s", "3:07", "1:02:09"."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class MetricsWriter:
@@ -128,47 +119,45 @@ def _add_path(path: Path) -> Iterator[None]:
 
 
 class Report:
-    """Reports a run, only from process 0: metrics to files; progress to standard error, on a terminal as a bar.
+    """Reports a run, only from process 0: metrics to files, a line for each on the terminal, and a progress bar there.
 
     Args:
         workdir: the run's directory.
         first: number of steps done before this process started.
         total: number of steps of the whole run.
-        stream: stream for the progress; None: standard error.
+        steps_per_epoch: may be a fraction.
     """
 
-    def __init__(self, workdir: AnyPath, first: int, total: int, stream: TextIO | None = None) -> None:
-        self._first, self._total, self._start = first, total, time.monotonic()
-        self._stream = sys.stderr if stream is None else stream
+    def __init__(self, workdir: AnyPath, first: int, total: int, steps_per_epoch: float) -> None:
+        self._total, self._steps_per_epoch, self._start = total, steps_per_epoch, time.monotonic()
         self._writer = MetricsWriter(workdir, first) if jax.process_index() == 0 else None
         self._bar = tqdm(
             total=total,
             initial=first,
-            file=self._stream,
             unit="step",
             dynamic_ncols=True,
-            disable=self._writer is None or not self._stream.isatty(),
+            leave=False,
+            disable=self._writer is None or not sys.stderr.isatty(),
         )
 
     def advance(self, step: int) -> None:
         """Move the progress bar to a step."""
         self._bar.update(step - self._bar.n)
 
-    def training(self, step: int, values: dict[str, float | int]) -> None:
-        """Report the metrics of a training step."""
+    def training(self, step: int, values: dict[str, float | int], seconds_per_step: float) -> None:
+        """Report the metrics of a training step, and the time left at the present rate."""
         if self._writer is None:
             return
         self._writer.write(step, values)
-        parts = [f"loss {values['loss']:.4f}", f"{values['images_per_second']:.1f} images/s"]
+        parts = [f"epoch {step / self._steps_per_epoch:.4g}", f"loss {values['loss']:.4f}"]
+        parts += [f"learning rate {values['learning_rate']:.3g}", f"{values['images_per_second']:.1f} images/s"]
         parts.append(f"waiting for data {values['data_wait']:.0%}")
         for name in ("images", "updates"):
             if skipped := values[f"skipped_{name}"]:
                 parts.append(f"{skipped} {name} skipped")
-        if self._bar.disable:
-            remaining = (time.monotonic() - self._start) / max(1, step - self._first) * (self._total - step)
-            self._print(step, [*parts, f"{duration(remaining)} remaining"])
-        else:
-            self._bar.set_postfix_str(", ".join(parts))
+        parts.append(f"{duration(time.monotonic() - self._start)} elapsed")
+        parts.append(f"{duration(seconds_per_step * (self._total - step))} left")
+        self._print(step, parts)
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """Report the metrics of an evaluation."""
@@ -180,9 +169,7 @@ class Report:
             self._print(step, [f"{key} {value}" for key, value in formatted.items()])
 
     def _print(self, step: int, parts: list[str]) -> None:
-        self._bar.clear()
-        print(f"step {step}/{self._total} | {' | '.join(parts)}", file=self._stream, flush=True)
-        self._bar.refresh()
+        say(f"step {step}/{self._total} | {' | '.join(parts)}")
 
     def flush(self) -> None:
         """Write out all buffers, so that the metrics survive the end of this process."""

@@ -1,9 +1,10 @@
 """A run on one page, in the order in which things happen: mesh, data, state, restore, compile, loop, evaluate, save."""
 
 import contextlib
+import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from typing import Any
 
@@ -13,16 +14,28 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from umae_jax import cli, startup
-from umae_jax.config import CONFIG_FILE, check, differences, old_class_names, read_config, resolve_steps, to_json
+from umae_jax import startup
+from umae_jax.config import (
+    CONFIG_FILE,
+    check,
+    differences,
+    old_class_names,
+    read_config,
+    resolve_steps,
+    share_of_run,
+    to_json,
+)
+from umae_jax.console import say, size
 from umae_jax.data.pipeline import TrainLoader, abstract_batch, readers
 from umae_jax.errors import Preempted, PreemptionRequested, UserError, listing, require
 from umae_jax.files import AnyPath, write_atomic
 from umae_jax.models.kernels import check_platform
 from umae_jax.multihost import StopSignal, Watchdog, all_gather_json, broadcast_json, is_primary
 from umae_jax.training.checkpoint import Checkpoints
+from umae_jax.training.memory import device_bytes, explain_exhaustion, step_bytes
 from umae_jax.training.metrics import Report, metric_names
 from umae_jax.training.optimizer import learning_rate_schedule
+from umae_jax.training.overview import Schedule, data_of, describe
 from umae_jax.training.sharding import batch_sharding, make_mesh, shardings_of
 from umae_jax.training.state import AbstractRun, abstract_run, initialize
 from umae_jax.training.step import TrainStep, lower_step, make_train_step
@@ -30,6 +43,7 @@ from umae_jax.training.task import BaseTask, Batch, Hook, RunContext
 from umae_jax.weights.stored_run import CLASSES_FILE
 
 MAX_SAMPLES = 2**32  # sample indices are 32-bit
+CHECKPOINTS_PER_RUN, MAX_CHECKPOINT_STEPS = 20, 1000  # where checkpoint_every is None
 
 
 def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: float | None = None) -> None:
@@ -49,30 +63,33 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
     config = task.config
     check(config)
     mesh = make_mesh(config.mesh.fsdp)
-    with contextlib.ExitStack() as resources:
+    explained = explain_exhaustion(config, lambda other: compile_changed(task, other, mesh), mesh.devices.flat[0])
+    with contextlib.ExitStack() as resources, explained:
         # Data.
-        task.open()
-        task.prepare()
+        with startup.phase("opening the images"):
+            task.open()
+            task.prepare()
         total_steps, warmup_steps = durations(config, task.num_samples)
         # State: a checkpoint of this run, else the weights that the task names, else new ones.
-        run = abstract_run(task, mesh)
-        checkpoints = open_workdir(task, workdir)
-        resources.callback(checkpoints.close)
-        startup.mark("data and model")
-        restored = checkpoints.restore(run.state)
-        state, data = restored or (initialize(task, run, task.initial_params(run.state.params)), {})
-        startup.mark("the state")
+        with startup.phase("building the model"):
+            run = abstract_run(task, mesh)
+            checkpoints = open_workdir(task, workdir)
+            resources.push(_closing(checkpoints.close))
+            restored = checkpoints.restore(run.state)
+            state, data = restored or (initialize(task, run, task.initial_params(run.state.params)), {})
         first_step, samples = int(state.step), int(data.get("samples", 0))
-        parameters = sum(array.size for array in jax.tree.leaves(state.params))
-        devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
-        cli.say(f"{parameters:,} parameters, {task.num_samples:,} images, {devices}")
-        context = RunContext(run.graph, run.state.params, mesh, workdir, stop.check)
+        checkpoint_every = config.checkpoint_every or min(
+            MAX_CHECKPOINT_STEPS, share_of_run(None, total_steps, CHECKPOINTS_PER_RUN)
+        )
+        schedule = Schedule(first_step, warmup_steps, total_steps, checkpoint_every)
         done = broadcast_json(sorted(metric_names(workdir, first_step)))  # measured before a signal ended the run
         if first_step > total_steps or (first_step == total_steps and not _missing(task, done)):
-            cli.say(f"{workdir} has reached step {first_step} already; set total_steps above that to go on")
+            say(f"{workdir} has reached step {first_step} already; set total_steps above that to go on")
             return
-        if first_step:
-            cli.say(f"continuing at step {first_step} of {total_steps}")
+        describe(task, run, mesh, workdir, schedule, data)
+        report = Report(workdir, first_step, total_steps, task.num_samples / config.batch_size)
+        resources.push(_closing(report.close))
+        context = RunContext(run.graph, run.state.params, mesh, workdir, total_steps, stop.check)
         # The loader reads ahead while the step compiles.
         loader = TrainLoader(
             task.num_samples,
@@ -83,13 +100,14 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
             first_sample=samples,
             readers=readers(config),
         )
-        resources.callback(loader.close)
-        train_step = build_step(task, run, warmup_steps, total_steps)
-        compiled = lower_step(train_step, run.state, global_batch(task, mesh), mesh).compile()
-        startup.mark("compiling")
+        resources.push(_closing(loader.close))
+        if (signal := stop.poll()) is not None:  # to one of several processes; there is nothing to save
+            raise Preempted(signal, first_step)
+        with startup.phase("compiling the training step", "; later starts read it from a cache"):
+            train_step = build_step(task, run, warmup_steps, total_steps)
+            compiled = lower_step(train_step, run.state, global_batch(task, mesh), mesh).compile()
+        say(memory_of(compiled, mesh))
         hooks = task.hooks(context)
-        report = Report(workdir, first_step, total_steps)
-        resources.callback(report.close)
         watchdog = Watchdog(step_timeout)
         resources.callback(watchdog.cancel)
 
@@ -106,8 +124,9 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
             clock.count(config.batch_size)
             report.advance(step)
             if step == first_step + 1:
-                startup.mark("the step")
-                cli.say(startup.summary())
+                startup.mark("the first step")
+                say(startup.summary())
+                stop.listen()  # there is a step to save
             if values["bad_steps"] >= config.stop_after_bad_steps:
                 raise UserError(
                     f"loss or gradient were not finite in {values['bad_steps']} consecutive steps, up to step {step} "
@@ -115,7 +134,9 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
                     f"start again to continue from the newest checkpoint in {workdir}"
                 )
             if step % config.log_every == 0 or step == total_steps:
-                report.training(step, values | {"skipped_images": skipped + own_skipped - counted} | clock.rates())
+                rates = clock.rates()
+                values |= {"skipped_images": skipped + own_skipped - counted} | rates
+                report.training(step, values, config.batch_size / max(rates["images_per_second"], 1e-9))
 
         def save(step: int, metrics: dict[str, float] | None = None) -> None:
             """Save a checkpoint, with the metrics that make it the best one."""
@@ -123,13 +144,14 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
             report.flush()  # a run that continues from here finds the metrics up to here
             skipped += sum(all_gather_json(loader.skipped_images - counted))  # of other processes only here
             counted = loader.skipped_images
-            checkpoints.save(step, state, {"samples": samples, "skipped_images": skipped}, metrics)
+            position = {"samples": samples, "skipped_images": skipped, **data_of(task), "total_steps": total_steps}
+            checkpoints.save(step, state, position, metrics)
 
         while True:
             signal = stop.poll()
             last = number == total_steps
             due = [hook for hook in hooks if _is_due(hook, number, first_step, last, done)] if signal is None else []
-            periodic = number > 0 and (number % config.checkpoint_every == 0 or last)
+            periodic = number > 0 and (number % checkpoint_every == 0 or last)
             saving = number != saved and (signal is not None or periodic)
             if pending and (due or saving):
                 read(*pending)  # evaluate and save only a state whose step was good
@@ -160,7 +182,7 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
                 break
             # Next batch, next step.
             if number == first_step:
-                startup.mark("evaluations before")
+                startup.mark("pictures and evaluations before the first step")
             watchdog.arm()
             batch = clock.next(loader)
             if number == first_step:
@@ -173,7 +195,7 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
             pending = (number, metrics_of_step, loader.skipped_images)
         checkpoints.wait()
         report.flush()
-        cli.say(f"finished {total_steps} steps; everything is in {workdir}")
+        say(f"finished {total_steps} steps; everything is in {workdir}")
 
 
 def _is_due(hook: Hook, step: int, first_step: int, last: bool, done: list[str]) -> bool:
@@ -233,7 +255,7 @@ def durations(config: ConfigDict, samples: int) -> tuple[int, int]:
     )
     warmup = resolve_steps(config, "optimizer.warmup", samples, config.batch_size)
     if warmup > total:
-        cli.say(f"the warm-up of {warmup} steps is cut to the {total} steps of the run")
+        say(f"the warm-up of {warmup} steps is cut to the {total} steps of the run")
     return total, min(warmup, total)
 
 
@@ -289,9 +311,9 @@ def check_same_run(old: ConfigDict, new: ConfigDict, workdir: AnyPath) -> None:
         fields = "; ".join(f"{key} is {before}, not {after}" for key, (before, after) in model.items())
         raise UserError(f"{workdir} holds checkpoints of another model ({fields}); choose another --workdir")
     if changed.pop("init", None):
-        cli.say("init has changed, and is not read again: the run continues from its own checkpoint")
+        say("init has changed, and is not read again: the run continues from its own checkpoint")
     for key, (before, after) in changed.items():
-        cli.say(f"continuing with {key} = {after} (was {before})")
+        say(f"continuing with {key} = {after} (was {before})")
 
 
 def check_same_classes(old: tuple[str, ...], new: tuple[str, ...], workdir: AnyPath) -> None:
@@ -313,6 +335,31 @@ def global_batch(task: BaseTask, mesh: Mesh) -> Batch:
     """Return the batch of a training step in shapes, dtypes and shardings."""
     arrays = task.batch() | {"sample_index": jax.ShapeDtypeStruct((), np.uint32)}
     return abstract_batch(arrays, task.config.batch_size, batch_sharding(mesh))
+
+
+def memory_of(compiled: jax.stages.Compiled, mesh: Mesh) -> str:
+    """Return a line about the device memory that the compiler expects the step to need."""
+    needed, available = step_bytes(compiled), device_bytes(mesh.devices.flat[0])
+    return f"the step needs {size(needed)} of memory per device" + (f" of {size(available)}" if available else "")
+
+
+def compile_changed(task: BaseTask, config: ConfigDict, mesh: Mesh) -> jax.stages.Compiled:
+    """Compile the training step of a changed configuration."""
+    check(config)
+    changed = copy.copy(task)
+    changed.config = config
+    run = abstract_run(changed, mesh)
+    return lower_step(build_step(changed, run, 1, 2), run.state, global_batch(changed, mesh), mesh).compile()
+
+
+def _closing(close: Callable[[], None]) -> Callable[..., None]:
+    """Return the callback of an `ExitStack` that closes; after an error it lets no second one hide the first."""
+
+    def on_exit(_kind: object, error: BaseException | None, _traceback: object) -> None:
+        with contextlib.suppress(Exception) if error else contextlib.nullcontext():
+            close()
+
+    return on_exit
 
 
 def build_step(task: BaseTask, run: AbstractRun, warmup_steps: int, total_steps: int) -> TrainStep:

@@ -44,6 +44,7 @@ class RunContext(NamedTuple):
         params: shapes, dtypes and shardings of the parameters.
         mesh: the devices.
         workdir: the run's directory.
+        total_steps: of the run.
         check: raises PreemptionRequested if the run should save and exit; long evaluations call it per batch.
     """
 
@@ -51,6 +52,7 @@ class RunContext(NamedTuple):
     params: Params
     mesh: Mesh
     workdir: AnyPath
+    total_steps: int
     check: Callable[[], None]
 
 
@@ -134,6 +136,15 @@ class BaseTask(abc.ABC):
     def num_samples(self) -> int:
         """Number of training samples per epoch."""
         return len(self.source)
+
+    @property
+    def data_digest(self) -> str:
+        """Digest of the names of the training images, "" if they have none: a run that continues compares it."""
+        return ""
+
+    def overview(self) -> dict[str, str]:
+        """Return rows of the table that a run prints before its first step, beside those of every task."""
+        return {}
 
     @abc.abstractmethod
     def sample_loader(self) -> Callable[[int, int], Sample]:

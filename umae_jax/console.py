@@ -1,0 +1,49 @@
+"""Lines for people on the terminal, above the progress bar if there is one."""
+
+import logging
+import sys
+
+from tqdm import tqdm
+
+from umae_jax.multihost import is_primary
+
+GIB = 2**30
+
+
+def say(line: str) -> None:
+    """Print a line on standard error, from process 0 only."""
+    if is_primary():
+        tqdm.write(line, file=sys.stderr)
+
+
+def warn(line: str) -> None:
+    """Print a warning of one line on standard error, from process 0 only."""
+    say(f"warning: {line}")
+
+
+def result(line: object) -> None:
+    """Print the result of the command on standard output, from process 0 only."""
+    if is_primary():
+        print(line, flush=True)  # noqa: T201 - the terminal
+
+
+def duration(seconds: float) -> str:
+    """Format seconds: "42 s", "3:07", "1:02:09"."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def size(count: float) -> str:
+    """Format a number of bytes: "312 MiB", "3.9 GiB"."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
+
+
+class LogHandler(logging.Handler):
+    """Prints log records of every process as plain lines, without breaking the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record."""
+        tqdm.write(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)

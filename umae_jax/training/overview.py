@@ -1,0 +1,133 @@
+"""What a run is about to do: a table before its first step, and warnings where its settings do not fit together."""
+
+import shutil
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from umae_jax.config import size_of
+from umae_jax.console import say, size, warn
+from umae_jax.files import AnyPath, in_bucket
+from umae_jax.training.memory import tree_bytes
+from umae_jax.training.optimizer import learning_rate_schedule
+from umae_jax.training.state import AbstractRun
+from umae_jax.training.task import BaseTask
+
+FEW_STEPS = 2000  # pre-training and fine-tuning from scratch learn little in fewer
+
+
+class Schedule(NamedTuple):
+    """Durations of a run, in steps."""
+
+    first_step: int  # that this process starts from
+    warmup: int
+    total: int
+    checkpoint_every: int
+
+
+def data_of(task: BaseTask) -> dict[str, Any]:
+    """Return what a checkpoint records of the data, for a run that continues."""
+    return {"images": task.num_samples, "images_digest": task.data_digest}
+
+
+def describe(
+    task: BaseTask, run: AbstractRun, mesh: Mesh, workdir: AnyPath, schedule: Schedule, data: dict[str, Any]
+) -> None:
+    """Print the table of the run, its warnings, and what has changed since the checkpoint that it continues from."""
+    say(f"This run:\n{_table(task, run, mesh, workdir, schedule)}")
+    for line in _warnings(task, run, mesh, workdir, schedule):
+        warn(line)
+    before, now = data.get("images"), data_of(task)
+    if before not in (None, task.num_samples):
+        warn(f"data.source: {task.num_samples:,} images, but {before:,} when the checkpoint was written")
+    elif data.get("images_digest", "") not in ("", now["images_digest"]):
+        warn("data.source: as many images as when the checkpoint was written, but with other names")
+    if data.get("total_steps") not in (None, schedule.total):
+        step, old = schedule.first_step, schedule._replace(total=data["total_steps"])
+        warn(
+            f"total_steps: the schedule has {schedule.total:,} steps, but had {old.total:,}; the learning rate "
+            f"continues at {_learning_rate(task, schedule, step):.3g}, not {_learning_rate(task, old, step):.3g}"
+        )
+
+
+def _table(task: BaseTask, run: AbstractRun, mesh: Mesh, workdir: AnyPath, schedule: Schedule) -> str:
+    """Return the table of a run: a row per setting that the configuration, the data and the devices decide."""
+    config, images = task.config, task.num_samples
+    (height, width), channels = config.image_size, config.model.channels
+    kind = mesh.devices.flat[0].device_kind
+    steps_per_epoch = images / config.batch_size
+    per_device = config.batch_size // mesh.size
+    parts = "" if config.grad_accum_steps == 1 else f", in {config.grad_accum_steps} parts"
+    epochs = schedule.total / steps_per_epoch
+    peak = _learning_rate(task, schedule, schedule.warmup)
+    rows = {
+        "model": f"{size_of(config)}, {config.model.method}; {_parameters(run):,} parameters",
+        "images": f"{images:,} in {config.data.source}",
+        **task.overview(),
+        "image size": f"{height} x {width} pixels, {channels} channel{'s'[: channels > 1]}",
+        "dtype": config.dtype,
+        "batch": f"{config.batch_size:,} images, {per_device:,} per device{parts}",
+        "schedule": f"{schedule.total:,} steps = {epochs:,.4g} epochs of {steps_per_epoch:,.4g} steps"
+        + (f"; continuing at step {schedule.first_step:,}" if schedule.first_step else ""),
+        "learning rate": f"warm-up of {schedule.warmup:,} steps to {peak:.3g}, then cosine decay",
+        "devices": f"{mesh.size} {kind}" + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""),
+        "checkpoints": f"every {schedule.checkpoint_every:,} steps, {_disk(task, run, workdir, schedule)[0]}",
+        "directory": str(workdir),
+    }
+    longest = max(map(len, rows))
+    return "\n".join(f"  {name:{longest}}  {value}" for name, value in rows.items())
+
+
+def _warnings(task: BaseTask, run: AbstractRun, mesh: Mesh, workdir: AnyPath, schedule: Schedule) -> Iterator[str]:
+    """Yield a line for each pair of settings that do not fit together."""
+    config = task.config
+    if config.batch_size > task.num_samples:
+        yield (
+            f"batch_size: {config.batch_size} images are more than the {task.num_samples} of the data; "
+            "every step repeats some of them"
+        )
+    if schedule.total < FEW_STEPS and config.init is None:
+        yield (
+            f"total_steps: {schedule.total} steps are few; a model learns little in fewer than {FEW_STEPS:,}: "
+            "raise total_epochs, or lower batch_size"
+        )
+    if config.dtype == "bfloat16" and mesh.devices.flat[0].platform == "cpu":
+        yield "dtype: bfloat16 is slow on CPUs; write --config.dtype=float32"
+    _, needed, free = _disk(task, run, workdir, schedule)
+    if free is not None and needed > free:
+        yield (
+            f"checkpoint_keep: the checkpoints need {size(needed)}, {size(free)} are free in {workdir}; lower "
+            "checkpoint_keep, raise checkpoint_keep_every, or make room"
+        )
+
+
+def _parameters(run: AbstractRun) -> int:
+    """Return the number of the model's parameters."""
+    return sum(array.size for array in jax.tree.leaves(run.state.params))
+
+
+def _learning_rate(task: BaseTask, schedule: Schedule, step: int) -> float:
+    """Return the learning rate of a step."""
+    rate = learning_rate_schedule(
+        task.config.optimizer,
+        batch_size=task.config.batch_size,
+        warmup_steps=schedule.warmup,
+        total_steps=schedule.total,
+    )
+    return float(rate(jnp.float32(step)))
+
+
+def _disk(task: BaseTask, run: AbstractRun, workdir: AnyPath, schedule: Schedule) -> tuple[str, int, int | None]:
+    """Return a phrase about the disk that checkpoints need, the bytes that this run will add, and those free."""
+    config, each = task.config, tree_bytes(run.state)
+    every = config.checkpoint_keep_every
+    kept = config.checkpoint_keep + (schedule.total // every if every else 0) + (task.best_metric is not None)
+    kept = min(kept, -(-schedule.total // schedule.checkpoint_every)) + 1  # one more while it is written
+    phrase = f"{size(each)} each, {size(kept * each)} in all"
+    if in_bucket(workdir):
+        return phrase, kept * each, None
+    free = shutil.disk_usage(workdir).free
+    return f"{phrase}, {size(free)} free", kept * each, free
