@@ -4,13 +4,15 @@ import json
 import math
 import resource
 import struct
+import sys
 
 import pytest
 from tensorboardX.proto import event_pb2
 
-from umae_jax.training.metrics import METRICS_FILE, MetricsWriter, Report, duration
+from umae_jax.training.metrics import METRICS_FILE, MetricsWriter, Report
 
-VALUES = {"loss": 0.5, "images_per_second": 100.0, "data_wait": 0.25, "skipped_images": 0, "skipped_updates": 0}
+VALUES = {"loss": 0.5, "learning_rate": 1e-3, "images_per_second": 100.0, "data_wait": 0.25}
+VALUES |= {"skipped_images": 0, "skipped_updates": 0}
 
 
 def test_lines_after_the_restored_step_are_dropped(tmp_path):
@@ -71,33 +73,31 @@ def test_infinite_values_stay_valid_json(tmp_path):
     assert json.loads((tmp_path / METRICS_FILE).read_text(), **strict)["loss"] == "nan"
 
 
-def test_prints_plain_lines_without_a_terminal(tmp_path):
-    stream = io.StringIO()
-    report = Report(tmp_path, 0, 10, stream)
-    report.training(5, VALUES)
-    report.training(6, {**VALUES, "skipped_images": 2, "skipped_updates": 1})
+def test_prints_a_line_per_report(tmp_path, capsys):
+    report = Report(tmp_path, 0, 10, steps_per_epoch=2.5)
+    report.training(5, VALUES, seconds_per_step=60)
+    report.training(6, {**VALUES, "skipped_images": 2, "skipped_updates": 1}, seconds_per_step=2)
     report.evaluation(6, {"top1": 0.123456, "images": 1000})
     report.close()
-    first, second, third = stream.getvalue().splitlines()
-    assert first.startswith("step 5/10 | loss 0.5000 | 100.0 images/s | waiting for data 25% | ")
-    assert first.endswith(" remaining")
+    first, second, third = capsys.readouterr().err.splitlines()
+    start = "step 5/10 | epoch 2 | loss 0.5000 | learning rate 0.001 | 100.0 images/s | waiting for data 25% | "
+    assert first.startswith(start)
+    assert first.endswith(" s elapsed | 5:00 remaining")
     assert "2 images skipped | 1 updates skipped" in second
+    assert second.endswith("| 8 s remaining")
     assert third == "step 6/10 | top1 0.1235 | images 1,000"
     steps = [json.loads(line)["step"] for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
     assert steps == [5, 6, 6]
 
 
-def test_shows_a_bar_on_a_terminal(tmp_path):
+def test_keeps_lines_above_the_bar_of_a_terminal(tmp_path, monkeypatch):
     stream = io.StringIO()
     stream.isatty = lambda: True
-    report = Report(tmp_path, 2, 10, stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    report = Report(tmp_path, 2, 10, steps_per_epoch=2.5)
     report.advance(5)
-    report.training(5, VALUES)
+    report.training(5, VALUES, seconds_per_step=1)
     report.close()
-    assert "5/10" in stream.getvalue()
-    assert "loss 0.5000, 100.0 images/s, waiting for data 25%" in stream.getvalue()
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (187, "3:07"), (3729, "1:02:09")])
-def test_durations(seconds, text):
-    assert duration(seconds) == text
+    assert "5/10 [" in stream.getvalue()
+    assert "\rstep 5/10 | epoch 2 | " in stream.getvalue() or "\x1b[Kstep 5/10" in stream.getvalue()
+    assert stream.getvalue().count("loss 0.5000") == 1

@@ -156,7 +156,7 @@ class Report:
             if skipped := values[f"skipped_{name}"]:
                 parts.append(f"{skipped} {name} skipped")
         parts.append(f"{duration(time.monotonic() - self._start)} elapsed")
-        parts.append(f"{duration(seconds_per_step * (self._total - step))} left")
+        parts.append(f"{duration(seconds_per_step * (self._total - step))} remaining")
         self._print(step, parts)
 
     def evaluation(self, step: int, values: dict[str, float]) -> None:

@@ -345,7 +345,7 @@ def memory_of(compiled: jax.stages.Compiled, mesh: Mesh) -> str:
 
 def compile_changed(task: BaseTask, config: ConfigDict, mesh: Mesh) -> jax.stages.Compiled:
     """Compile the training step of a changed configuration."""
-    check(config)
+    check(config, mesh.size)
     changed = copy.copy(task)
     changed.config = config
     run = abstract_run(changed, mesh)
