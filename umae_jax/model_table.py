@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from umae_jax import cli
+from umae_jax import cli, console
 from umae_jax.api import list_models
 from umae_jax.config import METHODS, default_config
 from umae_jax.errors import require
@@ -51,11 +51,11 @@ def main(*sizes: str) -> None:
     unknown = [size for size in sizes if size not in models]
     require(not unknown, f"there is no size {', '.join(unknown)}; choose {', '.join(models)}")
     for name, method in METHODS.items():
-        cli.result(f"{name:<11} {method.summary}")
-    cli.result(f"\n{ROW.format(*COLUMNS)}")
+        console.result(f"{name:<11} {method.summary}")
+    console.result(f"\n{ROW.format(*COLUMNS)}")
     for size in sizes or models:
         for name in models[size]:
-            cli.result(ROW.format(*describe(size, name)))
+            console.result(ROW.format(*describe(size, name)))
 
 
 if __name__ == "__main__":
