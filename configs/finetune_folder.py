@@ -21,6 +21,5 @@ def get_config() -> ConfigDict:
     config.validation.source = "folder:images/validation"
     config.optimizer.clip_norm = 1.0
     config.log_every = 10
-    config.checkpoint_every = 500
     config.checkpoint_keep_every = 0
     return config

@@ -29,7 +29,5 @@ def get_config() -> ConfigDict:
     config.optimizer.clip_norm = 1.0
 
     config.log_every = 10
-    config.picture_every = 500
-    config.checkpoint_every = 500
-    config.checkpoint_keep_every = 10_000
+    config.checkpoint_keep_every = 0
     return config

@@ -81,6 +81,9 @@ def test_the_first_signal_asks_and_the_second_acts():
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore it
     try:
         with StopSignal() as stop:
+            with pytest.raises(KeyboardInterrupt):  # there is no step to save yet
+                os.kill(os.getpid(), signal.SIGINT)
+            stop.listen()
             assert stop.poll() is None
             stop.check()
             os.kill(os.getpid(), signal.SIGINT)

@@ -188,6 +188,7 @@ def test_the_configuration_of_an_old_classifier_reads_and_its_class_names_are_ke
     config = from_json(text)
     expected = default_config("pvt_small", "classifier")
     assert differences(expected, config) == {
+        "checkpoint_every": (None, 1000),
         "data.source": ("photos", "folder:train"),
         "grad_accum_steps": (1, 2),
         "model.classes": (1000, 3),
