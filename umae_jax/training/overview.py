@@ -15,6 +15,7 @@ from umae_jax.training.memory import tree_bytes
 from umae_jax.training.optimizer import learning_rate_schedule
 from umae_jax.training.state import AbstractRun
 from umae_jax.training.task import BaseTask
+from umae_jax.weights.stored_run import FOLDER, checkpoints_in
 
 FEW_STEPS = 2000  # pre-training and fine-tuning from scratch learn little in fewer
 
@@ -126,8 +127,9 @@ def _disk(task: BaseTask, run: AbstractRun, workdir: AnyPath, schedule: Schedule
     every = config.checkpoint_keep_every
     kept = config.checkpoint_keep + (schedule.total // every if every else 0) + (task.best_metric is not None)
     kept = min(kept, -(-schedule.total // schedule.checkpoint_every)) + 1  # one more while it is written
+    added = max(0, kept - len(checkpoints_in(workdir / FOLDER))) * each
     phrase = f"{size(each)} each, {size(kept * each)} in all"
     if in_bucket(workdir):
-        return phrase, kept * each, None
+        return phrase, added, None
     free = shutil.disk_usage(workdir).free
-    return f"{phrase}, {size(free)} free", kept * each, free
+    return f"{phrase}, {size(free)} free", added, free

@@ -75,6 +75,7 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
             run = abstract_run(task, mesh)
             checkpoints = open_workdir(task, workdir)
             resources.push(_closing(checkpoints.close))
+        with startup.phase("reading the newest checkpoint" if checkpoints.any() else "initialising the parameters"):
             restored = checkpoints.restore(run.state)
             state, data = restored or (initialize(task, run, task.initial_params(run.state.params)), {})
         first_step, samples = int(state.step), int(data.get("samples", 0))
