@@ -37,17 +37,19 @@ def rows(printed):
 def test_the_table_states_what_the_run_will_do(overview, tmp_path):
     config = tiny.get_config()
     config.optimizer.base_learning_rate, config.checkpoint_keep = 0.032, 2
-    table = rows(overview(config, Schedule(first_step=5, warmup=200, total=5000, checkpoint_every=250)))
+    printed = overview(config, Schedule(first_step=5, warmup=200, total=5000, checkpoint_every=250))
+    table = rows(printed)
     parameters = sum(array.size for array in jax.tree.leaves(abstract_run(make_task(config), make_mesh()).state.params))
     assert table["model"] == f"swin of other sizes, um_mae; {parameters:,} parameters"
     assert table["images"] == "1,000 in photos"
     assert table["image size"] == "32 x 32 pixels, 3 channels"
     assert table["batch"] == "16 images, 2 per device"
-    assert table["schedule"] == "5,000 steps = 80 epochs of 62.5 steps; continuing at step 5"
+    assert table["schedule"] == "5,000 steps = 80 epochs of 62.5 steps"
     assert table["learning rate"] == "warm-up of 200 steps to 0.002, then cosine decay"
     assert table["devices"].startswith("8 ")
     assert table["checkpoints"].startswith("every 250 steps, 0 MiB each, 0 MiB in all, ")
     assert table["directory"] == str(tmp_path)
+    assert printed.endswith("continuing at step 5 of 5000\n")
 
 
 def test_a_preset_is_named(overview):

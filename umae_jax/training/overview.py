@@ -41,6 +41,8 @@ def describe(
     say(f"This run:\n{_table(task, run, mesh, workdir, schedule)}")
     for line in _warnings(task, run, mesh, workdir, schedule):
         warn(line)
+    if schedule.first_step:
+        say(f"continuing at step {schedule.first_step} of {schedule.total}")
     before, now = data.get("images"), data_of(task)
     if before not in (None, task.num_samples):
         warn(f"data.source: {task.num_samples:,} images, but {before:,} when the checkpoint was written")
@@ -71,8 +73,7 @@ def _table(task: BaseTask, run: AbstractRun, mesh: Mesh, workdir: AnyPath, sched
         "image size": f"{height} x {width} pixels, {channels} channel{'s'[: channels > 1]}",
         "dtype": config.dtype,
         "batch": f"{config.batch_size:,} images, {per_device:,} per device{parts}",
-        "schedule": f"{schedule.total:,} steps = {epochs:,.4g} epochs of {steps_per_epoch:,.4g} steps"
-        + (f"; continuing at step {schedule.first_step:,}" if schedule.first_step else ""),
+        "schedule": f"{schedule.total:,} steps = {epochs:,.4g} epochs of {steps_per_epoch:,.4g} steps",
         "learning rate": f"warm-up of {schedule.warmup:,} steps to {peak:.3g}, then cosine decay",
         "devices": f"{mesh.size} {kind}" + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""),
         "checkpoints": f"every {schedule.checkpoint_every:,} steps, {_disk(task, run, workdir, schedule)[0]}",
