@@ -55,7 +55,7 @@ def test_a_run_writes_metrics_pictures_checkpoints_and_its_configuration(finishe
     assert json.loads((workdir / "config.json").read_text())["model"]["widths"] == [8, 16]
     assert list((workdir / "tensorboard").iterdir())
     assert Path(output.strip()) == workdir / "reconstructions" / "0000012.png"
-    assert "step 12/12 | loss" in errors
+    assert "step 12/12 | epoch 12.8 | loss" in errors
     assert "Traceback" not in errors
 
 
