@@ -24,7 +24,7 @@ from umae_jax.features import read_encoder
 from umae_jax.files import AnyPath
 from umae_jax.models.classifier import Classifier
 from umae_jax.models.positions_table import fixed_positions, resize_positions
-from umae_jax.tasks import labelled
+from umae_jax.tasks import labelled, next_steps
 from umae_jax.training.sharding import replicated
 from umae_jax.training.task import BaseTask, Batch, Hook, Params, Prediction, RunContext
 from umae_jax.weights.stored_run import StoredRun, best_checkpoint
@@ -47,6 +47,7 @@ class Task(BaseTask):
 
     command = "finetune"
     best_metric = TOP1
+    accuracies = (TOP1,)
 
     def __init__(self, config: ConfigDict) -> None:
         super().__init__(config)
@@ -140,6 +141,10 @@ class Task(BaseTask):
         """Return the best accuracy and its checkpoint."""
         best = best_checkpoint(workdir)
         return None if best is None else f"best top-1 {best.value:.2%}, in {best.folder}"
+
+    def next_steps(self, workdir: AnyPath) -> dict[str, str]:
+        """See `BaseTask.next_steps`."""
+        return next_steps.after_finetuning(self.config, workdir)
 
     def evaluate(self, run: StoredRun, mesh: Mesh, batch_size: int) -> Prediction:
         """Return top-1 and top-5 accuracy on the validation images.

@@ -32,6 +32,7 @@ from umae_jax.files import AnyPath, write_atomic
 from umae_jax.models.kernels import check_platform
 from umae_jax.multihost import StopSignal, Watchdog, all_gather_json, broadcast_json, is_primary
 from umae_jax.training.checkpoint import Checkpoints
+from umae_jax.training.finish import draw_run, finish
 from umae_jax.training.memory import device_bytes, explain_exhaustion, step_bytes
 from umae_jax.training.metrics import Report, metric_names
 from umae_jax.training.optimizer import learning_rate_schedule
@@ -40,6 +41,7 @@ from umae_jax.training.sharding import batch_sharding, make_mesh, shardings_of
 from umae_jax.training.state import AbstractRun, abstract_run, initialize
 from umae_jax.training.step import TrainStep, lower_step, make_train_step
 from umae_jax.training.task import BaseTask, Batch, Hook, RunContext
+from umae_jax.training.trackers import check_installed
 from umae_jax.weights.stored_run import CLASSES_FILE
 
 MAX_SAMPLES = 2**32  # sample indices are 32-bit
@@ -62,6 +64,7 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
     """
     config = task.config
     check(config)
+    check_installed(config.tracker)
     mesh = make_mesh(config.mesh.fsdp)
     explained = explain_exhaustion(config, lambda other: compile_changed(task, other, mesh), mesh.devices.flat[0])
     with contextlib.ExitStack() as resources, explained:
@@ -86,11 +89,12 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
         done = broadcast_json(sorted(metric_names(workdir, first_step)))  # measured before a signal ended the run
         if first_step > total_steps or (first_step == total_steps and not _missing(task, done)):
             say(f"{workdir} has reached step {first_step} already; set total_steps above that to go on")
+            finish(task, workdir, state.eval_params, first_step)
             return
         describe(task, run, mesh, workdir, schedule, data)
-        report = Report(workdir, first_step, total_steps, task.num_samples / config.batch_size)
+        report = Report(config, workdir, first_step, total_steps, task.num_samples / config.batch_size)
         resources.push(_closing(report.close))
-        context = RunContext(run.graph, run.state.params, mesh, workdir, total_steps, stop.check)
+        context = RunContext(run.graph, run.state.params, mesh, workdir, total_steps, report.show, stop.check)
         # The loader reads ahead while the step compiles.
         loader = TrainLoader(
             task.num_samples,
@@ -177,10 +181,12 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
             if signal is not None:
                 checkpoints.wait()
                 raise Preempted(signal, number)
-            if due or saving:
-                clock.restart()
             if last:
                 break
+            if saving:
+                draw_run(task, workdir)
+            if due or saving:
+                clock.restart()
             # Next batch, next step.
             if number == first_step:
                 startup.mark("pictures and evaluations before the first step")
@@ -195,8 +201,9 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
                 read(*pending)
             pending = (number, metrics_of_step, loader.skipped_images)
         checkpoints.wait()
-        report.flush()
+        report.finish()
         say(f"finished {total_steps} steps; everything is in {workdir}")
+        finish(task, workdir, state.eval_params, total_steps)
 
 
 def _is_due(hook: Hook, step: int, first_step: int, last: bool, done: list[str]) -> bool:
