@@ -205,6 +205,8 @@ def make_illustrator(
         pixels = "pixels normalised per unit" if norm_pix_loss else "normalised pixels"
         error = f"mean squared error {np.asarray(panels.error).mean():.4f} over the units not sampled"
         of = "this image" if count == 1 else f"these {count} images"
-        return draw(panels, [f"{title}  |  {error} of {of}, in {pixels}", STATISTICS[statistics] if norm_pix_loss else PLAIN])
+        return draw(
+            panels, [f"{title}  |  {error} of {of}, in {pixels}", STATISTICS[statistics] if norm_pix_loss else PLAIN]
+        )
 
     return illustrate

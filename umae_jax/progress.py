@@ -44,7 +44,9 @@ def draw_progress(folder: AnyPath, image_size: tuple[int, int], images: int) -> 
 
 def _evenly_spaced(steps: list[int]) -> list[int]:
     """Return the first, the last and up to MAX_STEPS - 2 steps between, near to evenly spaced ones."""
-    targets = np.linspace(steps[0], steps[-1], MAX_STEPS) if steps else []
+    if not steps:
+        return []
+    targets = np.linspace(steps[0], steps[-1], MAX_STEPS)
     return sorted({min(steps, key=lambda step: abs(step - target)) for target in targets})
 
 

@@ -1,4 +1,4 @@
-"""Metrics and pictures of a run: files and TensorBoard in its directory, a tracker, and lines or a bar on the terminal."""
+"""Metrics and pictures of a run: files and TensorBoard in its directory, a tracker, lines or a bar on the terminal."""
 
 import contextlib
 import errno

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from ml_collections import ConfigDict
@@ -118,7 +119,8 @@ class Mlflow:
         self._client.set_terminated(self.id, "FINISHED" if finished else "KILLED")
 
 
-_TRACKERS = {"wandb": Wandb, "mlflow": Mlflow}  # named as their packages
+# By the name of the package.
+_TRACKERS: dict[str, Callable[[ConfigDict, AnyPath, str | None], Tracker]] = {"wandb": Wandb, "mlflow": Mlflow}
 
 
 def check_installed(name: str) -> None:
@@ -142,7 +144,7 @@ def open_tracker(config: ConfigDict, workdir: AnyPath) -> Tracker | None:
         return None
     ids = json.loads(file.read_bytes()) if file.exists() else {}
     try:
-        tracker: Tracker = _TRACKERS[name](config, workdir, ids.get(name))
+        tracker = _TRACKERS[name](config, workdir, ids.get(name))
     except Exception as error:  # each has its own types
         again = f", remove {file} to track a new run," if name in ids else ""
         raise UserError(
