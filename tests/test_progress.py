@@ -44,7 +44,7 @@ def test_shows_the_first_the_last_and_evenly_spaced_steps(tmp_path):
         (tmp_path / f"{step:07}.png").write_bytes(reconstruction(step))
     drawn, size = colours(draw_progress(tmp_path, SIZE, 3))
     assert [red for red, _, _ in drawn[2:]] == [0, 30, 55, 85, 115, 145, 170, 200]
-    assert size == (8 + 10 * 168, 8 + 22 + 2 * (120 + 8) + 22)  # two images
+    assert size == (8 + 10 * 168, 8 + 22 + 2 * (120 + 8) + 2 * 22)  # two images
 
 
 def test_skips_pictures_that_are_missing_damaged_or_of_other_sizes(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from umae_jax.files import AnyPath
-from umae_jax.pictures import COMPLETED, INPUT, ORIGINAL, draw_table, panel
+from umae_jax.pictures import COMPLETED, INPUT, LEGEND, ORIGINAL, draw_table, panel
 
 MAX_STEPS, MAX_IMAGES = 8, 2  # in a strip
 MAX_WIDTH = 160  # pixels of a panel
@@ -39,7 +39,8 @@ def draw_progress(folder: AnyPath, image_size: tuple[int, int], images: int) -> 
     if not columns:
         return None
     table = np.stack([np.stack(column) for column in columns.values()], axis=1)
-    return draw_table(table, list(columns), [f"{COMPLETED} of the same images, under the same masks, after each step"])
+    caption = f"{COMPLETED} of the same images, under the same masks, after each step"
+    return draw_table(table, list(columns), [caption, LEGEND])
 
 
 def _evenly_spaced(steps: list[int]) -> list[int]:

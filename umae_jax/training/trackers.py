@@ -66,7 +66,8 @@ class Wandb:
         # A run that continues repeats the steps since its checkpoint; W&B's own step cannot go back.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
-        self.id, self.place = self._run.id, self._run.dir if self._run.offline else self._run.url
+        self.id = self._run.id
+        self.place = str(self._run.dir if self._run.offline else self._run.url)
 
     def log(self, step: int, values: dict[str, float | int]) -> None:
         """See `Tracker.log`."""
