@@ -110,7 +110,8 @@ class Task(BaseTask):
 
     def pictures(self, workdir: AnyPath) -> dict[str, bytes]:
         """Return the reconstruction of the first images over time."""
-        strip = draw_progress(workdir / PICTURES, self.config.image_size, self.config.pictures)
+        images = min(self.config.pictures, len(self.source))
+        strip = draw_progress(workdir / PICTURES, self.config.image_size, images)
         return {PROGRESS_FILE: strip} if strip else {}
 
     def next_steps(self, workdir: AnyPath) -> dict[str, str]:
