@@ -1,6 +1,7 @@
 """Choose crops and load samples on the host, as uint8 pixels of one size. Does not import JAX."""
 
 import math
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from PIL import UnidentifiedImageError
 
 from umae_jax.data.decode import Box, EncodedImage
 from umae_jax.data.sources import NO_LABEL, Record, Source
-from umae_jax.errors import UserError, require
+from umae_jax.errors import UserError, printable, require
 
 CROP_TRIES = 10  # as in torchvision; then the crop is central
 READ_TRIES = 32  # unreadable records for one sample before the loader stops the run
@@ -173,7 +174,7 @@ def _try_load(
         return Unreadable(name, "not an image that Pillow can read")
     except Exception as error:
         if isinstance(error, OSError) and error.filename and error.strerror:
-            return Unreadable(str(error.filename), error.strerror)
+            return Unreadable(printable(os.fsdecode(error.filename)), error.strerror)
         return Unreadable(name, str(error) or type(error).__name__)
 
 
