@@ -29,7 +29,6 @@ class Model(nnx.Module):
 
 class Task(BaseTask):
     command, best_metric, measured_last, num_samples = "toy", "negative_error", "negative_error", 20
-    data_digest = ""
 
     def batch(self):
         return {"image": jax.ShapeDtypeStruct((4, 4, 3), jnp.uint8), "colour": jax.ShapeDtypeStruct((3,), jnp.float32)}

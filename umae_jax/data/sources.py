@@ -40,6 +40,7 @@ class Source(Protocol):
 
     classes: tuple[str, ...]  # printable names of the classes, in the order of their labels; () without labels
     summary: str  # of the images, their classes, and what was left out; "" if there is nothing to say
+    max_pixels: int | None  # that an image may have; see `EncodedImage`
 
     @property
     def digest(self) -> str:
@@ -70,6 +71,7 @@ class ImageFiles:
     ) -> None:
         # Arrays, not lists of objects: small, and fast to pickle for workers.
         self.folder, self.summary = folder, summary
+        self.max_pixels: int | None = None
         self.names = np.array([os.fsencode(name) for name in names])
         self.labels = np.array(labels, np.int64)
         self.classes = tuple(classes)
@@ -99,6 +101,7 @@ class TfdsImages:
     label: str | None  # name of the label feature, if any
     classes: tuple[str, ...]
     summary: str = ""
+    max_pixels: int | None = None
     digest: str = ""  # reading the names would read the images
 
     def __len__(self) -> int:
@@ -112,7 +115,9 @@ class TfdsImages:
         return Record(f"record {index} {name}".strip(), record[self.image], label)
 
 
-def open_source(name: str, *, split: str = "train", data_dir: str | None = None, key: str = "data") -> Source:
+def open_source(
+    name: str, *, split: str = "train", data_dir: str | None = None, key: str = "data", max_pixels: int | None = None
+) -> Source:
     """Open `photos`, `folder:PATH` or `tfds:NAME`.
 
     Args:
@@ -120,15 +125,20 @@ def open_source(name: str, *, split: str = "train", data_dir: str | None = None,
         split: of a TFDS data set.
         data_dir: directory of TFDS data sets; None for TFDS's default.
         key: section of the configuration, for error messages.
+        max_pixels: that an image may have; see `EncodedImage`.
     """
     kind, _, rest = name.partition(":")
+    source: ImageFiles | TfdsImages
     if name == "photos":
-        return _open_photographs()
-    if kind == "folder" and rest:
-        return open_folder(rest, f"{key}.source")
-    if kind == "tfds" and rest:
-        return _open_tfds(rest, split, data_dir, key)
-    raise UserError(f"{key}.source: unknown source {name!r}; write photos, folder:PATH or tfds:NAME")
+        source = _open_photographs()
+    elif kind == "folder" and rest:
+        source = open_folder(rest, f"{key}.source")
+    elif kind == "tfds" and rest:
+        source = _open_tfds(rest, split, data_dir, key)
+    else:
+        raise UserError(f"{key}.source: unknown source {name!r}; write photos, folder:PATH or tfds:NAME")
+    source.max_pixels = max_pixels
+    return source
 
 
 def _open_photographs() -> ImageFiles:

@@ -94,7 +94,7 @@ class LoadCrop:
         rng = sample_rng(self.seed, sample_index)
 
         def load(data: bytes) -> np.ndarray:
-            image = EncodedImage(data)
+            image = _open(self.source, data)
             box = random_crop(rng, *image.size, self.size, self.min_area)
             pixels = image.crop(box, self.size, self.channels)
             return pixels if self.augment is None else self.augment(pixels, rng)
@@ -135,7 +135,7 @@ class LoadCentralCrop:
         """Load a record and its pixels, uint8 [*size, channels], without checking the label."""
 
         def decode(data: bytes) -> np.ndarray:
-            image = EncodedImage(data)
+            image = _open(self.source, data)
             return image.crop(central_crop(*image.size, self.size, self.share), self.size, self.channels)
 
         return _try_load(self.source, record_index, decode)
@@ -159,6 +159,10 @@ def first_readable(source: Source, count: int, size: tuple[int, int], channels: 
             break
     require(bool(images), f"none of the first {tries} images can be read, up to {loaded[0]}; repair or remove them")
     return np.stack(images)
+
+
+def _open(source: Source, data: bytes) -> EncodedImage:
+    return EncodedImage(data, getattr(source, "max_pixels", None))  # sources of other packages may lack it
 
 
 def _try_load(

@@ -19,7 +19,8 @@ def open_training(config: ConfigDict) -> Source:
     Raises:
         UserError: if there are none.
     """
-    source = open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
+    data = config.data
+    source = open_source(data.source, split=data.split, data_dir=data.data_dir, max_pixels=data.max_pixels)
     say_summary(source)
     return source
 
@@ -30,8 +31,10 @@ def open_validation(config: ConfigDict, key: str = "validation.source") -> Sourc
     Raises:
         UserError: if there are none, or they have no labels; it names `key`, the key or flag that selects them.
     """
-    named = config.validation
-    source = open_source(named.source, split=named.split, data_dir=config.data.data_dir, key="validation")
+    named, data = config.validation, config.data
+    source = open_source(
+        named.source, split=named.split, data_dir=data.data_dir, key="validation", max_pixels=data.max_pixels
+    )
     say_summary(source)
     check_labelled(source, key)
     return source
@@ -62,8 +65,8 @@ def open_matching_validation(
 
 def say_summary(source: Source) -> None:
     """Print the number of images and classes, and what was left out."""
-    if source.summary:
-        say(source.summary)
+    if summary := getattr(source, "summary", ""):  # sources of other packages may lack it
+        say(summary)
 
 
 def check_labelled(source: Source, key: str) -> None:
