@@ -1,9 +1,11 @@
 """Lines for people."""
 
+import io
 import logging
 
 import pytest
 
+from umae_jax import console
 from umae_jax.console import LogHandler, duration, size
 
 
@@ -20,3 +22,11 @@ def test_sizes(count, text):
 def test_log_records_are_plain_lines(capsys):
     LogHandler().emit(logging.LogRecord("absl", logging.WARNING, "file.py", 1, "skipped %s", ("a.jpg",), None))
     assert capsys.readouterr().err == "warning: skipped a.jpg\n"
+
+
+def test_what_a_stream_cannot_write_is_escaped(monkeypatch):
+    for encoding, expected in (("utf-8", b"\xc3\xa4\\udcff\n"), ("ascii", b"\\xe4\\udcff\n")):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding)
+        monkeypatch.setattr("sys.stdout", stream)
+        console.result("\u00e4\udcff")
+        assert stream.buffer.getvalue() == expected

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -13,7 +14,7 @@ GIB = 2**30
 def say(line: str) -> None:
     """Print a line on standard error, from process 0 only."""
     if is_primary():
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(_encodable(line, sys.stderr), file=sys.stderr)
 
 
 def warn(line: str) -> None:
@@ -24,7 +25,13 @@ def warn(line: str) -> None:
 def result(line: object) -> None:
     """Print the result of the command on standard output, from process 0 only."""
     if is_primary():
-        print(line, flush=True)  # noqa: T201 - the terminal
+        print(_encodable(str(line), sys.stdout), flush=True)  # noqa: T201 - the terminal
+
+
+def _encodable(text: str, stream: TextIO) -> str:
+    """Escape what a stream cannot write: bytes of names that are not UTF-8, and letters that its encoding lacks."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def duration(seconds: float) -> str:
@@ -46,4 +53,5 @@ class LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
-        tqdm.write(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+        line = f"{record.levelname.lower()}: {record.getMessage()}"
+        tqdm.write(_encodable(line, sys.stderr), file=sys.stderr)

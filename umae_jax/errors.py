@@ -1,6 +1,7 @@
 """Errors that a user can fix, and exceptions that end a run early."""
 
 import signal
+import unicodedata
 from collections.abc import Sequence
 
 
@@ -46,3 +47,18 @@ def listing(names: Sequence[str], limit: int = 5) -> str:
     """Return the first `limit` names, for an error message: "a, b and 3 more"."""
     shown = ", ".join(names[:limit])
     return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
+
+
+def printable(name: str) -> str:
+    r"""Return a file's name as it may leave the program, with escapes for what is no text: "\xff.jpg".
+
+    A name that is not UTF-8 cannot be printed or stored, and a control character would break a line or table.
+    """
+    return name if name.isprintable() else "".join(map(_escape, name))
+
+
+def _escape(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # in Python, a byte of a name that is not UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    is_text = unicodedata.category(character) not in ("Cc", "Cs", "Zl", "Zp")
+    return character if is_text else character.encode("unicode_escape").decode()

@@ -36,6 +36,8 @@ def main() -> None:
     output = locate_local(cli.required(_OUTPUT, "the PNG file to write"), "--output")
     require(output.suffix.lower() == ".png", f"--output: end {output} in .png")
     source = open_images(path)
+    if source.summary:
+        console.say(source.summary)
     run = read_run(workdir)
     require(
         isinstance(nnx.merge(run.graph, run.params), MaskedImageModel),

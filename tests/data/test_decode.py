@@ -2,10 +2,13 @@
 
 import io
 import random
+import struct
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from tests.images import encode, picture
 from umae_jax.data import decode
@@ -267,11 +270,41 @@ def test_sequential_jpegs_bypass_pillow(monkeypatch, mode, channels):
         whole(progressive, channels)
 
 
-def test_more_pixels_than_pillow_opens_raise(monkeypatch):
-    data = encode(Image.fromarray(picture(height=60, width=80)), "JPEG")
+@pytest.mark.parametrize("exif", [b"", b"Exif\0\0MM\0*\0\0\0\b\0\0\0\0\0\0"], ids=["plain", "exif"])
+def test_sequential_jpegs_of_any_size_decode_within_the_limit(monkeypatch, exif):
+    data = encode(Image.fromarray(picture(height=120, width=160)), "JPEG", quality=95, exif=exif)
+    expected = EncodedImage(data).crop((0, 0, 160, 120), (30, 40), 3).astype(int)
+    decoded = []
+    original = EncodedImage._decode
+    monkeypatch.setattr(EncodedImage, "_decode", lambda *args: decoded.append(original(*args)) or decoded[-1])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 120 * 160 // 2 - 1)
+    assert EncodedImage(data).size == (160, 120)
+    assert EncodedImage(data).crop((0, 0, 160, 120), (120, 160), 3).shape == (120, 160, 3)
+    small = EncodedImage(data, 120 * 160 // 64).crop((0, 0, 160, 120), (30, 40), 3)
+    assert np.abs(small - expected).mean() < 6
+    assert [pixels.shape[:2] for pixels in decoded] == [(60, 80), (15, 20)]
+    with pytest.raises(Image.DecompressionBombError, match=r"300 pixels exceed .* 299; raise data\.max_pixels"):
+        EncodedImage(data, 299).crop((0, 0, 160, 120), (30, 40), 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("PNG", {}), ("WEBP", {}), ("TIFF", {}), ("JPEG", {"progressive": True})]
+)
+def test_more_pixels_than_the_limit_raise(monkeypatch, kind, options):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60 * 80)
+    data = encode(Image.fromarray(picture(height=60, width=80)), kind, progressive=True)
+    with pytest.raises(Image.DecompressionBombError, match=r"4,800 pixels exceed .*data\.max_pixels"):
+        EncodedImage(data, 4799)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60 * 80 // 2 - 1)
-    with pytest.raises(Image.DecompressionBombError):
-        whole(data)
+    with pytest.raises(Image.DecompressionBombError, match=r"data\.max_pixels"):
+        EncodedImage(data)
+    assert EncodedImage(data, 4800).crop((0, 0, 80, 60), (60, 80), 3).shape == (60, 80, 3)
+
+
+def test_formats_that_run_programs_are_not_read_under_any_name():
+    for kind in ("EPS", "PDF"):
+        with pytest.raises(UnidentifiedImageError):
+            EncodedImage(encode(Image.fromarray(picture()), kind))
 
 
 def test_colour_jpegs_become_gray_as_in_pillow():
@@ -300,3 +333,79 @@ def test_shrunk_decoding_is_close_to_full_decoding(kind, options, orientation):
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     reference = np.asarray(upright.resize((64, 64), Image.Resampling.BICUBIC, box))
     assert np.abs(EncodedImage(data).crop(box, (64, 64), 3).astype(int) - reference).max() <= 4
+
+
+def as_pillow_turns(data):
+    """Return the pixels that Pillow reads: turned by `exif_transpose`, or not turned where that fails."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    except Exception:
+        image = Image.open(io.BytesIO(data))
+    return np.asarray(image.convert("RGB"))
+
+
+def assert_read_as_by_pillow(data):
+    try:
+        expected = as_pillow_turns(data)
+    except Exception:  # not even Pillow can read it
+        return
+    pixels = whole(data)
+    assert pixels.shape == expected.shape
+    np.testing.assert_array_equal(pixels, expected)
+
+
+TAGS = st.sampled_from([0x0112, 0x010F, 0x0131, 0x0132, 0x011A, 0x8769, 0x8825, 0xA005, 0x9286, 0x0103])
+ENTRIES = st.lists(
+    st.tuples(
+        TAGS | st.integers(0, 65535),
+        st.integers(0, 14),  # data type: 1..12 are valid
+        st.sampled_from([0, 1, 2, 3, 1000, 2**32 - 1]) | st.integers(0, 8),  # number of values
+        st.sampled_from([bytes((0, n, 0, 0)) for n in range(12)] + [b"\xff" * 4]) | st.binary(min_size=4, max_size=4),
+    ),
+    max_size=5,
+)
+
+
+def exif_block(entries, tail):
+    """Return big-endian Exif data of one directory."""
+    directory = b"".join(struct.pack(">HHI", tag, kind, count) + value for tag, kind, count, value in entries)
+    return b"Exif\0\0MM\0*" + struct.pack(">IH", 8, len(entries)) + directory + bytes(4) + tail
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(entries=ENTRIES, tail=st.binary(max_size=40), end=st.none() | st.integers(0, 60))
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of broken metadata
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_metadata_never_make_an_image_unreadable(kind, entries, tail, end):
+    exif = exif_block(entries, tail)[:end]
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 95, "subsampling": 0}
+    assert_read_as_by_pillow(encode(Image.fromarray(picture(height=24, width=40)), kind, exif=exif, **options))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(entries=ENTRIES, tail=st.binary(max_size=40))
+@pytest.mark.filterwarnings("ignore")
+def test_tags_never_make_a_tiff_unreadable(entries, tail):
+    data = encode(Image.fromarray(picture(height=24, width=40)), "TIFF")
+    offset = int.from_bytes(data[4:8], "little")
+    count = int.from_bytes(data[offset : offset + 2], "little")
+    directory = data[offset + 2 : offset + 2 + 12 * count]
+    added = b"".join(struct.pack("<HHI", tag, kind, count) + value for tag, kind, count, value in entries)
+    end = len(data).to_bytes(4, "little")
+    directory = struct.pack("<H", count + len(entries)) + directory + added + bytes(4) + tail
+    assert_read_as_by_pillow(data[:4] + end + data[8:] + directory)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("value", [*range(-1, 11), 65535, 6.0, "6", b"\6", (6, 6), (1, 0), 2**31])
+@pytest.mark.filterwarnings("ignore")
+def test_orientations_of_any_type_are_those_of_pillow(kind, value):
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags.tagtype[0x0112] = {int: 4, float: 12, str: 2, bytes: 7, tuple: 3}[type(value)] if value != -1 else 9
+    tags[0x0112] = value
+    exif = io.BytesIO(b"II*\0\b\0\0\0" + tags.tobytes(8)).getvalue()
+    image = Image.fromarray(picture(height=24, width=40))
+    options = {"tiffinfo": tags} if kind == "TIFF" else {"exif": b"Exif\0\0" + exif, "lossless": True}
+    data = encode(image, kind, **options)
+    assert_read_as_by_pillow(data)
+    assert EncodedImage(data).size == as_pillow_turns(data).shape[1::-1]

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from tests.images import write_folder
@@ -30,6 +32,33 @@ def test_unreadable_files_are_named_counted_and_left_out(tmp_path, capsys):
     assert written[1:] == (3, 1)
     assert capsys.readouterr().err.count(str(broken)) == 1
     assert len(open_source("tfds:my_images", data_dir=str(tmp_path))) == 3
+
+
+def test_a_file_that_vanishes_does_not_stop_the_others(tmp_path, capsys):
+    images = write_folder(tmp_path / "images", 4)
+    folder = open_source(f"folder:{images}")
+    (images / "001.jpg").unlink()
+    (images / "002.jpg").unlink()
+    (images / "002.jpg").mkdir()
+    assert write_data_set(folder, "my_images", str(tmp_path))[1:] == (2, 2)
+    errors = capsys.readouterr().err
+    assert errors.count("001.jpg (No such file or directory)") == errors.count("002.jpg (Is a directory)") == 1
+
+
+def test_names_that_are_no_text_are_escaped(tmp_path, capsys):
+    images = write_folder(tmp_path / "images", 4, ("ant", os.fsdecode(b"b\xff")))
+    data = next((images / "ant").iterdir()).read_bytes()
+    (images / "ant" / os.fsdecode(b"\xff\xfe.jpg")).write_bytes(data)
+    (images / "ant" / "two\nlines.jpg").write_bytes(data)
+    (images / "ant" / os.fsdecode(b"\xfd.jpg")).symlink_to("/nowhere")
+    folder = open_source(f"folder:{images}")
+    assert folder.classes == ("ant", r"b\xff")
+    assert write_data_set(folder, "my_images", str(tmp_path))[1:] == (6, 1)
+    assert r"ant/\xfd.jpg (No such file" in capsys.readouterr().err
+    source = open_source("tfds:my_images", data_dir=str(tmp_path))
+    assert source.classes == folder.classes
+    names = {source[index].name.split(" ", 2)[2] for index in range(6)}
+    assert {r"\xff\xfe.jpg", r"two\nlines.jpg"} < names
 
 
 def test_at_least_one_image_must_be_readable(tmp_path):

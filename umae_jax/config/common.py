@@ -67,6 +67,11 @@ COMMON: Keys = {
     "data.split": Key("train", "split of a TFDS data set", TEXT),
     "data.data_dir": Key(None, "directory of the TFDS data sets; None: TFDS's default", optional(TEXT)),
     "data.area": Key(0.2, "minimum fraction of an image's area that a random crop keeps", number("(0, 1]")),
+    "data.max_pixels": Key(
+        None,
+        "maximum number of pixels of an image; sequential JPEGs may have more; None: Pillow's limit of 178,956,970",
+        optional(integer(1)),
+    ),
     "data.mean": Key(IMAGENET_MEAN, "mean per channel, of pixels in [0, 1]", sequence(number(), IMAGENET_MEAN)),
     "data.std": Key(IMAGENET_STD, "standard deviation per channel", sequence(_POSITIVE, IMAGENET_STD)),
     "data.threads": Key(

@@ -8,12 +8,14 @@ import io
 import math
 import struct
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
+
+from umae_jax.data.formats import formats
 
 try:
     import cykooz_resizer  # resizes with SIMD instructions
@@ -35,25 +37,60 @@ _BICUBIC_SUPPORT = 2  # pixels of the coarser image, on each side
 
 
 class EncodedImage:
-    """An image file, given its contents; `crop` decodes the pixels. Pillow raises an exception if it is not an image.
+    """An image file, given its contents; `crop` decodes the pixels. Raises an exception if it is not an image.
+
+    Broken metadata never raise: the pixels are then not turned.
+
+    Args:
+        data: contents of the file.
+        max_pixels: maximum number of pixels to decode. A sequential JPEG with more is decoded at a lower resolution,
+            any other image raises DecompressionBombError. None: Pillow's limit.
 
     Attributes:
         size: width and height in pixels, after the Exif orientation is applied.
     """
 
-    def __init__(self, data: bytes) -> None:
-        self._data = data
+    def __init__(self, data: bytes, max_pixels: int | None = None) -> None:
+        self._data, self._max_pixels = data, _pixel_limit(max_pixels)
         self._jpeg = parse_jpeg_header(data)
+        self._orientation = 1
         if self._jpeg is not None and not self._jpeg.has_metadata:  # most files, without opening them with Pillow
-            self._orientation, self.size = 1, (self._jpeg.width, self._jpeg.height)
+            self.size = (self._jpeg.width, self._jpeg.height)
             return
-        self._orientation = self._image.getexif().get(ExifTags.Base.Orientation, 1)
-        width, height = self._image.size
+        image = self._image
+        if isinstance(image, JpegImageFile):
+            self._orientation = _orientation(image.info)
+        width, height = image.size
         self.size = (height, width) if self._orientation >= 5 else (width, height)
 
     @cached_property
     def _image(self) -> Image.Image:
-        return Image.open(io.BytesIO(self._data))
+        """The opened image: a JPEG not yet loaded, because it may be decoded at a lower resolution."""
+        image = self._open()
+        if isinstance(image, JpegImageFile):
+            return image
+        try:
+            ImageOps.exif_transpose(image, in_place=True)
+        except Exception:  # broken metadata; broken pixels raise again
+            image = self._open()
+            image.load()
+        return image
+
+    def _open(self) -> Image.Image:
+        if self._jpeg is not None:
+            return JpegImageFile(io.BytesIO(self._data))  # without Pillow's limit of pixels
+        try:
+            file = io.BytesIO(self._data)
+            image = Image.open(file) if self._data[:2] == _START_OF_IMAGE else Image.open(file, formats=formats())
+        except Image.DecompressionBombError as error:
+            raise Image.DecompressionBombError(f"{error} Raise data.max_pixels to read it.") from None
+        self._check_pixels(image.width * image.height)
+        return image
+
+    def _check_pixels(self, pixels: int) -> None:
+        if pixels > self._max_pixels:
+            message = f"its {pixels:,} pixels exceed the limit of {self._max_pixels:,}; raise data.max_pixels"
+            raise Image.DecompressionBombError(message)
 
     def crop(self, box: Box, size: tuple[int, int], channels: int) -> np.ndarray:
         """Decode the pixels of a box and resize them, bicubic and antialiased: uint8 [*size, channels].
@@ -67,6 +104,11 @@ class EncodedImage:
         max_shrink = min(width / size[1], height / size[0]) / SHRINK_MARGIN
         is_jpeg = self._jpeg is not None or isinstance(self._image, JpegImageFile)
         shrink = next((factor for factor in (8, 4, 2) if factor <= max_shrink), 1) if is_jpeg else 1
+        if self._jpeg is not None:
+            count = self._jpeg.width * self._jpeg.height
+            while shrink < 8 and count > self._max_pixels * shrink**2:
+                shrink *= 2
+            self._check_pixels(count // shrink**2)
         rows = math.ceil(box[3]) + shrink * _support(height / shrink, size[0])
         pixels = self._decode(rows, channels, shrink)
         shrunk = tuple(-(-side // shrink) for side in self.size)  # decoders round up
@@ -86,6 +128,30 @@ class EncodedImage:
         if self._orientation > 1:
             image = ImageOps.exif_transpose(image)
         return np.atleast_3d(np.asarray(_convert(image, "RGB" if channels == 3 else "L")))
+
+
+def _pixel_limit(max_pixels: int | None) -> float:
+    """Return the maximum number of pixels to decode, and raise Pillow's own limit to it."""
+    pillows = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else math.inf  # Pillow warns of half as many
+    if max_pixels is None:
+        return pillows
+    if max_pixels > pillows:
+        Image.MAX_IMAGE_PIXELS = max_pixels
+    return max_pixels
+
+
+def _orientation(info: dict[str | tuple[int, int], Any]) -> int:
+    """Return the Exif orientation that Pillow's `exif_transpose` applies, given an image's `info`; 1 if it fails."""
+    pixel = Image.new("L", (1, 1))
+    pixel.info = info.copy()
+    try:
+        orientation = pixel.getexif().get(ExifTags.Base.Orientation, 1)
+        if orientation not in range(2, 9):
+            return 1
+        ImageOps.exif_transpose(pixel, in_place=True)
+    except Exception:
+        return 1
+    return int(orientation)
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
@@ -112,10 +178,7 @@ class JpegHeader(NamedTuple):
 
 
 def parse_jpeg_header(data: bytes) -> JpegHeader | None:
-    """Parse the header of a sequential 8-bit JPEG with 1 or 3 components in one scan.
-
-    Return None for every other file, and if there are more pixels than Pillow opens without a warning.
-    """
+    """Parse the header of a sequential 8-bit JPEG with 1 or 3 components in one scan; None for other files."""
     if data[:2] != _START_OF_IMAGE:
         return None
     frame: tuple[int, int, int, int, int] | None = None
@@ -127,8 +190,6 @@ def parse_jpeg_header(data: bytes) -> JpegHeader | None:
             sampling_factors = data[body + 7 : body + 7 + 3 * components : 3]  # one byte per component: 4 bits per axis
             unit_rows = 8 * max((factor & 15 for factor in sampling_factors), default=0)
             if precision != 8 or components not in (1, 3) or 0 in (height, width, unit_rows):
-                return None
-            if height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
                 return None
             frame = (body + 1, height, width, components, unit_rows)
         elif marker == _START_OF_SCAN:

@@ -9,7 +9,6 @@ import itertools
 import math
 import os
 import shutil
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from umae_jax.data.transforms import READ_TRIES, Sample, Unreadable
+from umae_jax.data.workers import init_worker, start_resource_tracker
 from umae_jax.errors import UserError, listing, require
 
 MAX_UNREADABLE = 0.5  # maximum fraction of failed reads; a run with more stops
@@ -34,7 +34,6 @@ CORES_PER_PROCESS = 8
 THREADS_PER_CORE = 2  # one decodes while the other waits for a file or the GIL
 CHUNKS_PER_WORKER = 4  # in shared memory: being written, queued, being read, and one to spare
 SHARED_MEMORY = "/dev/shm"
-WORKER_GRACE = 60  # seconds that a worker outlives SIGTERM
 
 LoadTrain = Callable[[int, int], Sample]  # from sample index and record index
 LoadEval = Callable[[int], Sample]  # from record index; -1 returns a blank
@@ -102,12 +101,6 @@ def _read_chunk(
     return [_concatenate([rows])] if concatenate else rows
 
 
-def _init_worker(_index: int, _count: int) -> None:
-    """Keep a worker alive when a terminal or job signals all its processes: the main process must save first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
-
-
 def _read_ahead(
     read: Callable[[int], Sample], indices: Sequence[int] | np.ndarray, rows: int, readers: Readers
 ) -> grain.DatasetIterator[_Rows]:
@@ -123,7 +116,8 @@ def _read_ahead(
     if workers:
         if not flags.FLAGS.is_parsed():  # in a notebook or a test; Grain's workers read its flags
             flags.FLAGS.mark_as_parsed()
-        chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(workers), worker_init_fn=_init_worker)
+        start_resource_tracker()
+        chunks = chunks.mp_prefetch(grain.MultiprocessingOptions(workers), worker_init_fn=init_worker)
     return iter(chunks.batch(rows // size, batch_fn=_concatenate, drop_remainder=True))
 
 

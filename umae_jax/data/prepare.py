@@ -7,6 +7,7 @@ cannot be read are named, counted and left out.
 """
 
 import io
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from absl import flags
 
 from umae_jax import cli, console
 from umae_jax.data.sources import FILE_NAME, NO_LABEL, Source, open_source
-from umae_jax.errors import require
+from umae_jax.errors import printable, require
 from umae_jax.files import locate_local
 
 VERSION = "1.0.0"
@@ -62,7 +63,8 @@ def write_data_set(source: Source, name: str, data_dir: str, split: str = "train
                 path, data, label = source[index]
             except OSError as error:
                 unreadable += 1
-                console.say(f"left out an image that cannot be read: {error}")
+                name = printable(os.fsdecode(error.filename)) if error.filename else f"record {index}"
+                console.say(f"left out an image that cannot be read: {name} ({error.strerror or error})")
                 continue
             example = {"image": io.BytesIO(data), FILE_NAME: Path(path).name}
             yield index, example if label == NO_LABEL else {**example, "label": label}
@@ -88,11 +90,13 @@ def write_data_set(source: Source, name: str, data_dir: str, split: str = "train
 def main() -> None:
     """Write the data set that the flags describe."""
     source = open_source(cli.required(_SOURCE, "folder:PATH"))
+    if source.summary:
+        console.say(source.summary)
     name = cli.required(_NAME, "a name for the data set")
     data_dir = cli.required(_DATA_DIR, "the directory of TFDS data sets")
     folder, images, unreadable = write_data_set(source, name, data_dir, _SPLIT.value)
     left_out = f", left out {unreadable} that cannot be read" if unreadable else ""
-    print(  # noqa: T201
+    console.result(
         f"wrote {images} images to {folder}{left_out}; train with --config.data.source=tfds:{name} "
         f"--config.data.data_dir={data_dir} --config.data.split={_SPLIT.value}"
     )

@@ -1,18 +1,21 @@
 """Image sources: bundled photographs, a folder, a TFDS data set. Each maps an index to an undecoded record."""
 
+import functools
+import hashlib
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from umae_jax.errors import UserError, listing, require
-from umae_jax.files import AnyPath, files_in_bucket, in_bucket, locate, read_file
+from umae_jax.data.folders import Found, find_images
+from umae_jax.data.formats import suffixes
+from umae_jax.errors import UserError, listing, printable, require
+from umae_jax.files import locate, read_file
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 NO_LABEL = -1
 FILE_NAME = "file_name"  # the feature of many TFDS data sets that holds an image's original file name
 
@@ -27,7 +30,7 @@ PHOTOGRAPHS = (
 class Record(NamedTuple):
     """One image as stored."""
 
-    name: str  # for messages
+    name: str  # for messages and tables, printable
     data: bytes  # contents of the image file
     label: int  # index of its class, or NO_LABEL
 
@@ -35,7 +38,13 @@ class Record(NamedTuple):
 class Source(Protocol):
     """A sequence of records. Must be picklable; reading a record may raise any exception."""
 
-    classes: tuple[str, ...]  # names of the classes, in the order of their labels; () without labels
+    classes: tuple[str, ...]  # printable names of the classes, in the order of their labels; () without labels
+    summary: str  # of the images, their classes, and what was left out; "" if there is nothing to say
+    max_pixels: int | None  # that an image may have; see `EncodedImage`
+
+    @property
+    def digest(self) -> str:
+        """Digest of the images' names, which a run that continues compares; "" if they have none."""
 
     def __len__(self) -> int: ...
 
@@ -43,20 +52,44 @@ class Source(Protocol):
 
 
 class ImageFiles:
-    """Image files, read where they lie, each with a label if there are classes."""
+    """Image files of a folder, read where they lie, each with a label if there are classes.
 
-    def __init__(self, paths: Sequence[str], labels: Sequence[int] = (), classes: Sequence[str] = ()) -> None:
+    Args:
+        folder: path of the folder.
+        names: paths of the files relative to it, sorted.
+        labels: of each file, if there are classes.
+        classes, summary: see `Source`.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        names: Sequence[str],
+        labels: Sequence[int] = (),
+        classes: Sequence[str] = (),
+        summary: str = "",
+    ) -> None:
         # Arrays, not lists of objects: small, and fast to pickle for workers.
-        self.paths = np.array([os.fsencode(path) for path in paths])
+        self.folder, self.summary = folder, summary
+        self.max_pixels: int | None = None
+        self.names = np.array([os.fsencode(name) for name in names])
         self.labels = np.array(labels, np.int64)
         self.classes = tuple(classes)
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """See `Source`."""
+        digest = hashlib.sha256(b"%d" % len(self.names))
+        for name in self.names:
+            digest.update(b"\0" + name)
+        return digest.hexdigest()[:16]
+
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.names)
 
     def __getitem__(self, index: int) -> Record:
-        path = os.fsdecode(self.paths[index])
-        return Record(path, read_file(path), int(self.labels[index]) if self.classes else NO_LABEL)
+        path = os.path.join(self.folder, os.fsdecode(self.names[index]))
+        return Record(printable(path), read_file(path), int(self.labels[index]) if self.classes else NO_LABEL)
 
 
 @dataclass
@@ -67,6 +100,9 @@ class TfdsImages:
     image: str  # name of the image feature
     label: str | None  # name of the label feature, if any
     classes: tuple[str, ...]
+    summary: str = ""
+    max_pixels: int | None = None
+    digest: str = ""  # reading the names would read the images
 
     def __len__(self) -> int:
         return len(self.data)
@@ -74,12 +110,14 @@ class TfdsImages:
     def __getitem__(self, index: int) -> Record:
         record = self.data[index]
         name = record.get(FILE_NAME, b"")
-        name = name.decode() if isinstance(name, bytes) else str(name)
+        name = printable(name.decode(errors="surrogateescape") if isinstance(name, bytes) else str(name))
         label = NO_LABEL if self.label is None else int(record[self.label])
         return Record(f"record {index} {name}".strip(), record[self.image], label)
 
 
-def open_source(name: str, *, split: str = "train", data_dir: str | None = None, key: str = "data") -> Source:
+def open_source(
+    name: str, *, split: str = "train", data_dir: str | None = None, key: str = "data", max_pixels: int | None = None
+) -> Source:
     """Open `photos`, `folder:PATH` or `tfds:NAME`.
 
     Args:
@@ -87,15 +125,20 @@ def open_source(name: str, *, split: str = "train", data_dir: str | None = None,
         split: of a TFDS data set.
         data_dir: directory of TFDS data sets; None for TFDS's default.
         key: section of the configuration, for error messages.
+        max_pixels: that an image may have; see `EncodedImage`.
     """
     kind, _, rest = name.partition(":")
+    source: ImageFiles | TfdsImages
     if name == "photos":
-        return _open_photographs()
-    if kind == "folder" and rest:
-        return open_folder(rest, f"{key}.source")
-    if kind == "tfds" and rest:
-        return _open_tfds(rest, split, data_dir, key)
-    raise UserError(f"{key}.source: unknown source {name!r}; write photos, folder:PATH or tfds:NAME")
+        source = _open_photographs()
+    elif kind == "folder" and rest:
+        source = open_folder(rest, f"{key}.source")
+    elif kind == "tfds" and rest:
+        source = _open_tfds(rest, split, data_dir, key)
+    else:
+        raise UserError(f"{key}.source: unknown source {name!r}; write photos, folder:PATH or tfds:NAME")
+    source.max_pixels = max_pixels
+    return source
 
 
 def _open_photographs() -> ImageFiles:
@@ -103,15 +146,15 @@ def _open_photographs() -> ImageFiles:
     if package is None or package.origin is None:
         raise UserError('data.source: photos come with scikit-image; install it with pip install "umae_jax[demo]"')
     folder = Path(package.origin).parent / "data"
-    paths = [str(folder / name) for name in PHOTOGRAPHS if (folder / name).is_file()]
-    require(bool(paths), f"data.source: {folder} has none of the expected photographs; reinstall scikit-image")
-    return ImageFiles(paths)
+    names = [name for name in PHOTOGRAPHS if (folder / name).is_file()]
+    require(bool(names), f"data.source: {folder} has none of the expected photographs; reinstall scikit-image")
+    return ImageFiles(str(folder), names)
 
 
 def open_images(path: Path) -> ImageFiles:
     """Open the value of a command's `--images`, an image file or a folder; errors as for `open_folder`."""
     if path.is_file():
-        return ImageFiles([str(path)])
+        return ImageFiles("", [str(path)])
     require(path.is_dir(), f"--images: there is no file or folder {path}")
     return open_folder(str(path), "--images")
 
@@ -124,34 +167,36 @@ def open_folder(path: str, key: str = "data.source") -> ImageFiles:
         key: configuration key or flag that names the folder, for error messages.
     """
     root = locate(path, key)
-    require(root.is_dir(), f"there is no folder {path}; write the path of a folder with images")
-    paths = sorted(file for file in _list_files(root) if file.lower().endswith(SUFFIXES))
-    require(bool(paths), f"there is no image in {path} or below it; expected files ending in {listing(SUFFIXES)}")
-    parts = [PurePath(file).relative_to(PurePath(str(root))).parts for file in paths]
-    if any(len(part) == 1 for part in parts):
-        return ImageFiles(paths)
-    classes, labels = np.unique([part[0] for part in parts], return_inverse=True)
-    return ImageFiles(paths, labels.tolist(), classes.tolist())
+    require(root.is_dir(), f"there is no folder {printable(path)}; write the path of a folder with images")
+    found = find_images(root)
+    left_out = found.describe_left_out()
+    require(
+        bool(found.images),
+        f"there is no image in {printable(path)} or below it; expected files ending in .jpg, .png or one of "
+        f"{len(suffixes()) - 2} other suffixes" + (f"; left out: {left_out}" if left_out else ""),
+    )
+    stray = [name for name in found.images if "/" not in name]
+    folders = [] if stray else [name.partition("/")[0] for name in found.images]
+    classes = sorted(set(folders))
+    indices = {name: index for index, name in enumerate(classes)}
+    labels = [indices[name] for name in folders]
+    summary = f"{key}: {_summarize(found, stray, classes)} in {printable(path)}"
+    summary += f"; left out: {left_out}" if left_out else ""
+    return ImageFiles(str(root), found.images, labels, [printable(name) for name in classes], summary)
 
 
-def _list_files(root: AnyPath) -> Iterator[str]:
-    """List all files of a tree, and follow symbolic links; an OSError if a folder cannot be listed."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    if in_bucket(root):
-        yield from files_in_bucket(root)
-        return
-    visited = set()  # links may form cycles
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=fail):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in visited:
-            subfolders.clear()
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        subfolders.sort()
-        yield from (os.path.join(folder, file) for file in files)
+def _summarize(found: Found, stray: Sequence[str], classes: Sequence[str]) -> str:
+    """Return a phrase about the images of a folder and their labels."""
+    text = f"{len(found.images):,} image{'s'[: len(found.images) > 1]}"
+    if classes:
+        empty = listing(sorted(map(printable, found.subfolders.difference(classes))))
+        text += f" of {len(classes):,} class{'es'[: 2 * (len(classes) > 1)]}"
+        return f"{text} (there are none in the subfolders {empty})" if empty else text
+    if found.subfolders:
+        beside, rest = printable(min(stray)), len(stray) - 1
+        beside += f" and {rest:,} more lie" if rest else " lies"
+        text += f" without labels (because {beside} beside the subfolders)"
+    return text
 
 
 def _open_tfds(name: str, split: str, data_dir: str | None, key: str) -> TfdsImages:
@@ -185,4 +230,4 @@ def _open_tfds(name: str, split: str, data_dir: str | None, key: str) -> TfdsIma
             f"run tfds build {name} --file_format=array_record --overwrite"
         ) from None
     label = labels[0] if labels else None
-    return TfdsImages(data, images[0], label, tuple(features[label].names) if label else ())
+    return TfdsImages(data, images[0], label, tuple(map(printable, features[label].names)) if label else ())

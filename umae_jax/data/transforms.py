@@ -1,6 +1,7 @@
 """Choose crops and load samples on the host, as uint8 pixels of one size. Does not import JAX."""
 
 import math
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from PIL import UnidentifiedImageError
 
 from umae_jax.data.decode import Box, EncodedImage
 from umae_jax.data.sources import NO_LABEL, Record, Source
-from umae_jax.errors import UserError, require
+from umae_jax.errors import UserError, printable, require
 
 CROP_TRIES = 10  # as in torchvision; then the crop is central
 READ_TRIES = 32  # unreadable records for one sample before the loader stops the run
@@ -93,7 +94,7 @@ class LoadCrop:
         rng = sample_rng(self.seed, sample_index)
 
         def load(data: bytes) -> np.ndarray:
-            image = EncodedImage(data)
+            image = _open(self.source, data)
             box = random_crop(rng, *image.size, self.size, self.min_area)
             pixels = image.crop(box, self.size, self.channels)
             return pixels if self.augment is None else self.augment(pixels, rng)
@@ -134,7 +135,7 @@ class LoadCentralCrop:
         """Load a record and its pixels, uint8 [*size, channels], without checking the label."""
 
         def decode(data: bytes) -> np.ndarray:
-            image = EncodedImage(data)
+            image = _open(self.source, data)
             return image.crop(central_crop(*image.size, self.size, self.share), self.size, self.channels)
 
         return _try_load(self.source, record_index, decode)
@@ -160,6 +161,10 @@ def first_readable(source: Source, count: int, size: tuple[int, int], channels: 
     return np.stack(images)
 
 
+def _open(source: Source, data: bytes) -> EncodedImage:
+    return EncodedImage(data, getattr(source, "max_pixels", None))  # sources of other packages may lack it
+
+
 def _try_load(
     source: Source, index: int, decode: Callable[[bytes], np.ndarray]
 ) -> tuple[Record, np.ndarray] | Unreadable:
@@ -173,7 +178,7 @@ def _try_load(
         return Unreadable(name, "not an image that Pillow can read")
     except Exception as error:
         if isinstance(error, OSError) and error.filename and error.strerror:
-            return Unreadable(str(error.filename), error.strerror)
+            return Unreadable(printable(os.fsdecode(error.filename)), error.strerror)
         return Unreadable(name, str(error) or type(error).__name__)
 
 

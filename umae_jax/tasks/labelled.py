@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from umae_jax.console import say
 from umae_jax.data.pipeline import EvalLoader, abstract_batch, readers
 from umae_jax.data.sources import Source, open_source
 from umae_jax.data.transforms import LoadCentralCrop
@@ -13,22 +14,28 @@ from umae_jax.training.sharding import batch_sharding
 
 
 def open_training(config: ConfigDict) -> Source:
-    """Open the images that `config.data` names.
+    """Open the images that `config.data` names, and print their summary.
 
     Raises:
         UserError: if there are none.
     """
-    return open_source(config.data.source, split=config.data.split, data_dir=config.data.data_dir)
+    data = config.data
+    source = open_source(data.source, split=data.split, data_dir=data.data_dir, max_pixels=data.max_pixels)
+    say_summary(source)
+    return source
 
 
 def open_validation(config: ConfigDict, key: str = "validation.source") -> Source:
-    """Open the labelled images that `config.validation` names.
+    """Open the labelled images that `config.validation` names, and print their summary.
 
     Raises:
         UserError: if there are none, or they have no labels; it names `key`, the key or flag that selects them.
     """
-    named = config.validation
-    source = open_source(named.source, split=named.split, data_dir=config.data.data_dir, key="validation")
+    named, data = config.validation, config.data
+    source = open_source(
+        named.source, split=named.split, data_dir=data.data_dir, key="validation", max_pixels=data.max_pixels
+    )
+    say_summary(source)
     check_labelled(source, key)
     return source
 
@@ -54,6 +61,12 @@ def open_matching_validation(
             "use the same folders, or labels, in both"
         )
     return source
+
+
+def say_summary(source: Source) -> None:
+    """Print the number of images and classes, and what was left out."""
+    if summary := getattr(source, "summary", ""):  # sources of other packages may lack it
+        say(summary)
 
 
 def check_labelled(source: Source, key: str) -> None:

@@ -145,7 +145,7 @@ class BaseTask(abc.ABC):
     @property
     def data_digest(self) -> str:
         """Digest of the names of the training images, "" if they have none: a run that continues compares it."""
-        return ""
+        return getattr(getattr(self, "source", None), "digest", "")  # tasks of other packages may lack either
 
     def overview(self) -> dict[str, str]:
         """Return rows of the table that a run prints before its first step, beside those of every task."""
