@@ -18,6 +18,7 @@ from umae_jax.weights.files import Weights, check_output, encode_weights, read_w
 from umae_jax.weights.hub import GENERATED, WRITER, model_card, transformers_files
 from umae_jax.weights.huggingface import WEIGHTS_FILE, from_huggingface, to_huggingface
 from umae_jax.weights.names import to_reference
+from umae_jax.weights.prefixes import remove_prefix
 from umae_jax.weights.recognize import USE_CONFIG, recognize
 from umae_jax.weights.stored_run import FOLDER, read_run
 
@@ -45,7 +46,7 @@ def read_model(path: AnyPath, config: ConfigDict | None = None, *, encoder_only:
         UserError: if the file is damaged, would run code or holds an unknown architecture.
     """
     tensors, metadata = read_weights(path)
-    tensors = from_huggingface(tensors)
+    tensors = from_huggingface(remove_prefix(tensors, str(path)))
     try:
         classes = tuple(map(str, json.loads(metadata.get("classes", "[]"))))
         if config is None and "config" in metadata:
