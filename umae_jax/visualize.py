@@ -10,7 +10,7 @@ from umae_jax import cli, console
 from umae_jax.config import MAX_SEED
 from umae_jax.data.sources import open_images
 from umae_jax.data.transforms import first_readable
-from umae_jax.errors import require
+from umae_jax.errors import naming, require
 from umae_jax.files import locate, locate_local, write_atomic
 from umae_jax.models.masked import MaskedImageModel
 from umae_jax.pictures import STATISTICS, make_illustrator
@@ -36,7 +36,8 @@ def main() -> None:
     output = locate_local(cli.required(_OUTPUT, "the PNG file to write"), "--output")
     require(output.suffix.lower() == ".png", f"--output: end {output} in .png")
     source = open_images(path)
-    run = read_run(workdir)
+    with naming("--workdir"):
+        run = read_run(workdir)
     require(
         isinstance(nnx.merge(run.graph, run.params), MaskedImageModel),
         f"--workdir: {workdir} holds a {run.config.model.method}, which predicts no pixels; name a pre-training run",

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from umae_jax import export
 from umae_jax.config import from_json, old_class_names, to_json
-from umae_jax.errors import UserError, require
+from umae_jax.errors import UserError, naming, require
 from umae_jax.files import AnyPath, write_together
 from umae_jax.version import __version__
 from umae_jax.weights.files import Weights, check_output, encode_weights, read_weights
@@ -73,7 +73,8 @@ def export_weights(workdir: AnyPath, output: Path, layout: str = REFERENCE, *, b
         UserError: if there is no run, or the layout cannot hold its model.
     """
     check_output(output)
-    run = read_run(workdir, best=best)
+    with naming("DIR"):
+        run = read_run(workdir, best=best)
     config = run.config.copy_and_resolve_references()
     kind, _, path = config.data.source.partition(":")
     config.data.source = f"{kind}:{Path(path).name}" if path else kind  # exports hold no local paths

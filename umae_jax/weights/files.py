@@ -138,7 +138,7 @@ def preference(key: str) -> int:
 
 
 def _choose_state_dict(found: dict[str, dict[str, Any]], path: AnyPath) -> dict[str, Any]:
-    """Return the preferred one of the state dicts with more than half as many tensors as the largest; name the others."""
+    """Return the preferred one of the state dicts with over half as many tensors as the largest; name the others."""
     require(bool(found), f"{path} holds no dict of tensors, neither at the top nor under a key such as 'model'")
     largest = max(map(len, found.values()))
     keys = [key for key, tensors in found.items() if 2 * len(tensors) > largest]
