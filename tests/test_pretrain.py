@@ -235,6 +235,10 @@ def test_a_missing_required_flag_is_named(arguments, message):
     [
         ((), "could not write a checkpoint"),
         (("--config.total_steps=5000", "--config.checkpoint_every=5000"), ": File too large"),
+        (
+            ("--config.picture_every=6", "--config.pictures=200", "--config.checkpoint_every=1000"),
+            ".png: File too large",
+        ),
     ],
 )
 def test_a_full_disk_prints_an_error_without_traceback(tmp_path, options, message):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from umae_jax.config import ENCODERS, default_config, load_config, methods_of
-from umae_jax.errors import require
+from umae_jax.errors import naming, require
 from umae_jax.files import locate
 
 __all__ = ["default_config", "evaluate", "finetune", "list_models", "pretrain"]
@@ -47,7 +47,9 @@ def _train(command: str, config: ConfigDict | _Path, workdir: _Path) -> None:
     from umae_jax.tasks.command import train
 
     startup.restart()
-    train(copy.deepcopy(load_config(config)), locate(workdir, "workdir"), command)
+    with naming("config"):
+        config = copy.deepcopy(load_config(config))
+    train(config, locate(workdir, "workdir"), command)
 
 
 def evaluate(

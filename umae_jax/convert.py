@@ -35,9 +35,9 @@ _BEST = flags.DEFINE_boolean("best", False, "Export: the checkpoint with the bes
 
 def main(source: str = "") -> None:
     """Import a weight file, or export the run in a directory."""
-    require(bool(source), "name a weight FILE with --workdir, or a run's DIR with --output")
+    require(bool(source), "FILE or DIR is missing; name a weight FILE with --workdir, or a run's DIR with --output")
     path = resolve_weights(locate(source, "FILE or DIR"))
-    require(path.exists(), f"there is no file or directory {path}")
+    require(path.exists(), f"FILE or DIR: there is no file or directory {path}")
     if path.is_dir():
         output = locate_local(cli.required(_OUTPUT, "the file to write, .safetensors or .pth"), "--output")
         written = export_weights(path, output, _LAYOUT.value, best=_BEST.value)

@@ -1,8 +1,13 @@
 """Errors that a user can fix, and exceptions that end a run early."""
 
+import contextlib
+import reprlib
 import signal
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+_REPR = reprlib.Repr()
+_REPR.maxtuple, _REPR.maxstring, _REPR.maxlong, _REPR.maxother = 8, 60, 60, 60
 
 
 class UserError(ValueError):
@@ -41,6 +46,20 @@ def require(condition: bool, message: str) -> None:
     """Raise UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+@contextlib.contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Begin the messages of UserErrors raised inside with the flag or key whose value is wrong."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error.__cause__
+
+
+def shorten(value: object) -> str:
+    """Return the `repr` of a value for an error message, with the middle of long ones left out."""
+    return _REPR.repr(value)
 
 
 def listing(names: Sequence[str], limit: int = 5) -> str:

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
-from umae_jax.errors import require
+from umae_jax.errors import naming, require
 from umae_jax.files import locate
 from umae_jax.models.build import build_encoder
 from umae_jax.models.encoder import Encoder
@@ -105,14 +105,15 @@ def read_encoder(path: str | os.PathLike[str], name: str = "path") -> tuple[Conf
         UserError: if there are no such weights.
     """
     file = resolve_weights(locate(path, name))
-    require(file.exists(), f"there is no file or directory {file}")
-    if file.is_dir():
-        run = read_run(file)
-        return run.config, jax.device_get(run.params["encoder"])
-    config, tensors, _ = read_model(file, encoder_only=True)
-    _, shapes = _abstract_encoder(config, final_norm="norm.weight" in tensors)
-    params = from_reference(config, nnx.State({"encoder": shapes}), tensors, name=str(file), only="encoder.")
-    return config, params["encoder"]
+    with naming(name):
+        require(file.exists(), f"there is no file or directory {file}")
+        if file.is_dir():
+            run = read_run(file)
+            return run.config, jax.device_get(run.params["encoder"])
+        config, tensors, _ = read_model(file, encoder_only=True)
+        _, shapes = _abstract_encoder(config, final_norm="norm.weight" in tensors)
+        params = from_reference(config, nnx.State({"encoder": shapes}), tensors, name=str(file), only="encoder.")
+        return config, params["encoder"]
 
 
 def _abstract_encoder(config: ConfigDict, *, final_norm: bool) -> tuple[nnx.GraphDef, nnx.State]:

@@ -6,12 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from umae_jax.errors import require
+
+MAX_NUMBERS = 2**26  # of a table: 256 MiB in float32
+
 
 def sincos_table(width: int, grid: tuple[int, int]) -> np.ndarray:
     """Return the fixed 2-D sin-cos embedding (SPEC 6), float32 [rows, columns, width]; `width` is a multiple of 4.
 
     The first half of the channels encodes the column as [sin, cos], the second half the row.
     """
+    message = f"image_size: a position table of {grid[0]} x {grid[1]} tokens of {width} channels is too large"
+    require(grid[0] * grid[1] * width <= MAX_NUMBERS, f"{message}; choose smaller images or a larger model.patch")
     omega = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width // 4))
 
     def encode(places: int) -> np.ndarray:
@@ -59,11 +65,14 @@ def window_differences(
     steps = np.zeros(1) if unit_side is None else np.array([-1, 0, 1])
     starts = [np.arange(shift[axis], grid[axis] + shift[axis], window[axis]) for axis in (0, 1)]
     rows, columns = (_axis_differences(window[axis], starts[axis], unit_side, steps) for axis in (0, 1))
+    tokens = window[0] * window[1]
+    message = f"model.window: windows of {window[0]} x {window[1]} tokens are too large"
+    numbers = 2 * len(steps) ** 2 * len(rows) * len(columns) * tokens**2
+    require(numbers <= MAX_NUMBERS, f"{message} for the table of all pairs of tokens; choose a smaller number")
     # -> [row steps, column steps, window rows, window columns, key row, key column, query row, query column]
     rows = rows.transpose(1, 0, 2, 3)[:, None, :, None, :, None, :, None]
     columns = columns.transpose(1, 0, 2, 3)[None, :, None, :, None, :, None, :]
     difference = np.stack(np.broadcast_arrays(rows, columns), axis=-1)
-    tokens = window[0] * window[1]
     difference = difference.reshape(len(steps) ** 2, -1, tokens, tokens, 2)
     return (np.sign(difference) * np.log1p(np.abs(difference))).astype(np.float32)
 

@@ -10,7 +10,7 @@ from umae_jax import cli, console
 from umae_jax.config import MAX_SEED
 from umae_jax.data.sources import open_images
 from umae_jax.data.transforms import first_readable
-from umae_jax.errors import require
+from umae_jax.errors import naming, require
 from umae_jax.files import locate, locate_local, write_atomic
 from umae_jax.models.masked import MaskedImageModel
 from umae_jax.pictures import STATISTICS, make_illustrator
@@ -38,7 +38,8 @@ def main() -> None:
     source = open_images(path)
     if source.summary:
         console.say(source.summary)
-    run = read_run(workdir)
+    with naming("--workdir"):
+        run = read_run(workdir)
     require(
         isinstance(nnx.merge(run.graph, run.params), MaskedImageModel),
         f"--workdir: {workdir} holds a {run.config.model.method}, which predicts no pixels; name a pre-training run",

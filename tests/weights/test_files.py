@@ -150,6 +150,43 @@ def test_only_arrays_named_param_are_read_from_golden_numbers(tmp_path):
     assert read_weights(tmp_path / "golden.npz").tensors.keys() == {"a"}
 
 
+@pytest.mark.parametrize("key", ["model", "state_dict", "teacher", "params", "ema", "net", "module.model"])
+def test_a_state_dict_is_found_under_any_key(tmp_path, key):
+    torch = pytest.importorskip("torch")
+    content = {"a": torch.ones(3), "b": torch.zeros(2), "step": 3}
+    for part in reversed(key.split(".")):
+        content = {part: content, "epoch": torch.tensor(3), "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}}
+    torch.save(content, tmp_path / "nested.pth")
+    assert read_weights(tmp_path / "nested.pth").tensors.keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize("keys", [("model", "ema"), ("teacher", "student"), ("state_dict", "state_dict_ema")])
+def test_one_of_several_state_dicts_is_read_and_the_others_are_named(tmp_path, keys, capsys):
+    torch = pytest.importorskip("torch")
+    torch.save({key: {"a": torch.full((2,), float(key == keys[0]))} for key in sorted(keys)}, tmp_path / "two.pth")
+    assert read_weights(tmp_path / "two.pth").tensors["a"].tolist() == [1, 1]
+    assert f"under '{keys[0]}', not those under '{keys[1]}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", "float32", "int8", "bool"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_every_dtype_is_read_as_float32(tmp_path, dtype, suffix):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    state = {"a": torch.tensor([[0.0, 1.0], [1.0, 0.0]]).to(getattr(torch, dtype)), "b": torch.tensor(1.0)}
+    path = tmp_path / f"typed{suffix}"
+    (save_file if suffix == ".safetensors" else torch.save)(state, path)
+    tensors = read_weights(path).tensors
+    np.testing.assert_array_equal(tensors["a"], np.float32([[0, 1], [1, 0]]), strict=True)
+    assert tensors["b"].shape == ()
+
+
+def test_float64_beyond_float32_becomes_infinite(tmp_path):
+    np.savez(tmp_path / "wide.npz", a=np.array([1e300, 1.0]))
+    assert read_weights(tmp_path / "wide.npz").tensors["a"].tolist() == [np.inf, 1]
+
+
 def test_a_file_without_a_dict_of_tensors_is_rejected(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save([1, 2], tmp_path / "list.pth")

@@ -1,6 +1,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -79,6 +80,19 @@ def test_one_error_lists_everything_that_does_not_fit():
         "mask_token is not finite",
     ):
         assert part in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float64])
+@pytest.mark.parametrize("kind", ["swin_um_window8", "pvt_um", "vit_random"])
+def test_fixed_tables_may_have_the_rounding_of_their_dtype(kind, dtype):
+    config = golden.config_of(kind)
+    params = small.random_model(config)[1]
+    rounded = {name: array.astype(dtype) for name, array in to_reference(config, params).items()}
+    for tensors in (rounded, {name: array.astype(np.float32) for name, array in rounded.items()}):
+        from_reference(config, params, tensors, name="weights")
+    rounded["decoder_pos_embed"] = rounded["decoder_pos_embed"] + np.asarray(0.02, dtype)
+    with pytest.raises(UserError, match="decoder_pos_embed is not the fixed sin-cos table"):
+        from_reference(config, params, rounded, name="weights")
 
 
 def test_fixed_tables_are_optional_and_an_encoder_can_be_read_alone():

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from umae_jax.config.base import ENCODERS, METHODS, Key, build, encoder_of, flat, methods_of, size_of
 from umae_jax.config.common import COMMON, IMAGENET_MEAN, IMAGENET_STD, MAX_SEED, check_common
 from umae_jax.config.load import REMOVED, RENAMED, all_keys, bundled_configs, explain_failure, load_config
-from umae_jax.errors import UserError, listing, require
+from umae_jax.errors import UserError, listing, require, shorten
 from umae_jax.files import AnyPath
 
 # Import the modules that declare encoders and methods. Pre-training comes first, so its methods lead every list.
@@ -35,7 +35,7 @@ def default_config(size: str = "swin_tiny", method: str = "um_mae") -> ConfigDic
         UserError: if there is no such preset.
     """
     name, methods = encoder_of(size), methods_of(size)
-    require(method in methods, f"there is no method {method!r} for {size}; choose {', '.join(methods)}")
+    require(method in methods, f"method: there is no method {shorten(method)} for {size}; choose {', '.join(methods)}")
     encoder = ENCODERS[name]
     config = build(_keys(name, method))
     config.image_size = (encoder.image_side, encoder.image_side)
@@ -47,7 +47,7 @@ def default_config(size: str = "swin_tiny", method: str = "um_mae") -> ConfigDic
 def _keys(encoder: Any, method: Any) -> dict[str, Key]:  # noqa: ANN401
     """Return the keys of a configuration; raise a UserError if there is no such encoder or method."""
     for key, value, known in (("model.encoder", encoder, ENCODERS), ("model.method", method, METHODS)):
-        require(value in known, f"{key} must be one of {', '.join(known)}, not {value!r}")
+        require(value in known, f"{key} must be one of {', '.join(known)}, not {shorten(value)}")
     return {**COMMON, **ENCODERS[encoder].keys, **METHODS[method].keys}
 
 
@@ -81,7 +81,7 @@ def check_values(config: ConfigDict) -> None:
     for key, value in values.items():
         accepted = keys[key].check
         valid = accepted.optional if value is None else accepted.accepts(value)
-        require(valid, f"{key} must be {accepted.wording}, not {value!r}")
+        require(valid, f"{key} must be {accepted.wording}, not {shorten(value)}")
     check_common(config)
 
 

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 from ml_collections import ConfigDict, config_dict
 
-from umae_jax.errors import require
+from umae_jax.errors import require, shorten
+
+MAX_ITEMS = 8  # of a tuple: an encoder with more stages would need huge images
 
 
 class Check(NamedTuple):
@@ -52,12 +54,12 @@ def number(interval: str = "(-inf, inf)") -> Check:
 
 
 def sequence(item: Check, example: tuple[Any, ...]) -> Check:
-    """Accept tuples whose items all pass a check."""
+    """Accept tuples of up to MAX_ITEMS items that all pass a check."""
 
     def accepts(value: Any) -> bool:  # noqa: ANN401
-        return isinstance(value, tuple) and bool(value) and all(map(item.accepts, value))
+        return isinstance(value, tuple) and 0 < len(value) <= MAX_ITEMS and all(map(item.accepts, value))
 
-    return Check(tuple, f"a tuple such as {example}, each item {item.wording}", accepts)
+    return Check(tuple, f"a tuple of up to {MAX_ITEMS}, such as {example}, each item {item.wording}", accepts)
 
 
 def choice(*names: str) -> Check:
@@ -65,7 +67,11 @@ def choice(*names: str) -> Check:
     return Check(str, f"one of {', '.join(names)}", lambda value: value in names)
 
 
-TEXT = Check(str, "a string", lambda value: isinstance(value, str) and value != "")
+TEXT = Check(
+    str,
+    "a string, not empty and without null characters",
+    lambda value: isinstance(value, str) and value != "" and "\0" not in value,
+)
 BOOLEAN = Check(bool, "True or False", lambda value: isinstance(value, bool))
 
 
@@ -109,7 +115,7 @@ METHODS: dict[str, Method] = {}
 def encoder_of(size: str) -> str:
     """Return the name of the encoder that has this preset size; raise a UserError if none has it."""
     sizes = {size: name for name, encoder in ENCODERS.items() for size in encoder.sizes}
-    require(size in sizes, f"there is no model {size!r}; choose {', '.join(sizes)}")
+    require(size in sizes, f"size: there is no model {shorten(size)}; choose {', '.join(sizes)}")
     return sizes[size]
 
 

@@ -8,14 +8,16 @@ DROP_PATHS = {"swin_large": 0.2}  # other sizes: 0.1
 LAYER_DECAYS = {"swin_large": 0.7, "vit_small": 0.8, "vit_base": 0.8, "vit_large": 0.8, "vit_huge": 0.8}  # else 0.85
 
 _KEYS = {
-    "model.classes": Key(1000, "number of classes; None: as many as the training data has", optional(integer(2))),
+    "model.classes": Key(
+        1000, "number of classes; None: as many as the training data has", optional(integer(2, 2**20))
+    ),
     "model.drop_path": Key(0.1, "drop path rate of the last block; 0.2 in `swin_large`", number("[0, 1)")),
-    "augment.operations": Key(2, "RandAugment operations per image", integer(0)),
+    "augment.operations": Key(2, "RandAugment operations per image", integer(0, 16)),
     "augment.magnitude": Key(9.0, "magnitude of RandAugment, 0 to 10", number("[0, 10]")),
     "augment.magnitude_std": Key(0.5, "standard deviation of the magnitude", number("[0, inf)")),
     "augment.erase": Key(0.25, "probability of random erasing, by noise, per image", number("[0, 1]")),
-    "augment.mixup": Key(0.8, "mixup alpha; 0: off", number("[0, inf)")),
-    "augment.cutmix": Key(1.0, "CutMix alpha; 0: off; with both on, each image draws one", number("[0, inf)")),
+    "augment.mixup": Key(0.8, "mixup alpha; 0: off", number("[0, 1000]")),
+    "augment.cutmix": Key(1.0, "CutMix alpha; 0: off; with both on, each image draws one", number("[0, 1000]")),
     "augment.label_smoothing": Key(0.1, "probability spread evenly over all classes", number("[0, 1)")),
     "optimizer.layer_decay": Key(
         0.85, "learning rate / the next layer's; `swin_large`: 0.7, ViTs: 0.8", number("(0, 1]")

@@ -9,20 +9,24 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in [0, 1], per channel
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_SEED = 2**32 - 1
 TRACKERS = ("none", "wandb", "mlflow")
+MAX_BATCH, MAX_WIDTH, MAX_DEPTH, MAX_HEADS = 2**20, 2**16, 128, 1024
 REMATERIALIZE = ("none", "pairs", "blocks")
 
-_MAYBE_COUNT = optional(integer(0))
-_MAYBE_NUMBER = optional(number("[0, inf)"))
+# Upper bounds exclude typos: values that would take hours to build, more memory than any machine has, or overflow.
+_MAYBE_COUNT = optional(integer(0, 10**12))
+_EPOCHS = number("[0, 1e9]")
+_MAYBE_EPOCHS = optional(_EPOCHS)
 _POSITIVE = number("(0, inf)")
 _DECAY = number("[0, 1)")
-_PER_STAGE = sequence(integer(1), (2, 2))
 
 COMMON: Keys = {
     "seed": Key(0, "seed of every random draw", integer(0, MAX_SEED)),
     "init": Key(None, "fine-tuning: run directory or weights file to start from; None: random", optional(TEXT)),
-    "image_size": Key((256, 256), "height and width in pixels", sequence(integer(1), (256, 256))),
-    "batch_size": Key(4096, "images per step, over all devices", integer(1)),
-    "grad_accum_steps": Key(1, "micro-batches per batch, computed one after another to save memory", integer(1)),
+    "image_size": Key((256, 256), "height and width in pixels", sequence(integer(1, 16384), (256, 256))),
+    "batch_size": Key(4096, "images per step, over all devices", integer(1, MAX_BATCH)),
+    "grad_accum_steps": Key(
+        1, "micro-batches per batch, computed one after another to save memory", integer(1, MAX_BATCH)
+    ),
     "rematerialize": Key(
         "none",
         "activations recomputed in the backward pass, to save memory: `pairs` for attention and GELU, `blocks` for "
@@ -38,7 +42,7 @@ COMMON: Keys = {
     ),
     "total_steps": Key(None, "length of the training in steps", _MAYBE_COUNT),
     "total_examples": Key(None, "length of the training in images", _MAYBE_COUNT),
-    "total_epochs": Key(200.0, "length of the training in epochs", _MAYBE_NUMBER),
+    "total_epochs": Key(200.0, "length of the training in epochs", _MAYBE_EPOCHS),
     "log_every": Key(50, "steps between lines of metrics", integer(1)),
     "tracker": Key(
         "none",
@@ -46,7 +50,7 @@ COMMON: Keys = {
         choice(*TRACKERS),
     ),
     "picture_every": Key(None, "steps between pictures of reconstructions; 0: never; None: 20 per run", _MAYBE_COUNT),
-    "pictures": Key(6, "images per picture", integer(1)),
+    "pictures": Key(6, "images per picture", integer(1, 256)),
     "checkpoint_every": Key(
         None, "steps between checkpoints; None: 20 per run, and at most 1,000 steps", optional(integer(1))
     ),
@@ -58,11 +62,15 @@ COMMON: Keys = {
     "model.method": Key("um_mae", "training method", TEXT),
     "model.encoder": Key("swin", "encoder", TEXT),
     "model.channels": Key(3, "image channels; 1 for grayscale", integer(1)),
-    "model.patch": Key(4, "side of a patch in pixels", integer(1)),
-    "model.widths": Key((96, 192, 384, 768), "channels of each stage; a ViT has one stage", _PER_STAGE),
-    "model.depths": Key((2, 2, 6, 2), "blocks of each stage", _PER_STAGE),
-    "model.heads": Key((3, 6, 12, 24), "attention heads of each stage", _PER_STAGE),
-    "model.mlp_ratios": Key((4, 4, 4, 4), "hidden width of the MLPs of each stage / its width", _PER_STAGE),
+    "model.patch": Key(4, "side of a patch in pixels", integer(1, 1024)),
+    "model.widths": Key(
+        (96, 192, 384, 768), "channels of each stage; a ViT has one stage", sequence(integer(1, MAX_WIDTH), (96, 192))
+    ),
+    "model.depths": Key((2, 2, 6, 2), "blocks of each stage", sequence(integer(1, MAX_DEPTH), (2, 2))),
+    "model.heads": Key((3, 6, 12, 24), "attention heads of each stage", sequence(integer(1, MAX_HEADS), (3, 6))),
+    "model.mlp_ratios": Key(
+        (4, 4, 4, 4), "hidden width of the MLPs of each stage / its width", sequence(integer(1, 64), (4, 4))
+    ),
     "data.source": Key("photos", "`photos`, `folder:PATH` or `tfds:NAME`", TEXT),
     "data.split": Key("train", "split of a TFDS data set", TEXT),
     "data.data_dir": Key(None, "directory of the TFDS data sets; None: TFDS's default", optional(TEXT)),
@@ -70,34 +78,42 @@ COMMON: Keys = {
     "data.max_pixels": Key(
         None,
         "maximum number of pixels of an image; sequential JPEGs may have more; None: Pillow's limit of 178,956,970",
-        optional(integer(1)),
+        optional(integer(1, 10**12)),
     ),
-    "data.mean": Key(IMAGENET_MEAN, "mean per channel, of pixels in [0, 1]", sequence(number(), IMAGENET_MEAN)),
-    "data.std": Key(IMAGENET_STD, "standard deviation per channel", sequence(_POSITIVE, IMAGENET_STD)),
+    "data.mean": Key(
+        IMAGENET_MEAN, "mean per channel, of pixels in [0, 1]", sequence(number("[-1000, 1000]"), IMAGENET_MEAN)
+    ),
+    "data.std": Key(IMAGENET_STD, "standard deviation per channel", sequence(number("[1e-6, 1000]"), IMAGENET_STD)),
     "data.threads": Key(
-        None, "reading threads per process or worker; None: by the number of cores", optional(integer(1))
+        None, "reading threads per process or worker; None: by the number of cores", optional(integer(1, 1024))
     ),
-    "data.workers": Key(None, "reading processes per host; 0: none; None: by the number of cores", _MAYBE_COUNT),
+    "data.workers": Key(
+        None, "reading processes per host; 0: none; None: by the number of cores", optional(integer(0, 1024))
+    ),
     "validation.source": Key(
         None, "like `data.source`, for accuracy or a kNN probe; None: no validation", optional(TEXT)
     ),
     "validation.split": Key("validation", "split of a TFDS data set", TEXT),
-    "validation.every_epochs": Key(1.0, "epochs between validations; 0: never", number("[0, inf)")),
+    "validation.every_epochs": Key(1.0, "epochs between validations; 0: never", _EPOCHS),
     "validation.crop": Key(1.0, "fraction of the shorter side that the central crop keeps", number("(0, 1]")),
     "probe.stage": Key(-1, "stage whose averaged feature map is probed: 0 is the first, -1 the last", integer()),
     "probe.images": Key(50_000, "maximum number of training images", integer(1)),
     "probe.neighbors": Key(20, "neighbours of the kNN probe", integer(1)),
-    "probe.temperature": Key(0.07, "temperature of the softmax that weights the neighbours", _POSITIVE),
-    "optimizer.base_learning_rate": Key(1.5e-4, "peak rate for 256 images; scaled by batch_size / 256", _POSITIVE),
+    "probe.temperature": Key(0.07, "temperature of the softmax that weights the neighbours", number("[1e-4, 1e4]")),
+    "optimizer.base_learning_rate": Key(
+        1.5e-4, "peak rate for 256 images; scaled by batch_size / 256", number("(0, 1000]")
+    ),
     "optimizer.beta1": Key(0.9, "AdamW's decay of the first moment", _DECAY),
     "optimizer.beta2": Key(0.95, "AdamW's decay of the second moment", _DECAY),
-    "optimizer.weight_decay": Key(0.05, "not applied to 1-D parameters and position embeddings", number("[0, inf)")),
-    "optimizer.final_learning_rate": Key(0.0, "rate at the end of the cosine schedule, not scaled", number("[0, inf)")),
+    "optimizer.weight_decay": Key(0.05, "not applied to 1-D parameters and position embeddings", number("[0, 1000]")),
+    "optimizer.final_learning_rate": Key(
+        0.0, "rate at the end of the cosine schedule, not scaled", number("[0, 1000]")
+    ),
     "optimizer.ema_decay": Key(None, "decay of the parameters' moving average; None: no average", optional(_DECAY)),
     "optimizer.clip_norm": Key(None, "maximum norm of the global gradient; None: no clipping", optional(_POSITIVE)),
     "optimizer.warmup_steps": Key(None, "length of the linear warm-up in steps", _MAYBE_COUNT),
     "optimizer.warmup_examples": Key(None, "length of the linear warm-up in images", _MAYBE_COUNT),
-    "optimizer.warmup_epochs": Key(10.0, "length of the linear warm-up in epochs", _MAYBE_NUMBER),
+    "optimizer.warmup_epochs": Key(10.0, "length of the linear warm-up in epochs", _MAYBE_EPOCHS),
     "mesh.fsdp": Key(1, "devices that share one copy of the parameters and the optimiser state", integer(1)),
 }
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from umae_jax.config.base import ENCODERS, Encoder, Key, integer, sequence
+from umae_jax.config.common import MAX_WIDTH
 
 
 def _swin(width: int, depth: int, heads: int, *, position_width: int = 32) -> dict[str, Any]:
@@ -30,9 +31,9 @@ ENCODERS["swin"] = Encoder(
     name="Swin",
     keys={
         "model.window": Key(
-            16, "side of a window in tokens on a whole image; half of it on the compact grid", integer(1)
+            16, "side of a window in tokens on a whole image; half of it on the compact grid", integer(1, 256)
         ),
-        "model.position_width": Key(32, "hidden width of the position MLP; 64 in `swin_large`", integer(1)),
+        "model.position_width": Key(32, "hidden width of the position MLP; 64 in `swin_large`", integer(1, MAX_WIDTH)),
     },
     sizes={
         "swin_tiny": _swin(96, 6, 3),
@@ -48,7 +49,7 @@ ENCODERS["pvt"] = Encoder(
         "model.sr_ratios": Key(
             (8, 4, 2, 1),
             "side in tokens of the squares that keys and values are pooled over, per stage; half on the compact grid",
-            sequence(integer(1), (8, 4)),
+            sequence(integer(1, 1024), (8, 4)),
         ),
     },
     sizes={

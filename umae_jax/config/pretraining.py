@@ -3,10 +3,13 @@
 from typing import Any
 
 from umae_jax.config.base import BOOLEAN, ENCODERS, METHODS, Key, Method, integer, number
+from umae_jax.config.common import MAX_DEPTH, MAX_HEADS, MAX_WIDTH
 
 DECODER_DEPTHS = {"swin_large": 8, "vit_large": 8, "vit_huge": 8}  # other sizes: 2
 
-_FACTOR = Key(2, "mask units along the side of an encoder token; pyramids have units of 16 x 16 pixels", integer(1))
+_FACTOR = Key(
+    2, "mask units along the side of an encoder token; pyramids have units of 16 x 16 pixels", integer(1, 1024)
+)
 _NORM_PIX = "predict pixels normalised by the mean and variance of their unit"
 
 
@@ -16,9 +19,11 @@ def _autoencoder_keys(secondary_ratio: float) -> dict[str, Key]:
             secondary_ratio, "fraction of sampled units that secondary masking hides", number("[0, 1)")
         ),
         "model.decoder_factor": _FACTOR,
-        "model.decoder_width": Key(512, "channels of the decoder", integer(1)),
-        "model.decoder_depth": Key(2, "decoder blocks; 8 in `swin_large`, `vit_large` and `vit_huge`", integer(1)),
-        "model.decoder_heads": Key(16, "attention heads of the decoder", integer(1)),
+        "model.decoder_width": Key(512, "channels of the decoder", integer(1, MAX_WIDTH)),
+        "model.decoder_depth": Key(
+            2, "decoder blocks; 8 in `swin_large`, `vit_large` and `vit_huge`", integer(1, MAX_DEPTH)
+        ),
+        "model.decoder_heads": Key(16, "attention heads of the decoder", integer(1, MAX_HEADS)),
         "model.norm_pix_loss": Key(True, _NORM_PIX, BOOLEAN),
         "model.reference_order": Key(False, "pyramids: use the reference's decoder positions (SPEC 6)", BOOLEAN),
     }

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from umae_jax.errors import require
 from umae_jax.masking import expand
 from umae_jax.positions import select_offset_case, window_differences
 
 # Added, as in Swin, to the logits of pairs that the cyclic shift brought together from opposite borders.
 MASK_VALUE = -100.0
+MAX_MASK = 2**28  # numbers of a mask: 1 GiB
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,9 @@ def make_windows(grid: tuple[int, int], window: int, *, shifted: bool, offset: j
     padding = (-grid[0] % rows, -grid[1] % columns)
     regions = None
     if any(shift) or any(padding):
+        message = f"image_size: a mask for {grid[0]} x {grid[1]} tokens in windows of {rows} x {columns} is too large"
+        fits = (grid[0] + padding[0]) * (grid[1] + padding[1]) * rows * columns <= MAX_MASK
+        require(fits, f"{message}; choose smaller images or a smaller model.window")
         by_row, by_column = (_axis_regions(grid[axis], shift[axis], padding[axis]) for axis in (0, 1))
         region = 3 * by_row[:, None] + by_column[None, :]
         region = region.reshape(len(by_row) // rows, rows, len(by_column) // columns, columns)

@@ -2,7 +2,7 @@
 
 import jax
 
-from umae_jax.errors import require
+from umae_jax.errors import naming, require
 from umae_jax.files import AnyPath
 from umae_jax.tasks import make_task, probing
 from umae_jax.training.sharding import make_mesh, replicated
@@ -23,12 +23,13 @@ def open_run(
     Raises:
         UserError: if the directory holds no run, or the run has no such stage.
     """
-    run = read_run(
-        workdir,
-        best=best,
-        sharding=replicated(make_mesh()),
-        build=lambda config, rngs: make_task(config).build_model(rngs),
-    )
+    with naming("--workdir"):
+        run = read_run(
+            workdir,
+            best=best,
+            sharding=replicated(make_mesh()),
+            build=lambda config, rngs: make_task(config).build_model(rngs),
+        )
     config = run.config.unlock()
     config.data.source = source or config.data.source
     config.validation.source = validation or config.validation.source

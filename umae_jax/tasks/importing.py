@@ -9,7 +9,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from umae_jax.config import CONFIG_FILE, to_json
-from umae_jax.errors import UserError, require
+from umae_jax.errors import UserError, naming, require
 from umae_jax.files import AnyPath, write_atomic
 from umae_jax.tasks import make_task
 from umae_jax.training.checkpoint import Checkpoints
@@ -39,10 +39,12 @@ def import_weights(file: AnyPath, workdir: Path, config: ConfigDict | None = Non
         not workdir.exists() or (workdir.is_dir() and not set(workdir.iterdir()) - {incoming}),
         f"--workdir: {workdir} is not empty; choose another directory",
     )
-    config, tensors, classes = read_model(file, config)
+    with naming("FILE"):
+        config, tensors, classes = read_model(file, config)
     task = make_task(config)
     run = abstract_run(task, make_mesh())
-    params = from_reference(config, run.state.params, tensors, name=str(file))
+    with naming("FILE"):
+        params = from_reference(config, run.state.params, tensors, name=str(file))
     existed = workdir.exists()
     shutil.rmtree(incoming, ignore_errors=True)  # of an import that was killed
     incoming.mkdir(parents=True)

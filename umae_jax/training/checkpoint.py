@@ -19,7 +19,7 @@ from orbax.checkpoint.checkpoint_managers import (
     PreservationPolicy,
 )
 
-from umae_jax.errors import UserError
+from umae_jax.errors import UserError, naming
 from umae_jax.files import AnyPath, absolute, move_folder, write_atomic
 from umae_jax.multihost import all_gather_json
 from umae_jax.training.state import TrainState
@@ -175,7 +175,8 @@ class Checkpoints:
                 arrays["ema"] = arrays.pop("average")
             return TrainState(**arrays), data
 
-        restored, broken = first_whole(newest_first(self._folder), read)
+        with naming("--workdir"):
+            restored, broken = first_whole(newest_first(self._folder), read)
         if broken and restored is None:
             raise UserError(
                 f"none of the checkpoints in {self._folder} can be read (the newest: {next(iter(broken.values()))}); "

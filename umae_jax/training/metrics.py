@@ -68,10 +68,11 @@ class MetricsWriter:
         self._jsonl, self._board_folder = self._local / METRICS_FILE, self._local / "tensorboard"
         self._board_folder.mkdir(exist_ok=True)
         write_atomic(self._jsonl, b"".join(line for at, line in _lines(workdir / METRICS_FILE) if at <= step))
-        self._file = self._jsonl.open("ab", buffering=0)  # no buffer that could fail in `close`
-        self._board = EventsWriter(str(self._board_folder / "events"))
         start = SessionLog(status=SessionLog.START)
-        self._board.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+        with _add_path(self._board_folder):
+            self._board = EventsWriter(str(self._board_folder / "events"))
+            self._board.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+        self._file = self._jsonl.open("ab", buffering=0)  # no buffer that could fail in `close`
         self._flushed = time.monotonic()
 
     def write(self, step: int, values: dict[str, float | int]) -> None:

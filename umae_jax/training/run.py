@@ -27,7 +27,7 @@ from umae_jax.config import (
 )
 from umae_jax.console import say, size
 from umae_jax.data.pipeline import TrainLoader, abstract_batch, readers
-from umae_jax.errors import Preempted, PreemptionRequested, UserError, listing, require
+from umae_jax.errors import Preempted, PreemptionRequested, UserError, listing, naming, require
 from umae_jax.files import AnyPath, write_atomic
 from umae_jax.models.kernels import check_platform
 from umae_jax.multihost import StopSignal, Watchdog, all_gather_json, broadcast_json, is_primary
@@ -288,7 +288,9 @@ def open_workdir(task: BaseTask, workdir: AnyPath) -> Checkpoints:
             config_file.is_file(),
             f"{workdir} holds checkpoints but no {CONFIG_FILE} that names their model; choose another --workdir",
         )
-        check_same_run(read_config(config_file), config, workdir)
+        with naming("--workdir"):
+            old = read_config(config_file)
+        check_same_run(old, config, workdir)
         written = classes_file.is_file()
         names = json.loads(classes_file.read_bytes()) if written else old_class_names(config_file.read_bytes())
         check_same_classes(names, task.class_names, workdir)

@@ -11,13 +11,14 @@ from ml_collections import ConfigDict
 
 from umae_jax import export
 from umae_jax.config import from_json, old_class_names, to_json
-from umae_jax.errors import UserError, require
+from umae_jax.errors import UserError, naming, require
 from umae_jax.files import AnyPath, write_together
 from umae_jax.version import __version__
 from umae_jax.weights.files import Weights, check_output, encode_weights, read_weights
 from umae_jax.weights.hub import GENERATED, WRITER, model_card, transformers_files
 from umae_jax.weights.huggingface import WEIGHTS_FILE, from_huggingface, to_huggingface
 from umae_jax.weights.names import to_reference
+from umae_jax.weights.prefixes import remove_prefix
 from umae_jax.weights.recognize import USE_CONFIG, recognize
 from umae_jax.weights.stored_run import FOLDER, read_run
 
@@ -45,7 +46,7 @@ def read_model(path: AnyPath, config: ConfigDict | None = None, *, encoder_only:
         UserError: if the file is damaged, would run code or holds an unknown architecture.
     """
     tensors, metadata = read_weights(path)
-    tensors = from_huggingface(tensors)
+    tensors = from_huggingface(remove_prefix(tensors, str(path)))
     try:
         classes = tuple(map(str, json.loads(metadata.get("classes", "[]"))))
         if config is None and "config" in metadata:
@@ -72,7 +73,8 @@ def export_weights(workdir: AnyPath, output: Path, layout: str = REFERENCE, *, b
         UserError: if there is no run, or the layout cannot hold its model.
     """
     check_output(output)
-    run = read_run(workdir, best=best)
+    with naming("DIR"):
+        run = read_run(workdir, best=best)
     config = without_paths(run.config)
     tensors = to_reference(config, jax.device_get(run.params))
     beside: dict[str, bytes] = {}

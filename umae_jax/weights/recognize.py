@@ -8,11 +8,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from umae_jax.config import ENCODERS, default_config
-from umae_jax.errors import UserError, require
+from umae_jax.errors import UserError, listing, require
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 MARKERS = {"swin": ".posmlp.", "pvt": ".attn.sr.", "vit": "cls_token"}  # parts of names that occur in one encoder only
+PATCH_EMBED = "patch_embed.proj.weight"
 DECODER_WIDTH = 512  # of every preset; the number of decoder heads is known for this width only
 USE_CONFIG = "name the model with --config FILE"
 
@@ -28,10 +29,10 @@ def recognize(tensors: Mapping[str, np.ndarray], name: str, *, encoder_only: boo
     """
     shapes = {key: array.shape for key, array in tensors.items()}
     encoder = next((encoder for encoder, marker in MARKERS.items() if any(marker in key for key in shapes)), None)
-    if encoder is None or len(shapes.get("patch_embed.proj.weight", ())) != 4:
+    if encoder is None:
         raise UserError(
-            f"{name} holds an unknown architecture, with names such as {min(shapes)}: it is no Swin with a position "
-            "MLP, no PVT with pooled attention and no ViT with a class token"
+            f"{name} holds an unknown architecture, with names such as {listing(sorted(shapes), 3)}: it is no Swin "
+            "with a position MLP, no PVT with pooled attention and no ViT with a class token"
         )
     try:
         return _recognize(encoder, shapes, name, encoder_only)
@@ -43,6 +44,8 @@ def recognize(tensors: Mapping[str, np.ndarray], name: str, *, encoder_only: boo
 
 
 def _recognize(encoder: str, shapes: Shapes, name: str, encoder_only: bool) -> ConfigDict:
+    if len(shapes[PATCH_EMBED]) != 4:
+        raise ValueError  # not a convolution
     blocks = _count("blocks", shapes)
     starts = [block for block in range(blocks) if not block or f"blocks.{block}.downsample.proj.weight" in shapes]
     depths = tuple(end - start for start, end in zip(starts, (*starts[1:], blocks), strict=True))
@@ -54,7 +57,7 @@ def _recognize(encoder: str, shapes: Shapes, name: str, encoder_only: bool) -> C
         preset is not None or encoder == "swin",
         f"{name} holds a {encoder} of widths {widths} and depths {depths} with unknown heads; {USE_CONFIG}",
     )
-    method, channels = _method(encoder, shapes), shapes["patch_embed.proj.weight"][1]
+    method, channels = _method(encoder, shapes), shapes[PATCH_EMBED][1]
     config = default_config(preset or "swin_tiny", method)
     require(
         channels == len(config.data.mean),
@@ -62,7 +65,7 @@ def _recognize(encoder: str, shapes: Shapes, name: str, encoder_only: bool) -> C
         "data.mean and data.std",
     )
     model = config.model
-    model.patch = shapes["patch_embed.proj.weight"][2]
+    model.patch = shapes[PATCH_EMBED][2]
     model.widths, model.depths = widths, depths
     model.mlp_ratios = tuple(shapes[f"blocks.{start}.mlp.fc1.weight"][0] // block_widths[start] for start in starts)
     if encoder == "swin":
