@@ -1,6 +1,7 @@
 """Lines for people on the terminal, above the progress bar if there is one."""
 
 import logging
+import os
 import sys
 
 from tqdm import tqdm
@@ -25,6 +26,11 @@ def result(line: object) -> None:
     """Print the result of the command on standard output, from process 0 only."""
     if is_primary():
         print(line, flush=True)  # noqa: T201 - the terminal
+
+
+def printable(name: str) -> str:
+    r"""Return a file name with bytes that are not UTF-8 escaped, as in "caf\xe9.jpg"; others are unchanged."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def duration(seconds: float) -> str:

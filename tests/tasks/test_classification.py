@@ -12,7 +12,9 @@ from umae_jax.data.sources import open_source
 from umae_jax.errors import UserError
 from umae_jax.models.positions_table import resize_positions
 from umae_jax.positions import sincos_table
-from umae_jax.tasks.classification import Task, adapt_pretrained, make_evaluator, rank_of
+from umae_jax.tasks.accuracy import make_evaluator, rank_of
+from umae_jax.tasks.classification import Task
+from umae_jax.tasks.initialization import adapt_pretrained
 from umae_jax.tasks.labelled import open_matching_validation
 from umae_jax.training.state import abstract_run, init_state
 from umae_jax.training.step import make_train_step
@@ -69,7 +71,7 @@ def test_accuracy_is_exact_on_any_devices_and_for_any_batch_size(case, devices, 
     mesh = mesh_of(devices)
     abstract = abstract_run(Task(config), mesh).state.params
     on_devices = jax.device_put(params, jax.tree.map(lambda array: array.sharding, abstract))
-    accuracy = make_evaluator(config, graph, abstract, source, mesh, batch_size)(on_devices)
+    accuracy = make_evaluator(config, graph, abstract, source, mesh, batch_size)(on_devices).accuracy
     assert accuracy == (43, (ranks < 1).mean(), (ranks < 5).mean(), 2)
     assert 0 < accuracy.top1 < accuracy.top5 < 1
 

@@ -54,8 +54,12 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def name(self, index: int) -> str:
+        """Return the path of an image."""
+        return os.fsdecode(self.paths[index])
+
     def __getitem__(self, index: int) -> Record:
-        path = os.fsdecode(self.paths[index])
+        path = self.name(index)
         return Record(path, read_file(path), int(self.labels[index]) if self.classes else NO_LABEL)
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from umae_jax.console import duration, say
 from umae_jax.errors import UserError
 from umae_jax.files import AnyPath, in_bucket, write_atomic
+from umae_jax.multihost import broadcast_json
 
 METRICS_FILE = "metrics.jsonl"
 FLUSH_SECONDS = 30  # interval of writing to TensorBoard and to a bucket
@@ -34,6 +35,12 @@ def _lines(path: AnyPath) -> Iterator[tuple[int, bytes]]:
 def metric_names(workdir: AnyPath, step: int) -> set[str]:
     """Return the names of the metrics that a run has written for a step."""
     return {name for at, line in _lines(workdir / METRICS_FILE) if at == step for name in json.loads(line)}
+
+
+def metric_history(workdir: AnyPath, name: str | None, last_step: int) -> dict[int, float]:
+    """Return a metric by step, up to `last_step`, as process 0 reads it; every process must call it."""
+    lines = ((step, json.loads(line)) for step, line in _lines(workdir / METRICS_FILE) if step <= last_step)
+    return dict(broadcast_json([(at, values[name]) for at, values in lines if name in values]))
 
 
 class MetricsWriter:
@@ -109,6 +116,13 @@ class MetricsWriter:
             shutil.rmtree(self._local, ignore_errors=True)
 
 
+def _format(key: str, value: float) -> str:
+    """Format a metric for people: accuracies, "..._top1" and "..._top5", as per cent with two decimals."""
+    if key.endswith(("_top1", "_top5")):
+        return f"{value:.2%}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
 @contextlib.contextmanager
 def _add_path(path: Path) -> Iterator[None]:
     """Add the path to every OSError that is raised inside."""
@@ -163,10 +177,7 @@ class Report:
         """Report the metrics of an evaluation."""
         if self._writer is not None:
             self._writer.write(step, values)
-            formatted = {
-                key: f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for key, value in values.items()
-            }
-            self._print(step, [f"{key} {value}" for key, value in formatted.items()])
+            self._print(step, [f"{key} {_format(key, value)}" for key, value in values.items()])
 
     def _print(self, step: int, parts: list[str]) -> None:
         say(f"step {step}/{self._total} | {' | '.join(parts)}")
