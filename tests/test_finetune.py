@@ -64,7 +64,13 @@ def test_a_run_writes_its_accuracy_and_its_best_and_last_checkpoints(finished):
     first = min(step for step, line in validated.items() if step and line["validation_top1"] == best)
     assert {first, 12} <= {int(path.name) for path in (workdir / "checkpoints").iterdir()}
     assert output.strip() == f"best top-1 {best:.2%}, in {workdir / 'checkpoints' / str(first)}"
-    assert f"step 12/12 | validation_top1 {validated[12]['validation_top1']:.4g}" in errors
+    assert f"step 12/12 | validation_top1 {validated[12]['validation_top1']:.2%}" in errors
+    assert re.search(
+        r"init: loaded \d+ tensors of the encoder from .*, step 12 \(um_mae\); new: head, head_norm", errors
+    )
+    assert f"kNN on the features of the encoder as it was loaded: top-1 {validated[0]['knn_top1']:.2%}" in errors
+    assert "top-1 per class, last validation" in errors
+    assert (workdir / "confusion.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((workdir / "config.json").read_text())
     assert config["model"]["classes"] == 3
     assert json.loads((workdir / "classes.json").read_text()) == list(CLASSES)
@@ -130,7 +136,12 @@ def test_evaluation_agrees_with_the_run_for_any_number_of_devices_and_batch_size
         output, _ = commands.run(
             "evaluate", "--workdir", workdir, "--json", f"--batch_size={batch_size}", devices=devices
         )
-        assert json.loads(output) == {
+        values = json.loads(output)
+        classes = values.pop("classes")
+        assert {name: counts["images"] for name, counts in classes.items()} == {"cat": 7, "dog": 6, "owl": 7}
+        correct = sum(counts["images"] * counts["top1"] for counts in classes.values())
+        assert correct / 20 == pytest.approx(values["top1"])
+        assert values == {
             "step": 12,
             "images": 20,
             "unreadable": 1,
@@ -151,7 +162,12 @@ def test_evaluate_prints_class_probabilities_per_image(finished, folders, tmp_pa
         probabilities = dict(part.rsplit(" ", 1) for part in rest.split(", "))
         assert probabilities.keys() == set(CLASSES)
         assert sum(float(value.removesuffix("%")) for value in probabilities.values()) == pytest.approx(100, abs=0.3)
-    assert "broken.png cannot be read" in errors
+    assert "broken.png (" in errors
+    assert "1 of 3 images cannot be read" in errors
+    table = tmp_path / "table.csv"
+    printed, _ = commands.run("evaluate", "--workdir", finished[0], "--images", tmp_path, "--best", "--output", table)
+    assert printed.strip() == f"2 images in {table}"
+    assert [row.split(",")[0] for row in table.read_text().splitlines()[1:]] == [line.split(": ")[0] for line in lines]
 
 
 def test_any_stage_of_any_run_can_be_probed(pretrained):
@@ -180,6 +196,7 @@ def test_every_user_error_is_one_line(finished, folders, pretrained, tmp_path):
     assert "model.method: um_mae" in error_line("finetune", "--config", "tests/tiny.py", "--workdir", tmp_path / "run")
     assert "choose knn or linear" in error_line("evaluate", "--workdir", pretrained)
     other = write_folder(tmp_path / "others", 4, ("cat", "dog", "emu"))
+    assert "--output belongs to --images" in error_line("evaluate", "--workdir", finished[0], "--output", "a.csv")
     assert "holds no best checkpoint" in error_line("evaluate", "--workdir", pretrained, "--probe", "knn", "--best")
     assert "--source and --stage" in error_line("evaluate", "--workdir", finished[0], "--stage", "0")
     before = sorted(path.name for path in pretrained.iterdir())

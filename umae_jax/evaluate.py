@@ -3,6 +3,7 @@
     python -m umae_jax.evaluate --workdir DIR                     top-1 and top-5 of a fine-tuned run
     python -m umae_jax.evaluate --workdir DIR --probe knn         top-1 of a probe, knn or linear, of any run
     python -m umae_jax.evaluate --workdir DIR --images PATH       classes of an image file, or of each image in a folder
+    python -m umae_jax.evaluate --workdir DIR --images PATH --output FILE.csv       the same as a table
 
 --source and --validation replace the data of the run's configuration.
 """
@@ -13,14 +14,16 @@ from absl import flags
 
 from umae_jax import cli, console, multihost
 from umae_jax.errors import require
-from umae_jax.files import locate, locate_local
-from umae_jax.tasks import evaluation, make_task, probing
+from umae_jax.files import in_bucket, locate, locate_local
+from umae_jax.tasks import evaluation, probing
+from umae_jax.tasks.predicting import write_csv
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run.")
 _BEST = flags.DEFINE_boolean("best", False, "Use the checkpoint with the best validation metric, not the newest.")
 _PROBE = flags.DEFINE_enum("probe", None, probing.PROBES, "Probe frozen features by kNN or a linear layer.")
 _STAGE = flags.DEFINE_integer("stage", None, "Stage whose features are probed: 0 is the first, -1 the last.")
 _IMAGES = flags.DEFINE_string("images", None, "Image file, or folder of them, to classify.")
+_OUTPUT = flags.DEFINE_string("output", None, "CSV file to write the classes of --images to, instead of printing them.")
 _SOURCE = flags.DEFINE_string("source", None, "Labelled training images for a probe: folder:PATH or tfds:NAME.")
 _VALIDATION = flags.DEFINE_string("validation", None, "Labelled images to evaluate on: folder:PATH or tfds:NAME.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images per step, over all devices.", lower_bound=1)
@@ -36,14 +39,24 @@ def main() -> None:
         bool(_PROBE.value) or (_SOURCE.value is None and _STAGE.value is None),
         "--source and --stage belong to a probe; add --probe knn or --probe linear, or leave them out",
     )
+    require(_OUTPUT.value is None or _IMAGES.value is not None, "--output belongs to --images; add it, or leave it out")
+    require(not (_OUTPUT.value and _JSON.value), "--output and --json cannot be combined; choose one")
+    output = locate(_OUTPUT.value, "--output") if _OUTPUT.value else None
+    if output is not None:
+        require(output.suffix == ".csv", f"--output: {output} must end with .csv")
+        require(in_bucket(output) or output.parent.is_dir(), f"--output: there is no folder {output.parent}")
     cli.join(_CLUSTER, None, None)
     run = evaluation.open_run(
         workdir, best=_BEST.value, source=_SOURCE.value, validation=_VALIDATION.value, stage=_STAGE.value
     )
     if _IMAGES.value:
-        predictions = make_task(run.config).predict(run, locate_local(_IMAGES.value, "--images"))
+        images = locate_local(_IMAGES.value, "--images")
+        predictions = evaluation.predict_run(run, images, batch_size=_BATCH_SIZE.value)
     else:
         predictions = iter([evaluation.evaluate_run(run, probe=_PROBE.value, batch_size=_BATCH_SIZE.value)])
+    if output is not None:
+        console.result(f"{write_csv(predictions, output):,} images in {output}")
+        return
     for line, values in predictions:
         console.result(json.dumps(values) if _JSON.value else line)
 

@@ -1,6 +1,7 @@
 """Features of whole images, from the weights in a run's directory or a file."""
 
 import os
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 from umae_jax.errors import naming, require
-from umae_jax.files import locate
+from umae_jax.files import AnyPath, locate
 from umae_jax.models.build import build_encoder
 from umae_jax.models.encoder import Encoder
 from umae_jax.models.sizes import check_image_size
@@ -85,7 +86,7 @@ def load_encoder(
     """
     require(dtype in ("float32", "bfloat16"), f"dtype must be float32 or bfloat16, not {dtype!r}")
     require(window is None or isinstance(window, int), f"window must be a whole number of tokens, not {window!r}")
-    config, params = read_encoder(path)
+    config, params, *_ = read_encoder(path)
     if window is not None:
         require("window" in config.model, f"window: a {config.model.encoder} has no windows; leave it out")
         config.model.window = window
@@ -94,8 +95,17 @@ def load_encoder(
     return PretrainedEncoder(nnx.merge(graph, jax.tree.map(jnp.asarray, params)), config)
 
 
-def read_encoder(path: str | os.PathLike[str], name: str = "path") -> tuple[ConfigDict, nnx.State]:
-    """Read the configuration of a whole model, and the parameters of its encoder, on the host.
+class PretrainedParams(NamedTuple):
+    """The parameters of an encoder, and where they come from."""
+
+    config: ConfigDict  # of the whole model
+    params: nnx.State  # of its encoder, on the host
+    path: AnyPath  # of the file or the run's directory
+    step: int | None  # of the run's checkpoint; None for a file
+
+
+def read_encoder(path: str | os.PathLike[str], name: str = "path") -> PretrainedParams:
+    """Read the parameters of an encoder.
 
     Args:
         path: as for `load_encoder`.
@@ -109,11 +119,11 @@ def read_encoder(path: str | os.PathLike[str], name: str = "path") -> tuple[Conf
         require(file.exists(), f"there is no file or directory {file}")
         if file.is_dir():
             run = read_run(file)
-            return run.config, jax.device_get(run.params["encoder"])
+            return PretrainedParams(run.config, jax.device_get(run.params["encoder"]), file, run.step)
         config, tensors, _ = read_model(file, encoder_only=True)
         _, shapes = _abstract_encoder(config, final_norm="norm.weight" in tensors)
         params = from_reference(config, nnx.State({"encoder": shapes}), tensors, name=str(file), only="encoder.")
-        return config, params["encoder"]
+        return PretrainedParams(config, params["encoder"], file, None)
 
 
 def _abstract_encoder(config: ConfigDict, *, final_norm: bool) -> tuple[nnx.GraphDef, nnx.State]:

@@ -194,6 +194,7 @@ def test_the_configuration_of_an_old_classifier_reads_and_its_class_names_are_ke
         "model.classes": (1000, 3),
         "model.sr_ratios": ((8, 4, 2, 1), (4, 4, 2, 1)),
         "optimizer.ema_decay": (None, 0.999),
+        "validation.fraction": (0.1, 0.0),  # it trained on all images
     }
     assert old_class_names(text) == ("ant", "bee", "cat")
 

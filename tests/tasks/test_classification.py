@@ -1,124 +1,26 @@
+import json
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
 
-from tests import golden, small, tiny_classifier
-from tests.images import central_pixels, write_folder
-from umae_jax.data.sources import open_source
+from tests import golden, small, tiny, tiny_classifier
+from tests.images import write_folder
+from tests.runs import store
 from umae_jax.errors import UserError
-from umae_jax.models.positions_table import resize_positions
-from umae_jax.positions import sincos_table
-from umae_jax.tasks.classification import Task, adapt_pretrained, make_evaluator, rank_of
-from umae_jax.tasks.labelled import open_matching_validation
+from umae_jax.multihost import StopSignal
+from umae_jax.tasks.classification import Task
+from umae_jax.training.run import train
+from umae_jax.training.sharding import make_mesh
 from umae_jax.training.state import abstract_run, init_state
 from umae_jax.training.step import make_train_step
+from umae_jax.weights.stored_run import read_run
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
-
-
-def test_ranks_count_the_classes_before_the_true_one():
-    logits = jnp.array([[3.0, 1.0, 2.0], [3.0, 1.0, 2.0], [3.0, 1.0, 2.0]])
-    np.testing.assert_array_equal(rank_of(jnp.array([0, 1, 2]), logits), [0, 2, 1])
-
-
-def test_the_lower_of_two_classes_with_equal_logits_ranks_first_as_in_argmax():
-    np.testing.assert_array_equal(rank_of(jnp.array([0, 1, 2]), jnp.zeros((3, 3))), [0, 1, 2])
-
-
-def test_nan_logits_never_rank_the_true_class_first():
-    logits = jnp.array([[jnp.nan] * 3, [jnp.nan, 1.0, 0.0]])
-    np.testing.assert_array_equal(rank_of(jnp.array([0, 0]), logits), [2, 2])
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory):
-    """A configuration, its model graph and parameters, and a source of 45 images, two of them unreadable."""
-    folder = tmp_path_factory.mktemp("validation")
-    write_folder(folder, 45, CLASSES)
-    for path in sorted(folder.rglob("*.jpg"))[10:12]:
-        path.write_bytes(b"no image")
-    config = tiny_classifier.get_config()
-    config.model.classes = len(CLASSES)
-    config.validation.source = f"folder:{folder}"
-    graph, params = small.random_model(config, seed=3)
-    return config, graph, params, open_source(config.validation.source)
-
-
-def mesh_of(devices):
-    axes = (AxisType.Auto,) * 2
-    return jax.make_mesh((devices, 1), ("data", "fsdp"), axis_types=axes, devices=jax.devices()[:devices])
-
-
-@pytest.mark.parametrize(("devices", "batch_size"), [(1, 1), (1, 7), (1, 64), (8, 8), (8, 16), (2, 50)])
-def test_accuracy_is_exact_on_any_devices_and_for_any_batch_size(case, devices, batch_size):
-    config, graph, params, source = case
-    # Rank one image at a time with NumPy.
-    ranks = []
-    for place in range(len(source)):
-        record = source[place]
-        if record.data != b"no image":
-            pixels = central_pixels(record.data, config.image_size)[None]
-            logits = np.asarray(apply(nnx.merge(graph, params), jnp.asarray(pixels)))[0]
-            ranks.append(list(np.argsort(-logits)).index(record.label))
-    ranks = np.array(ranks)
-
-    mesh = mesh_of(devices)
-    abstract = abstract_run(Task(config), mesh).state.params
-    on_devices = jax.device_put(params, jax.tree.map(lambda array: array.sharding, abstract))
-    accuracy = make_evaluator(config, graph, abstract, source, mesh, batch_size)(on_devices)
-    assert accuracy == (43, (ranks < 1).mean(), (ranks < 5).mean(), 2)
-    assert 0 < accuracy.top1 < accuracy.top5 < 1
-
-
-@jax.jit
-def apply(model, images):
-    return model(images)
-
-
-@pytest.mark.parametrize(
-    ("training", "validation", "message"),
-    [
-        ((), ("a", "b"), r"^data.source.* no labels"),
-        (("a", "b"), (), r"^validation.source.* no labels"),
-        (("a",), ("a",), r"^data.source.* one class, a"),
-        (("a", "b"), ("a", "c"), r"^validation.source.*\(c only in it; b only in data.source\)"),
-        (("a", "b", "c"), ("a", "b"), r"^validation.source.*\(c only in data.source\)"),
-    ],
-)
-def test_classes_that_do_not_match_are_rejected(tmp_path, training, validation, message):
-    config = tiny_classifier.get_config()
-    config.validation.source = f"folder:{write_folder(tmp_path / 'validation', 4, validation)}"
-    source = open_source(f"folder:{write_folder(tmp_path / 'training', 4, training)}")
-    with pytest.raises(UserError, match=message) as error:
-        open_matching_validation(config, source)
-    assert "\n" not in str(error.value)
-
-
-def test_validation_is_none_without_a_source(tmp_path):
-    source = open_source(f"folder:{write_folder(tmp_path, 4)}")
-    assert open_matching_validation(tiny_classifier.get_config(), source) is None
-
-
-def test_a_data_set_without_a_readable_image_is_rejected(case, tmp_path):
-    config, graph, params, _ = case
-    folder = write_folder(tmp_path, 7, CLASSES)
-    for path in folder.rglob("*.jpg"):
-        path.write_bytes(b"")
-    mesh = mesh_of(1)
-    evaluate = make_evaluator(
-        config, graph, abstract_run(Task(config), mesh).state.params, open_source(f"folder:{folder}"), mesh, 8
-    )
-    with pytest.raises(UserError, match="none of its images can be read"):
-        evaluate(jax.device_put(params, jax.devices()[0]))
-
-
-# The loss, and initialisation from a pre-trained encoder.
-
-PAIRS = {"swin_um_window4_no_secondary": "swin_classifier", "pvt_um": "pvt_classifier", "vit_um": "vit_classifier"}
 
 
 def batch_of(count=4, side=64, seed=0):
@@ -131,69 +33,6 @@ def batch_of(count=4, side=64, seed=0):
 def loss_of(config, graph):
     task = Task(config)
     return lambda params, batch: task.loss(nnx.merge(graph, params), batch)
-
-
-def replace_params(params, new):
-    """Return `params` with those in `new` replaced."""
-    return nnx.from_flat_state({**dict(nnx.to_flat_state(params)), **dict(nnx.to_flat_state(new))})
-
-
-@pytest.mark.parametrize("pretrained", PAIRS)
-def test_a_classifier_gets_the_pretrained_encoder_and_keeps_its_own_head(pretrained):
-    source, config = golden.config_of(pretrained), golden.config_of(PAIRS[pretrained])
-    graph, theirs = small.random_model(source)
-    classifier, ours = small.random_model(config, seed=1)
-    filled = replace_params(ours, adapt_pretrained(config, ours["encoder"], source, theirs["encoder"]))
-    images = jax.random.normal(jax.random.key(0), (1, *config.image_size, 3))
-
-    @jax.jit
-    def feature(model, images):
-        return model.encoder(model.encoder.embed(images)).maps[0]
-
-    # The encoders differ only in the final norm, which maps of earlier stages do not pass through.
-    ours_first, theirs_first = (feature(nnx.merge(*parts), images) for parts in ((classifier, filled), (graph, theirs)))
-    if len(config.model.depths) > 1:
-        np.testing.assert_allclose(ours_first, theirs_first, atol=1e-5)
-    else:
-        norm = nnx.merge(graph, theirs).encoder.norm
-        np.testing.assert_allclose(norm(ours_first), theirs_first, atol=1e-4)
-    jax.tree.map(np.testing.assert_array_equal, filled["head"], ours["head"])
-    jax.tree.map(np.testing.assert_array_equal, filled["head_norm"], ours["head_norm"])
-
-
-@pytest.mark.parametrize(("pretrained", "leading"), [("pvt_um", 0), ("vit_um", 1)])
-def test_position_tables_are_resized_to_another_image_size(pretrained, leading):
-    source, config = golden.config_of(pretrained), golden.config_of(PAIRS[pretrained])
-    config.image_size = tuple(2 * size for size in source.image_size)
-    initial = small.random_model(config)[1]["encoder"]
-    adapted = adapt_pretrained(config, initial, source, small.random_model(source)[1]["encoder"])
-    table = np.asarray(adapted["encoder"]["positions"]["table"][...])
-    old, new = ([size // source.model.patch for size in image] for image in (source.image_size, config.image_size))
-    width = source.model.widths[0]
-    assert table.shape == (1, leading + new[0] * new[1], width)
-    np.testing.assert_array_equal(table[:, :leading], 0)
-    # Each old position lies between four new ones, whose mean is close to its embedding.
-    means = table[0, leading:].reshape(old[0], 2, old[1], 2, width).mean((1, 3))
-    inner = slice(1, -1)
-    np.testing.assert_allclose(means[inner, inner], sincos_table(width, old)[inner, inner], atol=0.08)
-
-
-def test_a_position_table_of_the_same_grid_is_unchanged():
-    table = jax.random.normal(jax.random.key(0), (1, 13, 8))
-    assert resize_positions(table, (3, 4), (3, 4), leading=1) is table
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("widths", (16, 32, 64, 64)), ("depths", (2, 2, 1, 2)), ("heads", (2, 2, 4, 8)), ("position_width", 4)],
-)
-def test_encoder_sizes_that_do_not_match_are_named(key, value):
-    source, config = golden.config_of("swin_um_window8"), golden.config_of("swin_classifier")
-    params = small.random_model(source)[1]["encoder"]
-    config.model[key], config.init = value, "DIR"
-    with pytest.raises(UserError, match=rf"init: DIR holds an encoder of other sizes \(model.{key} is") as error:
-        adapt_pretrained(config, params, source, params)
-    assert f"{source.model[key]}, not {value}" in str(error.value)
 
 
 def without_augmentation(config):
@@ -266,3 +105,138 @@ def test_the_number_of_classes_comes_from_the_training_data(tmp_path):
     config.model.classes = 1000
     with pytest.raises(UserError, match=r"model.classes is 1000.*--config.model.classes=3"):
         Task(config).open()
+
+
+# Runs.
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of 30 images of three classes."""
+    return write_folder(tmp_path_factory.mktemp("images"), 30, CLASSES[:3])
+
+
+def config_for(images, **changes):
+    config = tiny_classifier.get_config()
+    config.data.source = f"folder:{images}"
+    config.update({"total_steps": 4, "log_every": 1, **changes})
+    return config
+
+
+def run(config, workdir):
+    with StopSignal() as stop:
+        task = Task(config)
+        train(task, workdir, stop)
+    return task
+
+
+def test_a_frozen_encoder_stays_bit_equal_without_optimizer_state_and_the_head_trains(images, tmp_path):
+    pretrained = tiny.get_config()
+    store(tmp_path / "pretrained", pretrained, small.random_model(pretrained)[1])
+    init = str(tmp_path / "pretrained")
+    config = config_for(images, freeze_encoder=True, init=init, total_steps=2)
+    config.optimizer.weight_decay = 0.5
+    run(config, tmp_path / "run")
+    config.total_steps = 4
+    run(config, tmp_path / "run")  # also from a checkpoint
+    before = read_run(tmp_path / "pretrained").params["encoder"]
+    after = read_run(tmp_path / "run")
+    expected = dict(nnx.to_flat_state(before))
+    trained = nnx.to_flat_state(after.params["encoder"])
+    assert len(trained) > 20
+    for path, param in trained:
+        np.testing.assert_array_equal(param[...], expected[path][...], err_msg=str(path))
+    assert np.abs(after.params["head"]["kernel"][...]).max() > 1e-3
+    state = abstract_run(Task(after.config), make_mesh()).state
+    head = len(jax.tree.leaves(state.params["head"])) + len(jax.tree.leaves(state.params["head_norm"]))
+    assert len([leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.shape]) == 2 * head
+    config.freeze_encoder = False
+    with pytest.raises(UserError, match=r"freeze_encoder is True, not False"):
+        run(config, tmp_path / "run")
+
+
+def test_held_out_images_do_not_train_and_a_run_keeps_its_split(images, tmp_path, capsys):
+    config = config_for(images)
+    config.validation.fraction = 0.2
+    task = run(config, tmp_path)
+    assert len(task.source) == 24
+    assert not {*task.source.indices} & {*task.validation.indices}
+    assert "6 of 30 images of data.source validate and do not train" in capsys.readouterr().err
+    assert task.results.accuracy.images == 6
+    assert (tmp_path / "confusion.png").exists() is False  # drawn when the result is asked for
+    task.result(tmp_path)
+    printed = capsys.readouterr().err
+    assert "top-1 per class, last validation" in printed
+    assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    config.validation.fraction, config.total_steps = 0.5, 5
+    continued = run(config, tmp_path)
+    assert "validation.fraction stays 0.2" in capsys.readouterr().err
+    np.testing.assert_array_equal(continued.validation.indices, task.validation.indices)
+    config.seed = 1
+    with pytest.raises(UserError, match="seed is 0 in this run"):
+        run(config, tmp_path)
+
+
+def test_a_run_of_a_version_without_the_split_keeps_all_its_images(images, tmp_path, capsys):
+    config = config_for(images)
+    config.validation.fraction = 0.0
+    run(config, tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["validation"]["fraction"], stored["early_stop"], stored["freeze_encoder"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    config = config_for(images, total_steps=5)
+    assert config.validation.fraction == 0.1
+    assert len(run(config, tmp_path).source) == 30
+    assert "validation.fraction stays 0" in capsys.readouterr().err
+
+
+def test_early_stopping_ends_the_run_and_a_resumed_one_says_so(images, tmp_path, capsys):
+    config = config_for(images, early_stop=1, total_steps=20)
+    config.optimizer.base_learning_rate = 1e-30  # no validation improves on the first one
+    config.validation.every_epochs = 1.0
+    run(config, tmp_path)
+    printed = capsys.readouterr().err
+    steps = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert steps[-1] < 20
+    assert f"ending at step {steps[-1]}: top-1 has not risen above" in printed
+    assert f"finished {steps[-1]} steps" in printed
+    lines = (tmp_path / "metrics.jsonl").read_bytes()
+    run(config, tmp_path)
+    assert f"has ended at step {steps[-1]} already: top-1 has not risen" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_bytes() == lines
+    config.early_stop = None
+    run(config, tmp_path)
+    assert "finished 20 steps" in capsys.readouterr().err
+
+
+def test_early_stopping_needs_validations(images, tmp_path):
+    config = config_for(images, early_stop=1)
+    config.validation.fraction = 0.0
+    with pytest.raises(UserError, match=r"^early_stop: there are no validations"):
+        run(config, tmp_path)
+
+
+def test_the_table_of_the_run_names_classes_and_validation_images(images):
+    task = Task(config_for(images))
+    task.open()
+    assert task.overview() == {
+        "classes": "3: ant 9, bee 9, cat 9 (imbalance 1.0)",
+        "validation": "3 images, held out of data.source (validation.fraction=0.1)",
+    }
+
+
+def test_a_result_below_knn_on_the_first_features_is_named(images, tmp_path, capsys):
+    pretrained = tiny.get_config()
+    store(tmp_path / "pretrained", pretrained, small.random_model(pretrained)[1])
+    config = config_for(images, init=str(tmp_path / "pretrained"), total_steps=2)
+    task = run(config, tmp_path / "run")
+    assert re.search(
+        r"kNN on the features of the encoder as it was loaded: top-1 \d+\.\d\d%\n", capsys.readouterr().err
+    )
+    file = tmp_path / "run" / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["step"] for row in rows if "knn_top1" in row] == [0]
+    rows[0]["knn_top1"] = 1.5  # above any accuracy
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task.result(tmp_path / "run")
+    assert re.search(r"best top-1, \d+\.\d\d%, is below the 150.00% of kNN", capsys.readouterr().err)

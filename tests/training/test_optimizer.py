@@ -52,6 +52,24 @@ def test_layer_decay_scales_the_whole_update_including_weight_decay():
         np.testing.assert_allclose(directions[1][name], scale * directions[0][name], rtol=1e-6)
 
 
+def test_frozen_parameters_get_no_update_no_decay_and_no_state():
+    params = {name: {"kernel": jnp.ones((2, 2))} for name in ("patch_embed", "block", "head")}
+    recipe = default_config("swin_tiny", "classifier").optimizer
+    recipe.update(weight_decay=0.5, clip_norm=1.0)
+    optimizer = make_optimizer(recipe, lambda name: layer_index(name.partition(".")[0]), ("patch_embed.", "block."))
+    state = optimizer.init(params)
+    assert len([leaf for leaf in jax.tree.leaves(state) if leaf.shape]) == 2  # the moments of the head
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optimizer.update(params, state, params)
+        trained = make_optimizer(recipe, lambda _: (2, 2))
+        expected, _ = trained.update(
+            {"head": params["head"]}, trained.init({"head": params["head"]}), {"head": params["head"]}
+        )
+    for name in ("patch_embed", "block"):
+        np.testing.assert_array_equal(updates[name]["kernel"], 0)
+    np.testing.assert_allclose(updates["head"]["kernel"], expected["head"]["kernel"])
+
+
 def test_a_parameter_without_a_layer_raises():
     with pytest.raises(ValueError, match="unknown"):
         layer_scales({"unknown": jnp.ones(2)}, layer_index, 0.5)

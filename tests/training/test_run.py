@@ -119,6 +119,25 @@ def test_a_longer_schedule_continues_and_does_not_repeat_the_last_evaluation(fin
     assert [row["step"] for row in lines(tmp_path) if "negative_error" in row] == [0, 4, 6]
 
 
+class StopsEarly(toy.Task):
+    """Ends the run at its second evaluation after the first step."""
+
+    def stop_reason(self, scores):
+        assert list(scores) == [0, 4, 8][: len(scores)]
+        return "two are enough" if len(scores) == 3 else None
+
+
+def test_a_run_ended_by_its_task_is_saved_and_goes_on_only_after_a_change(finished, tmp_path, capsys):
+    run(tmp_path, StopsEarly(toy_task().config))
+    assert "ending at step 8: two are enough" in capsys.readouterr().err
+    assert [row for row in lines(finished) if row["step"] <= 8] == lines(tmp_path)
+    assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == 8
+    run(tmp_path, StopsEarly(toy_task().config))
+    assert "has ended at step 8 already: two are enough" in capsys.readouterr().err
+    run(tmp_path)
+    assert lines(tmp_path) == lines(finished)
+
+
 class Diverges(toy.Task):
     def loss(self, model, batch):
         loss, scalars = super().loss(model, batch)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from umae_jax.config.base import ENCODERS, METHODS, Key, build, encoder_of, flat, methods_of, size_of
+from umae_jax.config.base import ENCODERS, METHODS, SAME, Key, build, encoder_of, flat, methods_of, size_of
 from umae_jax.config.common import COMMON, IMAGENET_MEAN, IMAGENET_STD, MAX_SEED, check_common
 from umae_jax.config.load import REMOVED, RENAMED, all_keys, bundled_configs, explain_failure, load_config
 from umae_jax.errors import UserError, listing, require, shorten
@@ -131,7 +131,7 @@ def from_json(text: bytes | str) -> ConfigDict:
     """Return the configuration that `to_json` wrote, in this version or an earlier one.
 
     Renamed keys take their new names. Keys of other encoders and methods are dropped: earlier versions wrote all of
-    them. Missing keys take their defaults, except those of the model and its images.
+    them. Missing keys take their defaults or `Key.missing`, except those of the model and its images.
 
     Raises:
         ValueError: if the text is not a configuration, lacks a key of the model or its images, or has a wrong value.
@@ -147,6 +147,7 @@ def from_json(text: bytes | str) -> ConfigDict:
     require(not missing, f"{listing(missing)} missing")
     unknown = [key for key in values if key not in all_keys() and key not in REMOVED]
     require(not unknown, f"{listing(unknown)} unknown")
+    values = {key: entry.missing for key, entry in keys.items() if entry.missing is not SAME} | values
     config = build(keys).lock()
     try:
         config.update_from_flattened_dict({key: value for key, value in values.items() if key in keys})

@@ -75,12 +75,16 @@ TEXT = Check(
 BOOLEAN = Check(bool, "True or False", lambda value: isinstance(value, bool))
 
 
+SAME = object()  # stands for the default, which may be None
+
+
 class Key(NamedTuple):
     """A key's default, its meaning in one phrase with the unit, and the accepted values."""
 
     default: Any
     meaning: str
     check: Check
+    missing: Any = SAME  # value in a stored configuration that lacks the key; SAME: the default
 
 
 Keys: TypeAlias = Mapping[str, Key]  # by dotted name, such as "optimizer.beta1"

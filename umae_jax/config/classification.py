@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from umae_jax.config.base import ENCODERS, METHODS, Key, Method, integer, number, optional
+from umae_jax.config.base import BOOLEAN, ENCODERS, METHODS, Key, Method, integer, number, optional
 
 DROP_PATHS = {"swin_large": 0.2}  # other sizes: 0.1
 LAYER_DECAYS = {"swin_large": 0.7, "vit_small": 0.8, "vit_base": 0.8, "vit_large": 0.8, "vit_huge": 0.8}  # else 0.85
@@ -12,6 +12,16 @@ _KEYS = {
         1000, "number of classes; None: as many as the training data has", optional(integer(2, 2**20))
     ),
     "model.drop_path": Key(0.1, "drop path rate of the last block; 0.2 in `swin_large`", number("[0, 1)")),
+    "freeze_encoder": Key(False, "train the head alone; the encoder keeps the weights of `init`", BOOLEAN),
+    "early_stop": Key(
+        None, "validations without a higher top-1 after which the run ends; None: never", optional(integer(1))
+    ),
+    "validation.fraction": Key(
+        0.1,
+        "part of `data.source` that validates when `validation.source` is None; 0: none",
+        number("[0, 1)"),
+        missing=0.0,  # earlier versions trained on all images
+    ),
     "augment.operations": Key(2, "RandAugment operations per image", integer(0, 16)),
     "augment.magnitude": Key(9.0, "magnitude of RandAugment, 0 to 10", number("[0, 10]")),
     "augment.magnitude_std": Key(0.5, "standard deviation of the magnitude", number("[0, inf)")),

@@ -87,8 +87,12 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.names)
 
+    def name(self, index: int) -> str:
+        """Return the path of an image."""
+        return os.path.join(self.folder, os.fsdecode(self.names[index]))
+
     def __getitem__(self, index: int) -> Record:
-        path = os.path.join(self.folder, os.fsdecode(self.names[index]))
+        path = self.name(index)
         return Record(printable(path), read_file(path), int(self.labels[index]) if self.classes else NO_LABEL)
 
 

@@ -1,12 +1,9 @@
 """Classification: fine-tuning of a pre-trained encoder, or training from scratch (SPEC 8, 10)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -18,28 +15,23 @@ from umae_jax.data.augment import RandAugment
 from umae_jax.data.on_device import mix, random_erase, random_flip, sample_keys, smooth_targets
 from umae_jax.data.pipeline import Sample
 from umae_jax.data.sources import Source, open_images
-from umae_jax.data.transforms import LoadCentralCrop, LoadCrop, Unreadable
-from umae_jax.errors import listing, require
+from umae_jax.data.transforms import LoadCrop
+from umae_jax.errors import UserError, listing, require
 from umae_jax.features import read_encoder
-from umae_jax.files import AnyPath
+from umae_jax.files import AnyPath, explain, write_atomic
 from umae_jax.models.classifier import Classifier
-from umae_jax.models.positions_table import fixed_positions, resize_positions
-from umae_jax.tasks import labelled, next_steps
-from umae_jax.training.sharding import replicated
+from umae_jax.multihost import is_primary
+from umae_jax.tasks import labelled, next_steps, probing, splitting, stopping
+from umae_jax.tasks.accuracy import Results, make_evaluator
+from umae_jax.tasks.confusion import CONFUSION_FILE, draw_confusion
+from umae_jax.tasks.initialization import adapt_pretrained, describe_loaded
+from umae_jax.tasks.predicting import predict_images
+from umae_jax.training.metrics import metric_history
 from umae_jax.training.task import BaseTask, Batch, Hook, Params, Prediction, RunContext
 from umae_jax.weights.stored_run import StoredRun, best_checkpoint
 
 TOP1 = "validation_top1"
-NUM_PREDICTED = 5  # classes named per image
-
-
-class Accuracy(NamedTuple):
-    """Accuracy on a data set."""
-
-    images: int  # number of readable images; unreadable ones do not count
-    top1: float  # fraction whose class has the highest logit
-    top5: float  # fraction whose class is among the five highest logits
-    unreadable: int  # number of unreadable images
+KNN = "knn_top1"
 
 
 class Task(BaseTask):
@@ -53,6 +45,9 @@ class Task(BaseTask):
         super().__init__(config)
         mixes = bool(config.augment.mixup or config.augment.cutmix)
         self.group_size = 2 if mixes else 1  # mixup and cutmix mix neighbours
+        self.frozen = ("encoder.",) if config.freeze_encoder else ()
+        self.validation: Source | None = None
+        self.results: Results | None = None  # of the last validation
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return image uint8 [H, W, C] and label int32 []."""
@@ -66,6 +61,9 @@ class Task(BaseTask):
         images = model.encoder.normalize(random_flip(batch["image"], flip))
         if augment.erase:
             images = random_erase(images, erase, augment.erase)
+        if self.config.freeze_encoder:
+            graph, params = nnx.split(model.encoder)
+            model.encoder = nnx.merge(graph, jax.tree.map(jax.lax.stop_gradient, params))
         targets = smooth_targets(batch["label"], self.config.model.classes, augment.label_smoothing)
         images, targets = mix(images, targets, mixing, mixup=augment.mixup, cutmix=augment.cutmix)
         return optax.softmax_cross_entropy(model(images, drop), targets).mean(), {}
@@ -75,10 +73,26 @@ class Task(BaseTask):
         if self.config.model.classes is None:
             self.config.model.classes = classes
 
+    def resume(self, stored: ConfigDict) -> None:
+        """Keep the split: no image that the run has trained on may validate now, and none that validated may train."""
+        validation, before = self.config.validation, labelled.fraction_of(stored)
+        if validation.source is not None:
+            return
+        require(
+            before == 0 or stored.seed == self.config.seed,
+            f"seed is {stored.seed} in this run, {self.config.seed} here; it decides which images validate, so "
+            "set it back",
+        )
+        if validation.fraction != before:
+            console.say(
+                f"validation.fraction stays {before:g}, with which this run began, instead of {validation.fraction:g}"
+            )
+            validation.fraction = before
+
     def open(self) -> None:
         """See `BaseTask.open`; `model.classes` is set to the number of classes of the data."""
         config = self.config
-        self.source = labelled.open_training(config)
+        self.source, self.validation = labelled.open_both(config)
         labelled.check_labelled(self.source, "data.source")
         classes = len(self.source.classes)
         require(
@@ -92,8 +106,32 @@ class Task(BaseTask):
     def prepare(self) -> None:
         """See `BaseTask.prepare`."""
         config = self.config
-        self.validation = labelled.open_matching_validation(config, self.source)
         self.measured_last = TOP1 if self.validation and config.validation.every_epochs else None
+        if fraction := labelled.fraction_of(config):
+            count = len(self.validation) if self.validation else 0
+            console.say(
+                f"validation.source is not set: {count:,} of {len(self.source) + count:,} images of data.source "
+                f"validate and do not train (validation.fraction={fraction:g})"
+            )
+        if config.freeze_encoder and config.init is None:
+            console.warn("freeze_encoder: init is not set, so the head is trained on a random encoder")
+        require(
+            config.early_stop is None or self.measured_last is not None,
+            "early_stop: there are no validations; set validation.source or validation.fraction, and "
+            "validation.every_epochs, or leave early_stop out",
+        )
+
+    def overview(self) -> dict[str, str]:
+        """See `BaseTask.overview`."""
+        validation = self.config.validation
+        named = (
+            validation.source or f"held out of data.source (validation.fraction={labelled.fraction_of(self.config):g})"
+        )
+        return {
+            "classes": splitting.summarize_classes(self.source),
+            "validation": f"{len(self.validation):,} images, {named}" if self.validation else "none",
+            **({"frozen": "the encoder; only the head is trained"} if self.frozen else {}),
+        }
 
     def sample_loader(self) -> Callable[[int, int], Sample]:
         """Return random resized crops under RandAugment, with labels."""
@@ -115,36 +153,95 @@ class Task(BaseTask):
         if self.config.init is None:
             console.say("init is not set: training from scratch")
             return None
-        pretrained, encoder = read_encoder(self.config.init, "init")
-        return adapt_pretrained(self.config, abstract["encoder"], pretrained, encoder)
+        pretrained = read_encoder(self.config.init, "init")
+        params = adapt_pretrained(self.config, abstract["encoder"], pretrained.config, pretrained.params)
+        for line in describe_loaded(self.config, abstract, pretrained, params):
+            console.say(line)
+        return params
 
     def hooks(self, context: RunContext) -> Sequence[Hook]:
-        """Return the hook that measures validation accuracy."""
-        config = self.config
-        if self.validation is None:
-            console.say("validation.source is not set: accuracy is not measured")
+        """Return the hook that measures validation accuracy, before the first step also that of frozen features."""
+        config, validation = self.config, self.validation
+        if validation is None:
+            console.say("there are no validation images: accuracy is not measured")
             return ()
         batch_size = config.batch_size // config.grad_accum_steps
         measure = make_evaluator(
-            config, context.graph, context.params, self.validation, context.mesh, batch_size, context.check
+            config,
+            context.graph,
+            context.params,
+            validation,
+            context.mesh,
+            batch_size,
+            context.check,
+            self._validation_key,
         )
 
-        def validate(_step: int, params: Params) -> dict[str, float]:
-            accuracy = measure(params)
+        def validate(step: int, params: Params) -> dict[str, float]:
+            self.results = measure(params)
+            accuracy = self.results.accuracy
             metrics = {TOP1: accuracy.top1, "validation_top5": accuracy.top5, "validation_images": accuracy.images}
-            return metrics | ({"validation_unreadable": accuracy.unreadable} if accuracy.unreadable else {})
+            metrics |= {"validation_unreadable": accuracy.unreadable} if accuracy.unreadable else {}
+            if step == 0 and config.init is not None:
+                metrics[KNN] = self._knn_accuracy(context, params, validation, batch_size)
+                console.say(f"kNN on the features of the encoder as it was loaded: top-1 {metrics[KNN]:.2%}")
+            return metrics
 
         every = steps_of_epochs(config.validation.every_epochs, self.num_samples, config.batch_size)
         return (Hook(every, validate, metric=TOP1),)
 
+    def _knn_accuracy(self, context: RunContext, params: Params, validation: Source, batch_size: int) -> float:
+        """Return the kNN accuracy of the encoder's features."""
+        probe = self.config.probe
+        read = probing.FeatureReader(
+            self.config, context.graph, context.params, context.mesh, batch_size, context.check
+        )
+        bank = read(params, self.source, "data.source", probe.images)
+        queries = read(params, validation, self._validation_key)
+        options = {"neighbors": probe.neighbors, "temperature": probe.temperature}
+        return probing.knn_accuracy(bank, queries, classes=len(self.source.classes), **options)
+
+    @property
+    def _validation_key(self) -> str:
+        """Return the key that names the validation images, for error messages."""
+        return "validation.source" if self.config.validation.source else "validation.fraction"
+
+    def stop_reason(self, scores: Mapping[int, float]) -> str | None:
+        """See `BaseTask.stop_reason`."""
+        patience = self.config.early_stop
+        return None if patience is None else stopping.stop_reason(scores, patience)
+
     def result(self, workdir: AnyPath) -> str | None:
-        """Return the best accuracy and its checkpoint."""
+        """Draw and print the last validation per class; return the best accuracy and its checkpoint."""
         best = best_checkpoint(workdir)
+        if self.results is not None and best is not None:
+            self._show_classes(self.results, self.class_names, workdir, "last validation")
+            start = metric_history(workdir, KNN, 0).get(0)
+            if start is not None and best.value < start:
+                console.warn(
+                    f"the best top-1, {best.value:.2%}, is below the {start:.2%} of kNN on the features that "
+                    "fine-tuning started from: try another optimizer.base_learning_rate, weaker augment, more epochs, "
+                    "or freeze_encoder=True"
+                )
         return None if best is None else f"best top-1 {best.value:.2%}, in {best.folder}"
 
     def next_steps(self, workdir: AnyPath) -> dict[str, str]:
         """See `BaseTask.next_steps`."""
         return next_steps.after_finetuning(self.config, workdir)
+
+    def _show_classes(self, results: Results, classes: Sequence[str], workdir: AnyPath, title: str) -> None:
+        """Print the table of classes, and draw the confusion matrix into the run's directory."""
+        if not is_primary():
+            return
+        accuracy = results.accuracy
+        console.say(f"top-1 per class, {title}:\n{results.table(classes)}")
+        title = f"{title}: top-1 {accuracy.top1:.2%} of {accuracy.images:,} images"
+        try:
+            write_atomic(workdir / CONFUSION_FILE, draw_confusion(results, classes, title))
+        except (OSError, UserError) as error:
+            console.warn(f"{CONFUSION_FILE} could not be written: {explain(error) or error}")
+        else:
+            console.say(f"the confusion matrix is in {workdir / CONFUSION_FILE}")
 
     def evaluate(self, run: StoredRun, mesh: Mesh, batch_size: int) -> Prediction:
         """Return top-1 and top-5 accuracy on the validation images.
@@ -153,8 +250,13 @@ class Task(BaseTask):
             UserError: if the run names no validation images, or their classes are not the model's.
         """
         config, name = run.config, run.config.validation.source
-        require(name is not None, "--validation is missing; write --validation with folder:PATH or tfds:NAME")
-        source = labelled.open_validation(config, "--validation")
+        if labelled.fraction_of(config):
+            _, source = labelled.open_both(config)
+            name = f"part of {config.data.source}"
+        else:
+            source = None if name is None else labelled.open_validation(config, "--validation")
+        if source is None:
+            raise UserError("--validation is missing; write --validation with folder:PATH or tfds:NAME")
         require(
             len(source.classes) == config.model.classes,
             f"--validation: {name} has {len(source.classes)} classes, the model {config.model.classes}",
@@ -165,120 +267,14 @@ class Task(BaseTask):
             f"--validation: the model was not trained on these classes of {name}: {listing(unknown)}; "
             "name images of its own classes",
         )
-        accuracy = make_evaluator(config, run.graph, run.params, source, mesh, batch_size)(run.params)
+        evaluate = make_evaluator(config, run.graph, run.params, source, mesh, batch_size, key="--validation")
+        results = evaluate(run.params)
+        accuracy = results.accuracy
+        self._show_classes(results, source.classes, run.workdir, f"{name}, step {run.step:,}")
         line = f"top-1 {accuracy.top1:.2%}, top-5 {accuracy.top5:.2%} of {accuracy.images:,} images"
         line += f"; {accuracy.unreadable} unreadable images do not count" if accuracy.unreadable else ""
-        return line, {"step": run.step, **accuracy._asdict()}
+        return line, {"step": run.step, **accuracy._asdict(), "classes": results.per_class(source.classes)}
 
-    def predict(self, run: StoredRun, path: Path) -> Iterator[Prediction]:
+    def predict(self, run: StoredRun, path: Path, mesh: Mesh, batch_size: int) -> Iterator[Prediction]:
         """Yield the most probable classes of each image and their probabilities."""
-        config, source = run.config, open_images(path)
-        names = run.classes or [f"class {number}" for number in range(config.model.classes)]
-
-        @jax.jit
-        def probabilities(params: Params, images: jax.Array) -> jax.Array:
-            return jax.nn.softmax(nnx.merge(run.graph, params)(images))
-
-        failures = 0
-        load = LoadCentralCrop(source, config.image_size, config.model.channels, config.validation.crop)
-        for index in range(len(source)):
-            loaded = load.try_load(index)
-            if isinstance(loaded, Unreadable):
-                failures += 1
-                console.say(f"{loaded.name} cannot be read ({loaded.reason})")
-                continue
-            (name, _, _), pixels = loaded
-            values = np.asarray(probabilities(run.params, jnp.asarray(pixels[None])))[0]
-            classes = {names[k]: float(values[k]) for k in np.argsort(-values)[:NUM_PREDICTED]}
-            line = ", ".join(f"{label} {value:.1%}" for label, value in classes.items())
-            yield f"{name}: {line}", {"image": name, "classes": classes}
-        require(failures < len(source), f"--images: none of the images in {path} can be read")
-
-
-def rank_of(labels: jax.Array, logits: jax.Array) -> jax.Array:
-    """Count the classes ranked above the true one: labels int32 [B], logits [B, classes] -> int32 [B].
-
-    Among equal logits the lower class ranks first. A NaN never improves the rank of the true class.
-    """
-    true = jnp.take_along_axis(logits, labels[:, None], axis=1)  # [B, 1]
-    classes = jnp.arange(logits.shape[1])[None]
-    behind = (logits < true) | ((logits == true) & (classes > labels[:, None]))
-    return logits.shape[1] - 1 - behind.sum(1, dtype=jnp.int32)
-
-
-def make_evaluator(
-    config: ConfigDict,
-    graph: nnx.GraphDef,
-    params: Params,
-    source: Source,
-    mesh: Mesh,
-    batch_size: int,
-    check: Callable[[], None] = lambda: None,
-) -> Callable[[Params], Accuracy]:
-    """Compile the evaluation of a classifier on every image of a source, each counted once.
-
-    In bfloat16 the logits, and so the order of two nearly equal classes, can depend on the batch size.
-
-    Args:
-        config, graph: of the classifier.
-        params: its parameters, or their shapes with shardings.
-        source: labelled images.
-        mesh: the devices.
-        batch_size: global.
-        check: called before each batch; may raise to stop the evaluation.
-    """
-    loader = labelled.eval_loader(config, source, "validation.source", mesh, batch_size, None, set())
-
-    def count(params: Params, batch: Batch) -> jax.Array:
-        valid = batch["valid"]
-        rank = rank_of(jnp.maximum(batch["label"], 0), nnx.merge(graph, params)(batch["image"]))
-        return jnp.stack([valid.sum(), (valid & (rank < 1)).sum(), (valid & (rank < 5)).sum()])
-
-    jitted = jax.jit(count, out_shardings=replicated(mesh))
-    compiled = jitted.lower(params, labelled.abstract_eval_batch(config, mesh, batch_size)).compile()
-
-    def evaluate(params: Params) -> Accuracy:
-        counts = []
-        for batch in loader:
-            check()
-            counts.append(compiled(params, batch))
-        images, top1, top5 = np.sum(jax.device_get(counts), axis=0).tolist()
-        require(images > 0, "validation.source: none of its images can be read; repair them or name another source")
-        return Accuracy(images, top1 / images, top5 / images, len(source) - images)
-
-    return evaluate
-
-
-def adapt_pretrained(config: ConfigDict, abstract: Params, pretrained: ConfigDict, encoder: nnx.State) -> Params:
-    """Return the classifier's parameters {"encoder": ...} from a pre-trained encoder, on the host.
-
-    Position tables are resized if the image size differs from that of pre-training.
-
-    Args:
-        config: of the classifier; `config.init` names the encoder in the error message.
-        abstract: the classifier's encoder, in shapes; parameters that it lacks, such as a final norm, are dropped.
-        pretrained: configuration of the pre-trained model.
-        encoder: parameters of its encoder.
-
-    Raises:
-        UserError: naming the sizes that differ.
-    """
-    keys = ["encoder", "channels", "patch", "widths", "depths", "heads", "mlp_ratios"]
-    keys += ["position_width"] if "position_width" in config.model else []
-    pairs = [(f"model.{key}", pretrained.model.get(key), config.model[key]) for key in keys]
-    different = [f"{key} is {theirs}, not {ours}" for key, theirs, ours in pairs if theirs != ours]
-    require(
-        not different,
-        f"init: {config.init} holds an encoder of other sizes ({'; '.join(different)}); "
-        "choose a configuration of its sizes, or set these keys",
-    )
-    variables, shapes = dict(nnx.to_flat_state(encoder)), dict(nnx.to_flat_state(abstract))
-    table = ("positions", "table")
-    if table in shapes:
-        side, width = config.model.patch, config.model.widths[0]
-        grids = [(image[0] // side, image[1] // side) for image in (pretrained.image_size, config.image_size)]
-        leading = shapes[table].shape[1] - grids[1][0] * grids[1][1]  # 1 with a class token
-        fixed = fixed_positions(width, grids[0], leading)
-        learned = jnp.asarray(variables[table][...] if table in variables else fixed)
-        variables[table] = nnx.Param(np.asarray(resize_positions(learned, *grids, leading=leading)))
-    return nnx.State({"encoder": nnx.from_flat_state([(path, variables[path]) for path in shapes])})
+        return predict_images(run, open_images(path), mesh, batch_size)

@@ -1,4 +1,7 @@
-"""Evaluation of a stored run of any task."""
+"""Evaluation and predictions of a stored run of any task."""
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 
@@ -51,8 +54,17 @@ def evaluate_run(run: StoredRun, *, probe: str | None = None, batch_size: int = 
     Returns:
         A summary in one line, and the metrics by name.
     """
-    devices = jax.device_count()
-    batch_size = -(-batch_size // devices) * devices
+    batch_size = _round_up(batch_size)
     if probe is not None:
         return probing.probe_run(run, probe, make_mesh(), batch_size)
     return make_task(run.config).evaluate(run, make_mesh(), batch_size)
+
+
+def predict_run(run: StoredRun, images: Path, *, batch_size: int = 256) -> Iterator[Prediction]:
+    """Predict for an image file or each image of a folder; arguments as for `evaluate_run`."""
+    return make_task(run.config).predict(run, images, make_mesh(), _round_up(batch_size))
+
+
+def _round_up(batch_size: int) -> int:
+    """Round up to a multiple of the number of devices."""
+    return -(-batch_size // jax.device_count()) * jax.device_count()

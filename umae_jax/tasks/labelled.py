@@ -10,6 +10,7 @@ from umae_jax.data.pipeline import EvalLoader, abstract_batch, readers
 from umae_jax.data.sources import Source, open_source
 from umae_jax.data.transforms import LoadCentralCrop
 from umae_jax.errors import UserError, listing, require
+from umae_jax.tasks.splitting import split
 from umae_jax.training.sharding import batch_sharding
 
 
@@ -67,6 +68,28 @@ def say_summary(source: Source) -> None:
     """Print the number of images and classes, and what was left out."""
     if summary := getattr(source, "summary", ""):  # sources of other packages may lack it
         say(summary)
+
+
+def fraction_of(config: ConfigDict) -> float:
+    """Return the part of the training images that validates: 0 if validation images are named, or without the key."""
+    return 0.0 if config.validation.source is not None else config.validation.get("fraction", 0.0)
+
+
+def open_both(
+    config: ConfigDict, keys: tuple[str, str] = ("data.source", "validation.source")
+) -> tuple[Source, Source | None]:
+    """Open training and validation images; without a validation source, hold out `validation.fraction` of the former.
+
+    Raises:
+        UserError: see `open_matching_validation`.
+    """
+    source = open_training(config)
+    fraction = fraction_of(config)
+    if fraction == 0:
+        return source, open_matching_validation(config, source, keys)
+    check_labelled(source, keys[0])
+    training, validation = split(source, fraction, config.seed)
+    return training, validation if len(validation) else None
 
 
 def check_labelled(source: Source, key: str) -> None:

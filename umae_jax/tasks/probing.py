@@ -184,9 +184,8 @@ def probe_run(run: StoredRun, probe: str, mesh: Mesh, batch_size: int) -> Predic
         UserError: if training or validation images are missing or have no labels.
     """
     config = run.config
-    source = labelled.open_training(config)
     keys = ("--source", "--validation")
-    validation = labelled.open_matching_validation(config, source, keys)
+    source, validation = labelled.open_both(config, keys)
     if validation is None:
         raise UserError("--validation is missing; write --validation with folder:PATH or tfds:NAME")
     read = FeatureReader(config, run.graph, run.params, mesh, batch_size)

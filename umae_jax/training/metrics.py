@@ -23,6 +23,7 @@ from umae_jax.config import to_json
 from umae_jax.console import duration, say, warn
 from umae_jax.errors import UserError
 from umae_jax.files import AnyPath, first_line, in_bucket, write_atomic
+from umae_jax.multihost import broadcast_json
 from umae_jax.training.trackers import Tracker, open_tracker
 
 METRICS_FILE = "metrics.jsonl"
@@ -46,6 +47,12 @@ def read_metrics(workdir: AnyPath) -> Iterator[dict[str, Any]]:
     """Yield the lines that a run has written, oldest first."""
     for _, line in _lines(workdir / METRICS_FILE):
         yield json.loads(line)
+
+
+def metric_history(workdir: AnyPath, name: str | None, last_step: int) -> dict[int, float]:
+    """Return a metric by step, up to `last_step`, as process 0 reads it; every process must call it."""
+    lines = ((step, json.loads(line)) for step, line in _lines(workdir / METRICS_FILE) if step <= last_step)
+    return dict(broadcast_json([(at, values[name]) for at, values in lines if name in values]))
 
 
 class MetricsWriter:
@@ -153,6 +160,13 @@ class MetricsWriter:
             shutil.rmtree(self._local, ignore_errors=True)
 
 
+def _format(key: str, value: float) -> str:
+    """Format a metric for people: accuracies, "..._top1" and "..._top5", as per cent with two decimals."""
+    if key.endswith(("_top1", "_top5")):
+        return f"{value:.2%}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
 @contextlib.contextmanager
 def _add_path(path: Path) -> Iterator[None]:
     """Add the path to every OSError that is raised inside."""
@@ -222,10 +236,7 @@ class Report:
         """Report the metrics of an evaluation."""
         if self._writer is not None:
             self._write(step, values)
-            formatted = {
-                key: f"{value:,}" if isinstance(value, int) else f"{value:.4g}" for key, value in values.items()
-            }
-            self._print(step, [f"{key} {value}" for key, value in formatted.items()])
+            self._print(step, [f"{key} {_format(key, value)}" for key, value in values.items()])
 
     def show(self, step: int, name: str, png: bytes) -> None:
         """Write a picture to DIR/NAME/STEP.png, and show it in TensorBoard and the tracker."""

@@ -39,13 +39,14 @@ def layer_scales(params: Params, layer_index: Callable[[str], tuple[int, int]], 
 
 
 def make_optimizer(
-    recipe: ConfigDict, layer_index: Callable[[str], tuple[int, int]] | None = None
+    recipe: ConfigDict, layer_index: Callable[[str], tuple[int, int]] | None = None, frozen: tuple[str, ...] = ()
 ) -> optax.GradientTransformation:
     """Build AdamW's update direction: clipped, decayed, and scaled per layer.
 
     Args:
         recipe: the configuration's `optimizer`.
         layer_index: see `layer_scales`; required if the recipe has a `layer_decay` other than 1.
+        frozen: prefixes of the names of parameters that get zero updates and no state.
     """
     parts = [
         optax.identity() if recipe.clip_norm is None else optax.clip_by_global_norm(recipe.clip_norm),
@@ -60,7 +61,14 @@ def make_optimizer(
             return jax.tree.map(jnp.multiply, updates, layer_scales(updates, layer_index, decay))
 
         parts.append(optax.stateless(scale))
-    return optax.chain(*parts)
+    optimizer = optax.chain(*parts)
+    if not frozen:
+        return optimizer
+
+    def labels(params: Params) -> Params:
+        return _map_by_name(lambda name, _: "frozen" if name.startswith(frozen) else "trained", params)
+
+    return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
 
 
 def learning_rate_schedule(

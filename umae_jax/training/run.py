@@ -3,8 +3,7 @@
 import contextlib
 import copy
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any
 
@@ -32,9 +31,10 @@ from umae_jax.files import AnyPath, write_atomic
 from umae_jax.models.kernels import check_platform
 from umae_jax.multihost import StopSignal, Watchdog, all_gather_json, broadcast_json, is_primary
 from umae_jax.training.checkpoint import Checkpoints
+from umae_jax.training.clock import Clock
 from umae_jax.training.finish import draw_run, finish
 from umae_jax.training.memory import device_bytes, explain_exhaustion, step_bytes
-from umae_jax.training.metrics import Report, metric_names
+from umae_jax.training.metrics import Report, metric_history, metric_names
 from umae_jax.training.optimizer import learning_rate_schedule
 from umae_jax.training.overview import Schedule, data_of, describe
 from umae_jax.training.sharding import batch_sharding, make_mesh, shardings_of
@@ -42,7 +42,7 @@ from umae_jax.training.state import AbstractRun, abstract_run, initialize
 from umae_jax.training.step import TrainStep, lower_step, make_train_step
 from umae_jax.training.task import BaseTask, Batch, Hook, RunContext
 from umae_jax.training.trackers import check_installed
-from umae_jax.weights.stored_run import CLASSES_FILE
+from umae_jax.weights.stored_run import CLASSES_FILE, stored_config
 
 MAX_SAMPLES = 2**32  # sample indices are 32-bit
 CHECKPOINTS_PER_RUN, MAX_CHECKPOINT_STEPS = 20, 1000  # where checkpoint_every is None
@@ -70,6 +70,8 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
     with contextlib.ExitStack() as resources, explained:
         # Data.
         with startup.phase("opening the images"):
+            if stored := stored_config(workdir):
+                task.resume(stored)
             task.open()
             task.prepare()
         total_steps, warmup_steps = durations(config, task.num_samples)
@@ -90,6 +92,11 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
         if first_step > total_steps or (first_step == total_steps and not _missing(task, done)):
             say(f"{workdir} has reached step {first_step} already; set total_steps above that to go on")
             finish(task, workdir, state.eval_params, first_step)
+            return
+        scores = metric_history(workdir, task.best_metric, first_step)
+        stopped = task.stop_reason(scores) if first_step in scores and data.get("total_steps") == total_steps else None
+        if stopped:
+            say(f"{workdir} has ended at step {first_step} already: {stopped}")
             return
         describe(task, run, mesh, workdir, schedule, data)
         report = Report(config, workdir, first_step, total_steps, task.num_samples / config.batch_size)
@@ -172,8 +179,13 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
                         saved, saving = number, False
                     if metrics:  # after the checkpoint: a run killed in between evaluates again
                         report.evaluation(number, metrics)
+                    if task.best_metric and task.best_metric in metrics:
+                        scores[number] = metrics[task.best_metric]
             except PreemptionRequested:  # the hook starts again when the run continues here
                 signal, saving = stop.received, number not in (0, saved)
+            if due and number in scores and not last and (stopped := task.stop_reason(scores)):
+                say(f"ending at step {number}: {stopped}")
+                last, saving = True, number != saved
             # Save.
             if saving:
                 save(number)
@@ -202,8 +214,8 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
             pending = (number, metrics_of_step, loader.skipped_images)
         checkpoints.wait()
         report.finish()
-        say(f"finished {total_steps} steps; everything is in {workdir}")
-        finish(task, workdir, state.eval_params, total_steps)
+        say(f"finished {number} steps; everything is in {workdir}")
+        finish(task, workdir, state.eval_params, number)
 
 
 def _is_due(hook: Hook, step: int, first_step: int, last: bool, done: list[str]) -> bool:
@@ -215,35 +227,6 @@ def _is_due(hook: Hook, step: int, first_step: int, last: bool, done: list[str])
 def _missing(task: BaseTask, done: list[str]) -> bool:
     """Return whether a metric of the last step is still to be measured: a signal may have come before it."""
     return task.measured_last is not None and task.measured_last not in done
-
-
-class Clock:
-    """Measures images per second, and the fraction of time spent waiting for data, since the last report."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Start anew."""
-        self._start, self._images, self._waited = time.monotonic(), 0, 0.0
-
-    def next(self, batches: Iterator[Batch]) -> Batch:
-        """Return the next batch, counting the time as waiting."""
-        start = time.monotonic()
-        batch = next(batches)
-        self._waited += time.monotonic() - start
-        return batch
-
-    def count(self, images: int) -> None:
-        """Add trained images."""
-        self._images += images
-
-    def rates(self) -> dict[str, float]:
-        """Return `images_per_second` and `data_wait`, and start anew."""
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        rates = {"images_per_second": self._images / seconds, "data_wait": min(1.0, self._waited / seconds)}
-        self.restart()
-        return rates
 
 
 # Before the loop: durations, the directory, the step.
@@ -314,7 +297,7 @@ def check_same_run(old: ConfigDict, new: ConfigDict, workdir: AnyPath) -> None:
             f"batch_size is {before} in {workdir}, {after} here; a run counts its steps in one batch size; set it back "
             "(grad_accum_steps saves memory) or choose another --workdir"
         )
-    model_keys = ("image_size", "optimizer.ema_decay")
+    model_keys = ("image_size", "optimizer.ema_decay", "freeze_encoder")  # of the model or the optimizer's state
     model = {key: values for key, values in changed.items() if key.startswith("model.") or key in model_keys}
     model = {key: values for key, values in model.items() if key == "model.method"} or model  # it explains the others
     if model:

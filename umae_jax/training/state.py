@@ -79,7 +79,7 @@ def abstract_run(task: BaseTask, mesh: Mesh) -> AbstractRun:
     model = nnx.eval_shape(lambda: _build_model(task))
     graph, params = nnx.split(model, nnx.Param)
     recipe = task.config.optimizer
-    optimizer = make_optimizer(recipe, lambda name: task.layer_index(model, name))
+    optimizer = make_optimizer(recipe, lambda name: task.layer_index(model, name), task.frozen)
     state = jax.eval_shape(lambda params: init_state(params, optimizer, ema=recipe.ema_decay is not None), params)
     state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, state_shardings(mesh, state))
     return AbstractRun(graph, optimizer, state)

@@ -1,7 +1,7 @@
 """The interface between the training loop (`run.py`) and the tasks that it trains (`umae_jax/tasks/`)."""
 
 import abc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -68,6 +68,7 @@ class BaseTask(abc.ABC):
         accuracies: metrics of evaluations, in [0, 1], that the picture of the loss shows.
         measured_last: `Hook.metric` that a complete run has logged at its last step, set by `prepare`; None: none.
         group_size: number of neighbouring samples that gradient accumulation keeps in one microbatch.
+        frozen: prefixes of the names of parameters that keep their values; the loss must give them zero gradients.
         source: the training data, set by `open`.
         config: the configuration; `open` may complete it from the data.
         class_names: names of the classes of the training data; () without classes.
@@ -77,6 +78,7 @@ class BaseTask(abc.ABC):
     best_metric: ClassVar[str | None] = None
     accuracies: ClassVar[tuple[str, ...]] = ()
     group_size: int = 1
+    frozen: tuple[str, ...] = ()
     measured_last: str | None = None
     source: Source
 
@@ -121,6 +123,9 @@ class BaseTask(abc.ABC):
         """Set the number of classes, for a plan without the data set."""
 
     # With data, for a training run.
+
+    def resume(self, stored: ConfigDict) -> None:  # noqa: B027 - most tasks have nothing to keep
+        """Take over what a run that continues must keep from the configuration it has stored; called before `open`."""
 
     @abc.abstractmethod
     def open(self) -> None:
@@ -170,6 +175,14 @@ class BaseTask(abc.ABC):
         """Return the evaluations and pictures of a run."""
         return ()
 
+    def stop_reason(self, scores: Mapping[int, float]) -> str | None:
+        """Return why the run ends now, before its last step; None: it goes on.
+
+        Args:
+            scores: `best_metric` by step, up to now, ascending. The last one was measured at this step.
+        """
+        return None
+
     def result(self, workdir: AnyPath) -> str | None:
         """Return the line to print at the end of a run, such as the path of its last picture."""
         return None
@@ -192,8 +205,8 @@ class BaseTask(abc.ABC):
         """
         raise UserError(f"model.method: {self.config.model.method} is evaluated by a probe; choose knn or linear")
 
-    def predict(self, run: StoredRun, path: Path) -> Iterator[Prediction]:
-        """Predict for an image file or each image of a folder.
+    def predict(self, run: StoredRun, path: Path, mesh: Mesh, batch_size: int) -> Iterator[Prediction]:
+        """Predict for an image file or each image of a folder; the values are those of a row of a table.
 
         Raises:
             UserError: if the task has no predictions for images.

@@ -46,6 +46,7 @@ class StoredRun(NamedTuple):
     params: nnx.State  # the moving average of the parameters if the run keeps one
     step: int
     classes: tuple[str, ...]  # class names, () if unknown
+    workdir: epath.Path
 
 
 def read_run(
@@ -89,7 +90,14 @@ def read_run(
     path, params = restored
     names = workdir / CLASSES_FILE
     classes = tuple(json.loads(names.read_bytes())) if names.is_file() else old_class_names(config_file.read_bytes())
-    return StoredRun(config, graph, params, int(path.name), classes)
+    return StoredRun(config, graph, params, int(path.name), classes, workdir)
+
+
+def stored_config(workdir: AnyPath) -> ConfigDict | None:
+    """Return the configuration of the run in a directory, None without a checkpoint; every process must call it."""
+    workdir = absolute(workdir)
+    file = workdir / CONFIG_FILE
+    return read_config(file) if newest_first(workdir / FOLDER) and file.is_file() else None
 
 
 def newest_first(folder: epath.Path) -> list[epath.Path]:
