@@ -11,21 +11,21 @@ import json
 
 from absl import flags
 
-from umae_jax import cli, console, multihost
+from umae_jax import cli, console
+from umae_jax.cluster_flags import ClusterFlags
 from umae_jax.errors import require
 from umae_jax.files import locate, locate_local
-from umae_jax.tasks import evaluation, make_task, probing
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run.")
 _BEST = flags.DEFINE_boolean("best", False, "Use the checkpoint with the best validation metric, not the newest.")
-_PROBE = flags.DEFINE_enum("probe", None, probing.PROBES, "Probe frozen features by kNN or a linear layer.")
+_PROBE = flags.DEFINE_enum("probe", None, ["knn", "linear"], "Probe frozen features by kNN or a linear layer.")
 _STAGE = flags.DEFINE_integer("stage", None, "Stage whose features are probed: 0 is the first, -1 the last.")
 _IMAGES = flags.DEFINE_string("images", None, "Image file, or folder of them, to classify.")
 _SOURCE = flags.DEFINE_string("source", None, "Labelled training images for a probe: folder:PATH or tfds:NAME.")
 _VALIDATION = flags.DEFINE_string("validation", None, "Labelled images to evaluate on: folder:PATH or tfds:NAME.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images per step, over all devices.", lower_bound=1)
 _JSON = flags.DEFINE_boolean("json", False, "Print JSON.")
-_CLUSTER = multihost.ClusterFlags()
+_CLUSTER = ClusterFlags()
 
 
 def main() -> None:
@@ -36,6 +36,8 @@ def main() -> None:
         bool(_PROBE.value) or (_SOURCE.value is None and _STAGE.value is None),
         "--source and --stage belong to a probe; add --probe knn or --probe linear, or leave them out",
     )
+    from umae_jax.tasks import evaluation, make_task  # import JAX
+
     cli.join(_CLUSTER, None, None)
     run = evaluation.open_run(
         workdir, best=_BEST.value, source=_SOURCE.value, validation=_VALIDATION.value, stage=_STAGE.value
