@@ -1,4 +1,4 @@
-"""Swin-T classifier for a folder of your own images, on one GPU or in Colab, after pretrain_folder.
+"""Swin-T classifier for a folder of your own images, on one GPU, after pretrain_folder.
 
     python -m umae_jax.finetune --config finetune_folder --workdir DIR --config.init=DIR_OR_FILE \
         --config.data.source=folder:TRAIN --config.validation.source=folder:VALIDATION

@@ -1,9 +1,10 @@
-"""A Swin with about a billion parameters, UM-MAE, 800 epochs on ImageNet-1K with Swin-L's recipe; not in the paper.
+"""A Swin of a billion parameters, UM-MAE, 800 epochs on ImageNet-1K; not in the paper.
 
     python -m umae_jax.pretrain --config pretrain_swin_billion --workdir DIR \
         --config.data.source=tfds:imagenet2012 --config.data.data_dir=TFDS_FOLDER
 
-Parameters and optimiser state are sharded over 8 devices: together they take 11.3 GiB, and the gradients 3.8 GiB.
+The recipe is Swin-L's. Parameters and optimiser state are sharded over 8 devices: together they take 11.3 GiB, and the
+gradients 3.8 GiB.
 """
 
 from ml_collections import ConfigDict

@@ -131,8 +131,7 @@ def test_the_notebook_is_stored_with_its_outputs_and_pictures(notebook):
 
 def test_the_pod_script_and_the_dockerfile_copy_every_package_folder():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    folders = {folder for folder in project["tool"]["setuptools"]["package-dir"].values() if folder != "umae_jax"}
-    assert folders
+    folders = {"umae_jax", *project["tool"]["hatch"]["build"]["targets"]["wheel"]["sources"]}
     for name in ("tpu_pod.sh", "Dockerfile"):
         lines = [line for line in (LAUNCH / name).read_text().splitlines() if "scp" in line or line.startswith("COPY")]
         assert folders <= set(shlex.split(" ".join(lines))), name

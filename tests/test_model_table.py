@@ -1,5 +1,23 @@
-from tests import commands
-from umae_jax.model_table import describe
+import re
+
+import jax
+import pytest
+
+import umae_jax
+from tests import commands, golden, small
+from umae_jax.config import default_config
+from umae_jax.model_table import stored_counts
+from umae_jax.models.counts import count
+from umae_jax.tasks import make_task
+from umae_jax.training.sharding import make_mesh
+from umae_jax.training.state import abstract_run
+from umae_jax.weights.names import to_reference
+
+SMALLEST = ("swin_tiny", "pvt_tiny", "vit_small")
+
+
+def size_of(tree):
+    return sum(array.size for array in jax.tree.leaves(tree))
 
 
 def test_the_command_lists_a_size_with_its_methods():
@@ -14,12 +32,41 @@ def test_the_command_lists_a_size_with_its_methods():
     assert float(work[0]) < 0.6 * float(work[2])
 
 
-def test_the_work_is_counted_from_the_model_that_runs():
-    row = describe("pvt_tiny", "um_mae")
-    assert row[:5] == ("pvt_tiny", "um_mae", "256 x 256", "18,980,672", "1,024")
+def test_every_model_has_stored_counts():
+    models = [(size, method) for size, methods in umae_jax.list_models().items() for method in methods]
+    assert list(stored_counts()) == models
+
+
+@pytest.mark.parametrize("size", SMALLEST)
+def test_stored_counts_are_those_of_the_models(size):
+    for method in umae_jax.list_models()[size]:
+        stored, counted = stored_counts()[size, method], count(size, method)
+        assert stored[:2] == counted[:2]
+        assert stored.flops == pytest.approx(counted.flops, rel=0.01)  # XLA may count other operations differently
+
+
+@pytest.mark.parametrize("size", sorted(umae_jax.list_models().keys() - set(SMALLEST)))
+def test_a_run_counts_the_same_parameters(size):
+    config = default_config(size)
+    config.data.source = "photos"
+    assert size_of(abstract_run(make_task(config), make_mesh()).state.params) == stored_counts()[size, "um_mae"][0]
+
+
+@pytest.mark.parametrize("kind", small.KINDS)
+def test_an_exported_file_holds_the_parameters_that_are_counted(kind):
+    config = golden.config_of(kind)
+    params = small.random_model(config)[1]
+    assert sum(array.size for array in to_reference(config, params).values()) == size_of(params)
+
+
+def test_the_table_of_the_documentation_is_up_to_date():
+    page = (commands.ROOT / "docs" / "pretraining.md").read_text()
+    for size in umae_jax.list_models():
+        counts = [stored_counts()[size, method] for method in ("um_mae", "simmim", "classifier")]
+        cells = [f"{count.parameters / 1e6:.1f} M, {count.flops / 1e9:.2f}" for count in counts]
+        assert f"| `{size}` | {' | '.join(cells)} |\n" in page
 
 
 def test_an_unknown_size_is_named():
     _, errors = commands.run("models", "resnet", status=2)
-    assert "resnet" in errors
-    assert "swin_tiny, " in errors
+    assert re.match(r"error: there is no size resnet; choose swin_tiny, ", errors)

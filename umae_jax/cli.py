@@ -1,6 +1,11 @@
-"""What every command shares: flags, and errors that are one sentence."""
+"""What every command shares: flags, and errors that are one sentence.
+
+Flags are parsed, and --help is answered, before JAX is imported. A command therefore defines its flags in a module that
+does not import JAX, and imports the rest in its main function.
+"""
 
 import functools
+import itertools
 import logging as python_logging
 import sys
 import traceback
@@ -8,16 +13,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from umae_jax import multihost, process, startup
-from umae_jax.config import explain_failure, flat, load_config
-from umae_jax.console import LogHandler, say
+from umae_jax import process
+from umae_jax.cluster_flags import ClusterFlags
+from umae_jax.config import flat, load_config
+from umae_jax.console import LogHandler, result, say
 from umae_jax.errors import Preempted, UserError
-from umae_jax.files import AnyPath, explain
-from umae_jax.multihost import ClusterFlags
+from umae_jax.files import AnyPath, explain, locate
+from umae_jax.help import HELP_FLAGS, command_help, explain_flag_error, keys_help, own_flags
 
 T = TypeVar("T")
 
@@ -34,7 +39,8 @@ class _ConfigParser(flags.ArgumentParser):
 
 def define_config() -> flags.FlagHolder[ConfigDict | None]:
     """Define `--config FILE_OR_NAME` and its overrides `--config.KEY=VALUE`."""
-    holder = config_flags.DEFINE_config_file("config", None, "A Python file, or a bundled configuration: quickstart.")
+    text = "A Python file, or a name below. --config NAME --help lists its keys, which --config.KEY=VALUE overrides."
+    holder = config_flags.DEFINE_config_file("config", None, text)
     flags.FLAGS[holder.name].parser = _ConfigParser()
     return holder
 
@@ -49,6 +55,11 @@ def join(
     Raises:
         UserError: if the processes cannot be connected, or differ.
     """
+    import jax
+
+    from umae_jax import multihost, startup
+
+    startup.mark("imports")
     multihost.initialize(cluster, preemption=preemption)
     if not jax.distributed.is_initialized():
         return
@@ -57,10 +68,7 @@ def join(
     startup.use_cache(workdir / startup.CACHE_FOLDER if workdir and jax.default_backend() != "cpu" else None)
     ignored = {"config", "workdir", *vars(cluster)}
     settings: dict[str, Any] = {"command": Path(sys.argv[0]).stem}
-    for module, module_flags in flags.FLAGS.flags_by_module_dict().items():
-        if module.startswith("umae_jax") or module == sys.argv[0]:
-            chosen = [flag for flag in module_flags if flag.name.partition(".")[0] not in ignored]
-            settings |= {f"--{flag.name}": str(flag.value) for flag in chosen}
+    settings |= {f"--{flag.name}": str(flag.value) for flag in own_flags().values() if flag.name not in ignored}
     if config is not None:
         settings |= {key: str(value) for key, value in flat(config).items()}
     multihost.check_agreement(settings, workdir)
@@ -85,24 +93,31 @@ def read_config(flag: flags.FlagHolder[ConfigDict | None]) -> ConfigDict:
 
 def _leave(message: str, status: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201 - the terminal
-    multihost.limit_exit()
+    if "jax" in sys.modules:
+        from umae_jax import multihost  # imports JAX
+
+        multihost.limit_exit()
     sys.exit(status)
 
 
 def _parse(argv: Sequence[str], max_arguments: int) -> list[str]:
     """Parse flags and up to `max_arguments` arguments; leave with one sentence if something is wrong."""
+    before_arguments = list(itertools.takewhile(lambda word: word != "--", argv))
+    asks_help = not HELP_FLAGS.isdisjoint(before_arguments)
     try:
-        rest = flags.FLAGS(argv)
-    except flags.Error as error:
-        _leave(str(error), 2)
-    except (AttributeError, KeyError) as error:  # an override of a key that the configuration does not have
-        _leave(f"--config: {explain_failure(error)}", 2)
+        rest = flags.FLAGS([word for word in argv if word not in HELP_FLAGS] if asks_help else argv)
+    except (flags.Error, AttributeError, KeyError) as error:
+        _leave(explain_flag_error(error, argv), 2)
+    if asks_help:
+        config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+        result(command_help(sys.modules["__main__"].__doc__ or "") if config is None else keys_help(config))
+        sys.exit()
     if len(rest) > 1 + max_arguments:
         _leave(f"unexpected argument {rest[1 + max_arguments]!r}; write options as --name value", 2)
     return rest
 
 
-def run(main: Callable[..., None], *, arguments: int = 0) -> None:
+def run(main: Callable[..., None], *, arguments: int = 0, compiles: bool = True) -> None:
     """Parse the flags of a command and call it; turn errors that its user can fix into one sentence.
 
     The exit status is 2 after a UserError, 1 after any other error, 128 + signal after Preempted.
@@ -110,14 +125,17 @@ def run(main: Callable[..., None], *, arguments: int = 0) -> None:
     Args:
         main: called with the arguments that are not flags.
         arguments: maximum number of these.
+        compiles: whether it compiles programs, which are kept in the user's cache.
     """
 
     def guarded(argv: Sequence[str]) -> None:
         logging.set_verbosity(logging.WARNING)
         python_logging.root.handlers = [LogHandler()]
-        startup.mark("imports")
-        startup.use_user_cache()
         try:
+            if compiles:
+                from umae_jax import startup  # imports JAX
+
+                startup.use_user_cache()
             main(*argv[1:])
         except Preempted as stopped:
             say(f"{stopped}; everything is saved, the same command continues")
@@ -125,10 +143,37 @@ def run(main: Callable[..., None], *, arguments: int = 0) -> None:
         except Exception as error:
             if sentence := explain(error):
                 _leave(sentence, 2 if isinstance(error, UserError) else 1)
-            if not jax.distributed.is_initialized():
+            if not _is_distributed():
                 raise
             traceback.print_exc()
             _leave("this process failed; if it lost a connection, another one failed first: see the other logs", 1)
 
     process.prepare()
     app.run(guarded, flags_parser=functools.partial(_parse, max_arguments=arguments))
+
+
+def _is_distributed() -> bool:
+    if "jax" not in sys.modules:
+        return False
+    import jax
+
+    return jax.distributed.is_initialized()
+
+
+def run_training(command: str) -> None:
+    """Parse the flags of a training command and run it."""
+    config_flag = define_config()
+    workdir_flag = flags.DEFINE_string("workdir", None, "Directory for checkpoints, metrics and everything else.")
+    step_timeout = flags.DEFINE_float("step_timeout", 0, "Max seconds per training step; 0: no limit.", 0)
+    cluster = ClusterFlags()
+
+    def main() -> None:
+        from umae_jax.tasks.command import train
+
+        config = read_config(config_flag)
+        workdir = locate(required(workdir_flag, "a directory for what the run produces"), "--workdir")
+        join(cluster, config, workdir, preemption=True)
+        if line := train(config, workdir, command, step_timeout.value or None):
+            result(line)
+
+    run(main)

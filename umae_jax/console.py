@@ -6,14 +6,21 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from umae_jax.multihost import is_primary
-
 GIB = 2**30
+
+
+def _is_primary() -> bool:
+    """Return whether this is process 0; a process that has not imported JAX is the only one."""
+    if "jax" not in sys.modules:
+        return True
+    from umae_jax import multihost  # imports JAX
+
+    return multihost.is_primary()
 
 
 def say(line: str) -> None:
     """Print a line on standard error, from process 0 only."""
-    if is_primary():
+    if _is_primary():
         tqdm.write(_encodable(line, sys.stderr), file=sys.stderr)
 
 
@@ -24,7 +31,7 @@ def warn(line: str) -> None:
 
 def result(line: object) -> None:
     """Print the result of the command on standard output, from process 0 only."""
-    if is_primary():
+    if _is_primary():
         print(_encodable(str(line), sys.stdout), flush=True)  # noqa: T201 - the terminal
 
 

@@ -17,17 +17,14 @@ from umae_jax import cli, console
 from umae_jax.config import check
 from umae_jax.errors import require
 from umae_jax.files import locate, locate_local
-from umae_jax.tasks.importing import import_weights
-from umae_jax.weights.exchange import REFERENCE, export_weights
-from umae_jax.weights.huggingface import LAYOUTS, resolve_weights
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Import: the directory to make.")
 _OUTPUT = flags.DEFINE_string("output", None, "Export: the file to write, .safetensors or .pth.")
 _LAYOUT = flags.DEFINE_enum(
     "layout",
-    REFERENCE,
-    [REFERENCE, *LAYOUTS],
+    "reference",
+    ["reference", "vit_mae", "vit"],
     "Export: parameter names; vit_mae and vit are transformers' ViTMAEForPreTraining and ViTModel.",
 )
 _BEST = flags.DEFINE_boolean("best", False, "Export: the checkpoint with the best validation metric, not the newest.")
@@ -36,6 +33,10 @@ _BEST = flags.DEFINE_boolean("best", False, "Export: the checkpoint with the bes
 def main(source: str = "") -> None:
     """Import a weight file, or export the run in a directory."""
     require(bool(source), "FILE or DIR is missing; name a weight FILE with --workdir, or a run's DIR with --output")
+    from umae_jax.tasks.importing import import_weights  # import JAX
+    from umae_jax.weights.exchange import export_weights
+    from umae_jax.weights.huggingface import resolve_weights
+
     path = resolve_weights(locate(source, "FILE or DIR"))
     require(path.exists(), f"FILE or DIR: there is no file or directory {path}")
     if path.is_dir():

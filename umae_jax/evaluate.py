@@ -12,15 +12,14 @@ import json
 
 from absl import flags
 
-from umae_jax import cli, console, multihost
+from umae_jax import cli, console
+from umae_jax.cluster_flags import ClusterFlags
 from umae_jax.errors import require
 from umae_jax.files import in_bucket, locate, locate_local
-from umae_jax.tasks import evaluation, probing
-from umae_jax.tasks.predicting import write_csv
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run.")
 _BEST = flags.DEFINE_boolean("best", False, "Use the checkpoint with the best validation metric, not the newest.")
-_PROBE = flags.DEFINE_enum("probe", None, probing.PROBES, "Probe frozen features by kNN or a linear layer.")
+_PROBE = flags.DEFINE_enum("probe", None, ["knn", "linear"], "Probe frozen features by kNN or a linear layer.")
 _STAGE = flags.DEFINE_integer("stage", None, "Stage whose features are probed: 0 is the first, -1 the last.")
 _IMAGES = flags.DEFINE_string("images", None, "Image file, or folder of them, to classify.")
 _OUTPUT = flags.DEFINE_string("output", None, "CSV file to write the classes of --images to, instead of printing them.")
@@ -28,7 +27,7 @@ _SOURCE = flags.DEFINE_string("source", None, "Labelled training images for a pr
 _VALIDATION = flags.DEFINE_string("validation", None, "Labelled images to evaluate on: folder:PATH or tfds:NAME.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images per step, over all devices.", lower_bound=1)
 _JSON = flags.DEFINE_boolean("json", False, "Print JSON.")
-_CLUSTER = multihost.ClusterFlags()
+_CLUSTER = ClusterFlags()
 
 
 def main() -> None:
@@ -45,6 +44,9 @@ def main() -> None:
     if output is not None:
         require(output.suffix == ".csv", f"--output: {output} must end with .csv")
         require(in_bucket(output) or output.parent.is_dir(), f"--output: there is no folder {output.parent}")
+    from umae_jax.tasks import evaluation  # imports JAX
+    from umae_jax.tasks.predicting import write_csv
+
     cli.join(_CLUSTER, None, None)
     run = evaluation.open_run(
         workdir, best=_BEST.value, source=_SOURCE.value, validation=_VALIDATION.value, stage=_STAGE.value

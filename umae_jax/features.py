@@ -1,14 +1,17 @@
 """Features of whole images, from the weights in a run's directory or a file."""
 
 import os
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
+from umae_jax.data.preprocess import ImageLike, as_list, crop_image
 from umae_jax.errors import naming, require
 from umae_jax.files import AnyPath, locate
 from umae_jax.models.build import build_encoder
@@ -19,6 +22,12 @@ from umae_jax.weights.huggingface import resolve_weights
 from umae_jax.weights.names import from_reference
 from umae_jax.weights.stored_run import read_run
 
+__all__ = ["PretrainedEncoder", "load_encoder", "read_encoder"]
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
+
 
 @jax.jit
 def _encode(module: Encoder, images: jax.Array) -> tuple[jax.Array, ...]:
@@ -26,7 +35,7 @@ def _encode(module: Encoder, images: jax.Array) -> tuple[jax.Array, ...]:
 
 
 class PretrainedEncoder:
-    """An encoder for whole images; call it with images.
+    """An encoder for whole images; call it with an array of them, or embed files.
 
     Attributes:
         module: the Flax module.
@@ -66,6 +75,58 @@ class PretrainedEncoder:
         size = (images.shape[1], images.shape[2])
         check_image_size(size, self.strides[-1], "the last stride; resize or pad the images")
         return _encode(self.module, images if images.dtype == jnp.uint8 else images.astype(jnp.float32))
+
+    def preprocess(
+        self, images: ImageLike | Iterable[ImageLike], size: int | tuple[int, int] | None = None
+    ) -> np.ndarray:
+        """Return the central crops that evaluation and probes see, resized: uint8 [B, H, W, C].
+
+        Args:
+            images: one image or several: paths of files, Pillow images, or arrays, uint8 [H, W] or [H, W, C] with
+                1, 3 or 4 channels. They are turned as their Exif data says, and converted to the model's channels.
+            size: height and width of the output, or one number for both; None: the model's image size. The crop keeps
+                `config.validation.crop` of the shorter side.
+
+        Raises:
+            UserError: if something is no image.
+            OSError: if a file cannot be read.
+        """
+        height, width = (size, size) if isinstance(size, int) else size or self.config.image_size
+        channels, share = self.config.model.channels, self.config.validation.crop
+        require(height > 0 and width > 0, f"size must be positive, not {size}")
+        crops = [crop_image(image, (height, width), channels, share) for image in as_list(images)]
+        require(bool(crops), "images must not be empty")
+        return np.stack(crops)
+
+    def embed(
+        self, images: jax.Array | ImageLike | Iterable[ImageLike], stage: int = -1, batch_size: int = 32
+    ) -> np.ndarray:
+        """Return one vector per image, the mean of a stage's map, which probes classify: float32 [B, widths[stage]].
+
+        Args:
+            images: an array [B, H, W, C] as for a call, of any size that the last stride divides; or what `preprocess`
+                takes, at the model's image size.
+            stage: 0 is the first, -1 the last.
+            batch_size: images that are read and encoded together.
+
+        Raises:
+            UserError: if images, stage or batch size are invalid.
+        """
+        stages = len(self.widths)
+        require(-stages <= stage < stages, f"stage must be {-stages} to {stages - 1}, not {stage}")
+        require(batch_size > 0, f"batch_size must be positive, not {batch_size}")
+        ready = getattr(images, "ndim", 0) == 4
+        items: Any = images if ready else as_list(cast(ImageLike, images))
+        count = len(items)
+        means = []
+        for start in range(0, max(1, count), batch_size):
+            batch = items[start : start + batch_size]
+            pixels = np.asarray(batch) if ready else self.preprocess(batch)
+            missing = min(batch_size, count) - len(pixels)  # zero images: all batches have the shape of the first
+            padded = np.pad(pixels, ((0, max(0, missing)), (0, 0), (0, 0), (0, 0)))
+            mean = self(padded)[stage].astype(jnp.float32).mean((1, 2))
+            means.append(jax.device_get(mean)[: len(pixels)])
+        return np.concatenate(means)
 
 
 def load_encoder(

@@ -1,48 +1,44 @@
-"""List the preset models: parameters, encoder tokens, and FLOPs per image at the paper's image size.
+"""List the preset models: parameters, encoder tokens, and GFLOPs per image at the paper's image size.
 
     python -m umae_jax.models [SIZE ...]
 
-FLOPs are XLA's count for the compiled forward pass of one image in float32, including masking, loss and head.
+GFLOPs are those of the forward pass of one image in float32, by XLA's count, in which a multiply-add is two: masking,
+encoder, decoder and loss, or a classifier's encoder and head.
 """
 
+import json
 import sys
-
-import jax
-import jax.numpy as jnp
-from flax import nnx
+from pathlib import Path
+from typing import NamedTuple
 
 from umae_jax import cli, console
 from umae_jax.api import list_models
 from umae_jax.config import METHODS, default_config
 from umae_jax.errors import require
-from umae_jax.models.build import build_model
-from umae_jax.models.classifier import Classifier
-from umae_jax.models.masked import MaskedImageModel
 
+COUNTS = Path(__file__).with_name("models") / "counts.json"  # generated
 COLUMNS = ("size", "method", "image", "parameters", "tokens", "GFLOPs per image")
 ROW = "{:<11} {:<11} {:>9} {:>12} {:>7} {:>16}"
 
 
-def describe(size: str, method: str) -> tuple[str, ...]:
+class Counts(NamedTuple):
+    """Counts of a preset."""
+
+    parameters: int  # of the whole model, as a run trains it
+    tokens: int  # that the encoder's first stage processes per image
+    flops: int  # of the forward pass of one image
+
+
+def stored_counts() -> dict[tuple[str, str], Counts]:
+    """Return the counts of every preset, by size and method."""
+    read = json.loads(COUNTS.read_text())
+    return {(size, method): Counts(**counts) for name, counts in read.items() for size, method in [name.split()]}
+
+
+def describe(size: str, method: str, counts: Counts) -> tuple[str, ...]:
     """Return the row of a model, in the order of COLUMNS."""
-    config = default_config(size, method)
-    config.dtype = "float32"
-    model = nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)))
-    parameters = sum(array.size for array in jax.tree.leaves(nnx.state(model, nnx.Param)))
-
-    def forward(model: MaskedImageModel | Classifier, images: jax.Array, keys: jax.Array) -> jax.Array:
-        if isinstance(model, Classifier):
-            return model(images)
-        return model(images, model.sample_mask(keys))[0]
-
-    images = jax.ShapeDtypeStruct((1, *config.image_size, config.model.channels), jnp.float32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-    compiled = jax.jit(forward).lower(model, images, keys).compile()
-    patches = config.image_size[0] * config.image_size[1] // config.model.patch**2
-    tokens = patches // (4 if "decoder_width" in config.model else 1) + (len(config.model.depths) == 1)
-    flops = (compiled.cost_analysis() or {})["flops"] / 1e9
-    image = "{} x {}".format(*config.image_size)
-    return size, method, image, f"{parameters:,}", f"{tokens:,}", f"{flops:.2f}"
+    image = "{} x {}".format(*default_config(size, method).image_size)
+    return size, method, image, f"{counts.parameters:,}", f"{counts.tokens:,}", f"{counts.flops / 1e9:.2f}"
 
 
 def main(*sizes: str) -> None:
@@ -53,10 +49,11 @@ def main(*sizes: str) -> None:
     for name, method in METHODS.items():
         console.result(f"{name:<11} {method.summary}")
     console.result(f"\n{ROW.format(*COLUMNS)}")
+    counts = stored_counts()
     for size in sizes or models:
         for name in models[size]:
-            console.result(ROW.format(*describe(size, name)))
+            console.result(ROW.format(*describe(size, name, counts[size, name])))
 
 
 if __name__ == "__main__":
-    cli.run(main, arguments=len(sys.argv))
+    cli.run(main, arguments=len(sys.argv), compiles=False)

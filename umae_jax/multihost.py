@@ -27,9 +27,9 @@ from typing import Any
 import jax
 import jaxlib
 import numpy as np
-from absl import flags
 from jax.experimental import multihost_utils
 
+from umae_jax.cluster_flags import ClusterFlags
 from umae_jax.errors import PreemptionRequested, UserError, listing, require
 from umae_jax.files import AnyPath, explain, first_line, write_atomic
 
@@ -40,18 +40,6 @@ PACKAGES = (
     *("umae_jax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "flax", "optax", "orbax-checkpoint", "grain"),
     *("numpy", "pillow"),
 )
-
-
-class ClusterFlags:
-    """Flags of the commands that can run as several processes."""
-
-    def __init__(self) -> None:
-        integer = flags.DEFINE_integer
-        self.coordinator_address = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
-        self.num_processes = integer("num_processes", None, "Number of processes; 1 ignores any cluster.", 1)
-        self.process_id = integer("process_id", None, "Index of this process, from 0.", 0)
-        self.initialization_timeout = integer("initialization_timeout", 300, "Seconds to wait for all processes.", 1)
-        self.heartbeat_timeout = integer("heartbeat_timeout", 100, "Seconds without heartbeat; then the run ends.", 1)
 
 
 def initialize(cluster: ClusterFlags, *, preemption: bool = False) -> None:

@@ -9,6 +9,6 @@ from umae_jax import process
 
 if __name__ == "__main__":
     process.prepare()
-    from umae_jax.tasks.command import run_command
+    from umae_jax.cli import run_training
 
-    run_command("pretrain")
+    run_training("pretrain")

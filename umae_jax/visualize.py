@@ -4,17 +4,12 @@ python -m umae_jax.visualize --workdir DIR --images PATH --output FILE.png
 """
 
 from absl import flags
-from flax import nnx
 
 from umae_jax import cli, console
 from umae_jax.config import MAX_SEED
 from umae_jax.data.sources import open_images
-from umae_jax.data.transforms import first_readable
 from umae_jax.errors import naming, require
 from umae_jax.files import locate, locate_local, write_atomic
-from umae_jax.models.masked import MaskedImageModel
-from umae_jax.pictures import STATISTICS, make_illustrator
-from umae_jax.weights.stored_run import read_run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The directory of a pre-training run.")
 _IMAGES = flags.DEFINE_string("images", None, "An image file, or a folder of image files.")
@@ -24,7 +19,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of the masks.", lower_bound=0, upp
 _STATISTICS = flags.DEFINE_enum(
     "statistics",
     "visible",
-    list(STATISTICS),
+    ["visible", "unit"],
     "Mean and std that de-normalise predictions: of the nearest visible units, or the true ones of each unit.",
 )
 
@@ -38,6 +33,14 @@ def main() -> None:
     source = open_images(path)
     if source.summary:
         console.say(source.summary)
+
+    from flax import nnx  # imports JAX
+
+    from umae_jax.data.transforms import first_readable
+    from umae_jax.models.masked import MaskedImageModel
+    from umae_jax.pictures import make_illustrator
+    from umae_jax.weights.stored_run import read_run
+
     with naming("--workdir"):
         run = read_run(workdir)
     require(

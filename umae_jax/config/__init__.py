@@ -12,7 +12,17 @@ from ml_collections import ConfigDict
 
 from umae_jax.config.base import ENCODERS, METHODS, SAME, Key, build, encoder_of, flat, methods_of, size_of
 from umae_jax.config.common import COMMON, IMAGENET_MEAN, IMAGENET_STD, MAX_SEED, check_common
-from umae_jax.config.load import REMOVED, RENAMED, all_keys, bundled_configs, explain_failure, load_config
+from umae_jax.config.load import (
+    REMOVED,
+    RENAMED,
+    all_keys,
+    bundled_configs,
+    describe_bundled,
+    explain_failure,
+    explain_key,
+    load_config,
+    missing_key,
+)
 from umae_jax.errors import UserError, listing, require, shorten
 from umae_jax.files import AnyPath
 
@@ -51,6 +61,11 @@ def _keys(encoder: Any, method: Any) -> dict[str, Key]:  # noqa: ANN401
     return {**COMMON, **ENCODERS[encoder].keys, **METHODS[method].keys}
 
 
+def keys_of(config: ConfigDict) -> dict[str, Key]:
+    """Return the keys of a configuration, by dotted name."""
+    return _keys(config.model.encoder, config.model.method)
+
+
 def check(config: ConfigDict, devices: int | None = None) -> None:
     """Check all values, and that the batch divides among the devices, by default all that JAX sees.
 
@@ -72,7 +87,7 @@ def check(config: ConfigDict, devices: int | None = None) -> None:
 
 def check_values(config: ConfigDict) -> None:
     """Check every key and value, for any number of devices; a UserError names the key and the accepted values."""
-    values, keys = flat(config), _keys(config.model.encoder, config.model.method)
+    values, keys = flat(config), keys_of(config)
     start = "start from umae_jax.default_config(size, method)"
     missing = [key for key in keys if key not in values]
     require(not missing, f"{listing(missing)}: missing; {start}")

@@ -1,8 +1,9 @@
 """Print every configuration key as Markdown: `python -m umae_jax.config > docs/configuration.md`."""
 
+from umae_jax import cli, console
 from umae_jax.config import ENCODERS, METHODS, default_config, flat
 from umae_jax.config.base import Keys
-from umae_jax.config.common import COMMON
+from umae_jax.config.common import COMMON, SECTIONS
 
 _INTRODUCTION = """# Configuration keys
 
@@ -12,16 +13,6 @@ resolved configuration to `DIR/config.json`. This page is generated: `python -m 
 
 Sections are written as prefixes: `data.source` is `config.data.source`. A duration has three keys; if several
 are set, steps take precedence over examples, and examples over epochs."""
-
-_SECTIONS = {
-    "": "The run",
-    "model": "Every model",
-    "data": "Training data",
-    "validation": "Validation",
-    "probe": "Probes of frozen features",
-    "optimizer": "Optimiser",
-    "mesh": "Devices",
-}
 
 
 def _table(keys: Keys) -> str:
@@ -33,9 +24,9 @@ def describe_keys() -> str:
     """Return all keys as Markdown, each with its default, accepted values and meaning."""
     parts = [_INTRODUCTION]
     sizeless = [key for key in COMMON if not key.startswith(("model.", "image_size"))]  # keys that no size sets
-    for section, title in _SECTIONS.items():
+    for section, title in SECTIONS.items():
         keys = {name: key for name, key in COMMON.items() if name.rpartition(".")[0] == section}
-        parts += [f"## {title}", _table(keys)]
+        parts += [f"## {title}", _table(keys)] if keys else []
     for encoder in ENCODERS.values():
         sizes = ", ".join(f"`{size}`" for size in encoder.sizes)
         parts += [
@@ -51,8 +42,13 @@ def describe_keys() -> str:
         changes = [f"`{key}` is `{values[key]!r}`" for key in sizeless if values[key] != COMMON[key].default]
         parts += [f"Its defaults differ: {', '.join(changes)}."] if changes else []
         parts += [_table(method.keys)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Print the page."""
+    console.result(describe_keys())
 
 
 if __name__ == "__main__":
-    print(describe_keys(), end="")  # noqa: T201 - the result
+    cli.run(main, compiles=False)

@@ -19,6 +19,17 @@ _MAYBE_EPOCHS = optional(_EPOCHS)
 _POSITIVE = number("(0, inf)")
 _DECAY = number("[0, 1)")
 
+SECTIONS = {  # titles of the prefixes of keys
+    "": "The run",
+    "model": "Model",
+    "data": "Training data",
+    "augment": "Augmentation",
+    "validation": "Validation",
+    "probe": "Probes of frozen features",
+    "optimizer": "Optimiser",
+    "mesh": "Devices",
+}
+
 COMMON: Keys = {
     "seed": Key(0, "seed of every random draw", integer(0, MAX_SEED)),
     "init": Key(None, "fine-tuning: run directory or weights file to start from; None: random", optional(TEXT)),

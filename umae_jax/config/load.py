@@ -1,5 +1,6 @@
 """Load configurations from Python files, and explain wrong keys in them."""
 
+import ast
 import difflib
 import importlib.util
 import os
@@ -27,6 +28,13 @@ REMOVED = {"data.class_names": "class names are read from the training data"}
 def bundled_configs() -> tuple[str, ...]:
     """Return the names of the bundled configurations."""
     return tuple(sorted(path.stem for path in BUNDLED.glob("*.py")))
+
+
+def describe_bundled() -> dict[str, str]:
+    """Return the first line of the docstring of every bundled configuration, without references, by name."""
+    trees = {name: ast.parse((BUNDLED / f"{name}.py").read_text()) for name in bundled_configs()}
+    lines = {name: (ast.get_docstring(tree) or "").partition("\n")[0] for name, tree in trees.items()}
+    return {name: re.sub(r" \([^()]*SPEC[^()]*\)", "", line) for name, line in lines.items()}
 
 
 def load_config(source: ConfigDict | str | os.PathLike[str]) -> ConfigDict:
@@ -76,8 +84,13 @@ def all_keys() -> set[str]:
     return {*COMMON, *_owners()}
 
 
-def explain_key(name: str) -> str:
-    """Explain in one sentence why a configuration lacks a key, given its dotted name or the last part of it."""
+def explain_key(name: str, prefix: str = "") -> str:
+    """Explain in one sentence why a configuration lacks a key.
+
+    Args:
+        name: its dotted name or one part of it.
+        prefix: what the user wrote before the name: "--config." on the command line.
+    """
     explanations = {
         **{old: f"{old} is now called {new}" for old, new in RENAMED.items()},
         **{old: f"{old} no longer exists: {reason}" for old, reason in REMOVED.items()},
@@ -86,10 +99,23 @@ def explain_key(name: str) -> str:
     for key, explanation in explanations.items():
         if name in (key, key.rpartition(".")[2]):
             return explanation
-    known = all_keys()
-    near = difflib.get_close_matches(name, known | {key.rpartition(".")[2] for key in known}, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    return f"unknown key {name}; {hint}`python -m umae_jax.config` lists all keys"
+    known = sorted(all_keys())
+    names = {
+        **{key.rpartition(".")[2]: key for key in known},
+        **{key.partition(".")[0]: key.partition(".")[0] for key in known if "." in key},
+        **{key: key for key in known},
+    }
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {prefix}{names[near[0]]}?" if near else "`python -m umae_jax.config` lists all keys"
+    return f"unknown key {prefix}{name}; {hint}"
+
+
+def missing_key(error: Exception) -> str | None:
+    """Return the key that a ConfigDict does not have, without its section, if that is what the error says."""
+    # Setting an unknown key raises 'Key "x" does not exist ...', reading it 'x', perhaps with a guess.
+    pattern = r"""\W*Key "(\w+)"|\W*(\w+)\W*(?:n?Did you mean .*)?$"""
+    match = re.match(pattern, str(error)) if isinstance(error, AttributeError | KeyError) else None
+    return (match[1] or match[2]) if match else None
 
 
 def explain_failure(error: Exception) -> str:
@@ -97,8 +123,6 @@ def explain_failure(error: Exception) -> str:
     text = str(error)
     if isinstance(error, UserError):
         return text
-    # Setting an unknown key of a ConfigDict raises 'Key "x" does not exist ...', reading it 'x', perhaps with a guess.
-    pattern = r"""\W*Key "(\w+)"|\W*(\w+)\W*(?:n?Did you mean .*)?$"""
-    if isinstance(error, AttributeError | KeyError) and (key := re.match(pattern, text)):
-        return explain_key(key[1] or key[2])
+    if key := missing_key(error):
+        return explain_key(key)
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"

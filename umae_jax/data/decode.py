@@ -125,9 +125,14 @@ class EncodedImage:
         image = self._image
         if isinstance(image, JpegImageFile):
             image.draft(None, (image.width // shrink, image.height // shrink))
-        if self._orientation > 1:
-            image = ImageOps.exif_transpose(image)
-        return np.atleast_3d(np.asarray(_convert(image, "RGB" if channels == 3 else "L")))
+        return to_pixels(image, channels)
+
+
+def to_pixels(image: Image.Image, channels: int) -> np.ndarray:
+    """Return the pixels of an image as its Exif orientation shows it: uint8 [height, width, 3 or 1]."""
+    if image.getexif().get(ExifTags.Base.Orientation, 1) > 1:
+        image = ImageOps.exif_transpose(image)
+    return np.atleast_3d(np.asarray(_convert(image, "RGB" if channels == 3 else "L")))
 
 
 def _pixel_limit(max_pixels: int | None) -> float:

@@ -1,11 +1,9 @@
-"""The main function of every training command."""
+"""Training of any task, as the commands and the Python API run it."""
 
-from absl import flags
 from ml_collections import ConfigDict
 
-from umae_jax import cli, console, multihost
 from umae_jax.errors import require
-from umae_jax.files import AnyPath, locate
+from umae_jax.files import AnyPath
 from umae_jax.multihost import StopSignal
 from umae_jax.tasks import make_task
 from umae_jax.training import run
@@ -34,20 +32,3 @@ def train(config: ConfigDict, workdir: AnyPath, command: str, step_timeout: floa
         )
         run.train(task, workdir, stop, step_timeout)
     return task.result(workdir)
-
-
-def run_command(command: str) -> None:
-    """Parse the flags of a training command and run it."""
-    config_flag = cli.define_config()
-    workdir_flag = flags.DEFINE_string("workdir", None, "Directory for checkpoints, metrics and everything else.")
-    step_timeout = flags.DEFINE_float("step_timeout", 0, "Max seconds per training step; 0: no limit.", 0)
-    cluster = multihost.ClusterFlags()
-
-    def main() -> None:
-        config = cli.read_config(config_flag)
-        workdir = locate(cli.required(workdir_flag, "a directory for what the run produces"), "--workdir")
-        cli.join(cluster, config, workdir, preemption=True)
-        if line := train(config, workdir, command, step_timeout.value or None):
-            console.result(line)
-
-    cli.run(main)
