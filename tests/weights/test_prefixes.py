@@ -19,7 +19,7 @@ def prefixed(prefix, arrays=ARRAYS):
 
 
 @pytest.mark.parametrize(
-    "prefix", ["module.", "model.", "_orig_mod.", "module.encoder.", "a.b.c.d.", "module._orig_mod."]
+    "prefix", ["module.", "model.", "_orig_mod.", "module.encoder.", "a.b.c.d.", "net/", "x_", "module._orig_mod."]
 )
 def test_a_shared_prefix_is_removed_and_named(prefix, capsys):
     assert remove_prefix(prefixed(prefix), "x.pth") == ARRAYS

@@ -52,4 +52,4 @@ def _choose_prefix(names: Iterable[str]) -> str:
 
 def _prefix(key: str) -> str | None:
     """Return the part of a name before that of a patch embedding; None for other tensors."""
-    return next((key.removesuffix(anchor) for anchor in _ANCHORS if f".{key}".endswith(f".{anchor}")), None)
+    return next((key.removesuffix(anchor) for anchor in _ANCHORS if key.endswith(anchor)), None)
