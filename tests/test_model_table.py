@@ -5,13 +5,14 @@ import pytest
 
 import umae_jax
 from tests import commands, golden, small
+from tests.runs import store
 from umae_jax.config import default_config
 from umae_jax.model_table import stored_counts
 from umae_jax.models.counts import count
 from umae_jax.tasks import make_task
 from umae_jax.training.sharding import make_mesh
 from umae_jax.training.state import abstract_run
-from umae_jax.weights.names import to_reference
+from umae_jax.weights.exchange import export_weights
 
 SMALLEST = ("swin_tiny", "pvt_tiny", "vit_small")
 
@@ -53,10 +54,12 @@ def test_a_run_counts_the_same_parameters(size):
 
 
 @pytest.mark.parametrize("kind", small.KINDS)
-def test_an_exported_file_holds_the_parameters_that_are_counted(kind):
+def test_a_model_card_counts_the_same_parameters(kind, tmp_path):
     config = golden.config_of(kind)
     params = small.random_model(config)[1]
-    assert sum(array.size for array in to_reference(config, params).values()) == size_of(params)
+    store(tmp_path / "run", config, params)
+    export_weights(tmp_path / "run", tmp_path / "model.safetensors")
+    assert f"| parameters | {size_of(params):,} |" in (tmp_path / "README.md").read_text()
 
 
 def test_the_table_of_the_documentation_is_up_to_date():

@@ -17,7 +17,7 @@ from umae_jax.version import __version__
 from umae_jax.weights.files import Weights, check_output, encode_weights, read_weights
 from umae_jax.weights.hub import GENERATED, WRITER, model_card, transformers_files
 from umae_jax.weights.huggingface import WEIGHTS_FILE, from_huggingface, to_huggingface
-from umae_jax.weights.names import to_reference
+from umae_jax.weights.names import fixed_tables, to_reference
 from umae_jax.weights.prefixes import remove_prefix
 from umae_jax.weights.recognize import USE_CONFIG, recognize
 from umae_jax.weights.stored_run import FOLDER, read_run
@@ -76,11 +76,11 @@ def export_weights(workdir: AnyPath, output: Path, layout: str = REFERENCE, *, b
     with naming("DIR"):
         run = read_run(workdir, best=best)
     config = without_paths(run.config)
-    tensors = to_reference(config, jax.device_get(run.params))
+    tensors, fixed = to_reference(config, jax.device_get(run.params)), fixed_tables(config)
     beside: dict[str, bytes] = {}
     if layout != REFERENCE:
         _check_transformers(config, layout, output)
-        tensors = to_huggingface(layout, tensors)
+        tensors, fixed = to_huggingface(layout, tensors), to_huggingface(layout, fixed)
         beside = transformers_files(layout, config)
     elif len(config.model.depths) > 1:  # a pyramid
         beside[BACKBONE.name] = BACKBONE.read_bytes()
@@ -90,7 +90,7 @@ def export_weights(workdir: AnyPath, output: Path, layout: str = REFERENCE, *, b
         text = readme.read_text(errors="replace")
         if GENERATED not in text or f'"{output.name}"' not in text:
             readme = output.with_suffix(".md")  # keep a card that was edited or describes another file
-    count = sum(array.size for array in tensors.values())
+    count = sum(array.size for name, array in tensors.items() if name not in fixed)
     card = model_card(config, file=output.name, layout=layout, step=run.step, parameters=count)
     beside[readme.name] = card.encode()
     if layout != REFERENCE and "secondary_ratio" in config.model:

@@ -48,7 +48,7 @@ def model_card(config: ConfigDict, *, file: str, layout: str, step: int, paramet
         file: name of the weight file.
         layout: "reference", or a key of ARCHITECTURES.
         step: training step of the checkpoint; 0 for imported weights.
-        parameters: number of parameters in the file.
+        parameters: number of parameters in the file, without fixed position tables.
     """
     model, data = config.model, config.data
     rows = {
@@ -58,7 +58,7 @@ def model_card(config: ConfigDict, *, file: str, layout: str, step: int, paramet
         "trained by": f"{model.method}: {METHODS[model.method].summary}",
         "images": f"{config.image_size[0]} x {config.image_size[1]}, {model.channels} channels",
         "normalisation": f"mean {data.mean}, std {data.std}, for pixels in [0, 1]",
-        "parameters in the file": f"{parameters:,}",
+        "parameters": f"{parameters:,}",
         "written by": f"umae_jax {__version__}",
     }
     if step:

@@ -113,7 +113,7 @@ def reference_entry(config: ConfigDict, path: str) -> Entry:
     return Entry(f"{block}{theirs}.{LEAVES[leaf]}", layout)
 
 
-def _fixed_tables(config: ConfigDict) -> dict[str, np.ndarray]:
+def fixed_tables(config: ConfigDict) -> dict[str, np.ndarray]:
     """Compute the reference's fixed position tables, which are not parameters of our models."""
     model = config.model
     class_tokens = int(len(model.depths) == 1)  # only a ViT has one
@@ -148,7 +148,7 @@ def to_reference(config: ConfigDict, params: nnx.State) -> dict[str, np.ndarray]
     for keys, variable in nnx.to_flat_state(params):
         name, layout = reference_entry(config, ".".join(map(str, keys)))
         tensors[name] = np.ascontiguousarray(layout.to_theirs(np.asarray(variable[...], np.float32)))
-    return tensors | _fixed_tables(config)
+    return tensors | fixed_tables(config)
 
 
 def from_reference(
@@ -184,7 +184,7 @@ def from_reference(
             converted[keys] = variable.replace(value)
         else:
             wrong.append(f"{theirs} is {list(tensor.shape)}, not {list(expected)}")
-    for fixed, table in _fixed_tables(config).items():
+    for fixed, table in fixed_tables(config).items():
         if fixed in unexpected and not (only and fixed.startswith(NOT_ENCODER)):
             unexpected.discard(fixed)
             if tensors[fixed].shape != table.shape:
