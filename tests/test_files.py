@@ -234,15 +234,18 @@ def test_a_run_in_a_bucket_is_the_same_as_one_on_disk(images, on_disk, tmp_path)
     assert losses_in(workdir) == commands.losses(on_disk)
     assert (epath.Path(workdir) / "reconstructions" / "0000006.png").read_bytes().startswith(b"\x89PNG")
     assert any("tfevents" in path.name for path in (epath.Path(workdir) / "tensorboard").glob("*"))
+    for name in ("loss.png", "progress.png"):
+        assert (epath.Path(workdir) / name).read_bytes().startswith(b"\x89PNG")
 
     # Weights are exported from the bucket, and loaded from it.
     commands.run("convert", workdir, "--output", tmp_path / "out.safetensors")
     file = locate("gs://bucket/weights/out.safetensors", "path")
     file.write_bytes((tmp_path / "out.safetensors").read_bytes())
-    local, remote = load_encoder(str(on_disk)), load_encoder(str(file))
+    local = load_encoder(str(on_disk))
     image = np.zeros((1, 32, 32, 3), np.uint8)
-    for one, other in zip(local(image), remote(image), strict=True):
-        np.testing.assert_array_equal(one, other)
+    for path in (str(file), f"{workdir}/encoder.safetensors"):
+        for one, other in zip(local(image), load_encoder(path)(image), strict=True):
+            np.testing.assert_array_equal(one, other)
     file.write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"gs://bucket/weights/out\.safetensors is not"):
         load_encoder(str(file))

@@ -109,7 +109,7 @@ def test_a_run_stopped_in_its_last_validation_repeats_it_when_continued(folders,
     arguments = ("--config", "tests/tiny_classifier.py", "--workdir", tmp_path, folders[0], *options)
     with commands.start("finetune", *arguments) as process:
         for line in process.stderr:
-            if line.startswith("step 4/4 | loss"):
+            if line.startswith("step 4/4 | epoch"):
                 break
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)

@@ -118,7 +118,18 @@ def test_the_caption_names_the_statistics(monkeypatch, norm_pix_loss, statistics
     with Image.open(io.BytesIO(illustrate(params, "step 7"))) as sheet:
         assert sheet.width > 4 * 200
     caption = next(text for text in captions if text.startswith("step 7"))
-    assert caption.endswith(STATISTICS[statistics] if norm_pix_loss else PLAIN)
+    assert "over the units not sampled of this image, in " in caption
+    assert caption.endswith("pixels normalised per unit" if norm_pix_loss else "normalised pixels")
+    assert (STATISTICS[statistics] if norm_pix_loss else PLAIN) in captions
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+@pytest.mark.parametrize("kind", ["uniform", "random"])
+def test_the_error_of_a_picture_is_the_loss_of_its_images(kind, norm_pix_loss):
+    model = build(kind, norm_pix_loss=norm_pix_loss)
+    images, mask = case(model)
+    error = panels_of(model, images, mask, "visible").error
+    np.testing.assert_allclose(error.mean(), jax.jit(model)(images, mask)[0], rtol=1e-5)
 
 
 def test_denormalize_inverts_normalize():

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import umae_jax
 from tests import commands
 from tests.images import write_folder
 
@@ -55,16 +56,29 @@ def test_a_run_writes_metrics_pictures_checkpoints_and_its_configuration(finishe
     assert json.loads((workdir / "config.json").read_text())["model"]["widths"] == [8, 16]
     assert list((workdir / "tensorboard").iterdir())
     assert Path(output.strip()) == workdir / "reconstructions" / "0000012.png"
-    assert "step 12/12 | loss" in errors
+    assert "step 12/12 | epoch 12.8 | loss" in errors
     assert "Traceback" not in errors
+    for name in ("loss.png", "progress.png"):
+        with Image.open(workdir / name) as picture:
+            assert min(picture.size) > 200
+    _, steps = errors.split("\nWhat to do next:\n")
+    assert f"  python -m umae_jax.visualize --workdir {workdir} " in steps
+    assert f'  encoder = umae_jax.load_encoder("{workdir / "encoder.safetensors"}")\n' in steps
+    image = np.zeros((1, 32, 32, 3), np.uint8)
+    encoders = [umae_jax.load_encoder(path) for path in (workdir, workdir / "encoder.safetensors")]
+    for one, other in zip(*(encoder(image) for encoder in encoders), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_repeating_the_command_after_the_last_step_changes_nothing(finished):
     workdir, output, _ = finished
-    before = (workdir / "metrics.jsonl").read_bytes()
+    before = {path: path.read_bytes() for path in workdir.iterdir() if path.is_file()}
+    encoder = workdir / "encoder.safetensors"
+    encoder.unlink()  # as if the disk had been full at the end
     again, _ = commands.pretrain(workdir, "--config.picture_every=6")
     assert again == output
-    assert (workdir / "metrics.jsonl").read_bytes() == before
+    assert len(encoder.read_bytes()) == len(before.pop(encoder))  # the order of its metadata is by chance
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_losses_do_not_depend_on_the_number_of_devices(finished, tmp_path):

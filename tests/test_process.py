@@ -14,8 +14,7 @@ COLD = {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # or the phase of compilation 
     ("phase", "number"),
     [
         (None, signal.SIGINT),  # while it imports
-        ("opening the images ...", signal.SIGTERM),
-        ("building the model ...", signal.SIGINT),
+        ("This run:", signal.SIGTERM),  # then the loader starts
         ("compiling the training step; ", signal.SIGINT),
         ("compiling the training step; ", signal.SIGTERM),
         ("the step needs ", signal.SIGINT),  # then the first picture compiles

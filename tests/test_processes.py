@@ -48,7 +48,7 @@ def test_two_processes_train_as_one_and_one_process_continues_their_run(tmp_path
     assert not list(tmp_path.rglob("*-cache"))  # programs of several processes on CPUs have a new key each time
     np.testing.assert_allclose(commands.losses(workdir), commands.losses(alone), rtol=1e-5)
     assert output.splitlines()[-1] == str(workdir / "reconstructions" / "0000007.png")
-    assert "8 cpu device(s)" in errors
+    assert "8 cpu of 2 processes" in errors
     assert lines(others) == []
     for folder in (".", "reconstructions"):
         written, expected = ({path.name for path in (where / folder).iterdir()} for where in (workdir, alone))

@@ -1,6 +1,7 @@
 """The clock of a command's start, and the cache of compiled programs."""
 
 import os
+import threading
 import warnings
 
 import jax
@@ -95,3 +96,20 @@ def test_the_summary_names_the_phases_that_took_long(monkeypatch):
         monkeypatch.setattr(startup.time, "monotonic", lambda now=now: now)
         startup.mark(phase)
     assert startup.summary() == "first step 13 s after the start: imports 13 s"
+
+
+def test_a_slow_phase_is_announced_and_timed_and_a_short_one_is_silent(monkeypatch, capsys):
+    monkeypatch.setattr(startup, "NOTICE_SECONDS", 0.2)
+    with startup.phase("reading"):
+        pass
+    assert capsys.readouterr().err == ""
+    with startup.phase("compiling", "; once"):
+        threading.Event().wait(0.6)
+        assert capsys.readouterr().err == "compiling; once ...\n"
+    assert capsys.readouterr().err == "compiling: 1 s\n"
+
+
+def test_an_error_of_a_phase_is_not_preceded_by_its_name(capsys):
+    with pytest.raises(ValueError, match="wrong"), startup.phase("reading"):
+        raise ValueError("wrong")
+    assert capsys.readouterr().err == ""

@@ -25,6 +25,7 @@ STATISTICS = {
 }
 PLAIN = "pixels as predicted"
 LEGEND = "light gray: not sampled. blue: sampled, but hidden by secondary masking (never predicted)."
+ORIGINAL, INPUT, COMPLETED = "original", "encoder input", "prediction and visible pixels"  # the first columns
 MARGIN, LINE_HEIGHT = 8, 22  # pixels
 MIN_WIDTH = 200  # pixels; a panel is no narrower than its heading
 
@@ -38,7 +39,7 @@ class Panels(NamedTuple):
     predicted: jax.Array
     sampled: jax.Array  # flags of sampled units
     hidden: jax.Array  # flags of units hidden by secondary masking
-    error: jax.Array  # mean squared error of each prediction, float32 [B]
+    error: jax.Array  # mean squared error over the units not sampled, in the target's pixels, float32 [B]
 
 
 def denormalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
@@ -108,31 +109,67 @@ def reconstruct(model: MaskedImageModel, images: jax.Array, mask: Mask, *, stati
     )
 
 
-def draw(panels: Panels, caption: str) -> bytes:
-    """Draw panels as a PNG: one row per image, a heading per column, a caption below."""
+def draw(panels: Panels, captions: Sequence[str]) -> bytes:
+    """Draw panels as a PNG: one row per image, a heading per column, captions below."""
     original, visible, pasted, predicted, sampled, hidden, _ = jax.device_get(panels)
     visible = np.where(sampled, visible, NOT_SAMPLED)
     columns = {
-        "original": np.broadcast_to(original, visible.shape),
-        "encoder input": np.where(hidden, HIDDEN, visible),
-        "prediction and visible pixels": np.where(hidden, HIDDEN, pasted),
+        ORIGINAL: np.broadcast_to(original, visible.shape),
+        INPUT: np.where(hidden, HIDDEN, visible),
+        COMPLETED: np.where(hidden, HIDDEN, pasted),
         "prediction": np.where(sampled, NOT_SAMPLED, predicted),
     }
-    zoom = -(-MIN_WIDTH // original.shape[2])  # enlarges small images by a whole number
-    panels_of_rows = np.stack(list(columns.values()), axis=1).repeat(zoom, axis=2).repeat(zoom, axis=3)
-    spaced = np.pad(panels_of_rows, ((0, 0), (0, 0), (0, MARGIN), (0, MARGIN), (0, 0)), constant_values=BACKGROUND)
+    zoom = _zoom(original.shape[2])
+    rows = np.stack([columns[name] for name in columns], axis=1).repeat(zoom, axis=2).repeat(zoom, axis=3)
+    return draw_table(rows, list(columns), [*captions, LEGEND])
+
+
+def draw_table(panels: np.ndarray, headings: Sequence[str], captions: Sequence[str]) -> bytes:
+    """Draw a table of panels as a PNG.
+
+    Args:
+        panels: pixels, uint8 [rows, columns, H, W, 3].
+        headings: of the columns.
+        captions: lines below the table.
+    """
+    spaced = np.pad(panels, ((0, 0), (0, 0), (0, MARGIN), (0, MARGIN), (0, 0)), constant_values=BACKGROUND)
     rows, count, height, width, _ = spaced.shape
     table = spaced.transpose(0, 2, 1, 3, 4).reshape(rows * height, count * width, 3)
-    border = ((MARGIN + LINE_HEIGHT, 2 * LINE_HEIGHT), (MARGIN, 0), (0, 0))
+    border = ((MARGIN + LINE_HEIGHT, len(captions) * LINE_HEIGHT), (MARGIN, 0), (0, 0))
     sheet = Image.fromarray(np.pad(table, border, constant_values=BACKGROUND))
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    for column, heading in enumerate(columns):
+    for column, heading in enumerate(headings):
         canvas.text((MARGIN + column * width, MARGIN), heading, TEXT, font)
-    canvas.text((MARGIN, sheet.height - 2 * LINE_HEIGHT), caption, TEXT, font)
-    canvas.text((MARGIN, sheet.height - LINE_HEIGHT), LEGEND, TEXT, font)
+    for line, caption in enumerate(captions):
+        canvas.text((MARGIN, sheet.height - (len(captions) - line) * LINE_HEIGHT), caption, TEXT, font)
     encoded = io.BytesIO()
     sheet.save(encoded, "PNG")
     return encoded.getvalue()
+
+
+def panel(sheet: Image.Image, size: tuple[int, int], row: int, heading: str) -> Image.Image:
+    """Cut a panel out of a picture that `draw` has drawn.
+
+    Args:
+        sheet: the picture.
+        size: height and width of the images.
+        row: of the image.
+        heading: ORIGINAL, INPUT or COMPLETED.
+
+    Raises:
+        ValueError: if the picture has no such panel.
+    """
+    height, width = (side * _zoom(size[1]) for side in size)
+    left = MARGIN + (ORIGINAL, INPUT, COMPLETED).index(heading) * (width + MARGIN)
+    top = MARGIN + LINE_HEIGHT + row * (height + MARGIN)
+    if left + width > sheet.width or top + height > sheet.height:
+        raise ValueError(f"a picture of {sheet.width} x {sheet.height} pixels has no row {row} of {size}")
+    return sheet.crop((left, top, left + width, top + height))
+
+
+def _zoom(width: int) -> int:
+    """Return the whole number that enlarges small images."""
+    return -(-MIN_WIDTH // width)
 
 
 def make_illustrator(
@@ -144,6 +181,9 @@ def make_illustrator(
     sharding: jax.sharding.Sharding | None = None,
 ) -> Callable[[nnx.State, str], bytes]:
     """Return a function that draws fixed images under fixed masks: (parameters, title) -> PNG.
+
+    The caption gives the mean squared error over the units not sampled of these images, in the pixels that the model
+    predicts. That is the loss of UM-MAE and MAE, but of other images than a training batch's.
 
     Args:
         graph: graph definition of a `MaskedImageModel`.
@@ -161,7 +201,12 @@ def make_illustrator(
 
     def illustrate(params: nnx.State, title: str) -> bytes:
         panels = compute(params, images)
-        note = STATISTICS[statistics] if nnx.merge(graph, params).norm_pix_loss else PLAIN
-        return draw(panels, f"{title}  |  error {np.asarray(panels.error).mean():.4f}  |  {note}")
+        norm_pix_loss, count = nnx.merge(graph, params).norm_pix_loss, images.shape[0]
+        pixels = "pixels normalised per unit" if norm_pix_loss else "normalised pixels"
+        error = f"mean squared error {np.asarray(panels.error).mean():.4f} over the units not sampled"
+        of = "this image" if count == 1 else f"these {count} images"
+        return draw(
+            panels, [f"{title}  |  {error} of {of}, in {pixels}", STATISTICS[statistics] if norm_pix_loss else PLAIN]
+        )
 
     return illustrate

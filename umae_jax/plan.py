@@ -12,7 +12,6 @@ chips.
 """
 
 import dataclasses
-import importlib.util
 import json
 from collections.abc import Sequence
 
@@ -71,10 +70,6 @@ def print_growth(config: ConfigDict, targets: Sequence[Target], name: str) -> No
     """Compile variants of the configuration, write growth.json and growth.png to a folder, and print a table."""
     require(not (_PARTS.value or _JSON.value), "--growth writes growth.json, parts included; omit --json and --parts")
     folder = locate_local(name, "--growth")
-    require(
-        importlib.util.find_spec("matplotlib") is not None,
-        '--growth: matplotlib is missing; install it with pip install "umae_jax[plot]"',
-    )
     variants = growth.make_variants(config, targets, console.say)
     points = growth.measure(variants, folder / "costs", console.say)
     write_atomic(folder / "growth.json", growth.to_json(points).encode())

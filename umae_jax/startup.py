@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ CACHE_FOLDER = "compiled"  # in the directory of a run that several processes sh
 MAX_CACHE_BYTES = 2 * 2**30
 MIN_FREE_BYTES = 2**30  # JAX keeps, and reads later, a program that a full disk cut short
 MIN_COMPILE_SECONDS = 0.2
-MIN_TOLD_SECONDS = 1.0  # `phase` prints the time of phases that take longer
+NOTICE_SECONDS = 1.0  # `phase` announces what takes longer
 
 _phases: dict[str, float] = {}
 _last = START_TIME
@@ -34,12 +35,17 @@ def mark(phase: str) -> None:
 
 @contextlib.contextmanager
 def phase(name: str, note: str = "") -> Iterator[None]:
-    """Say that a phase begins and, unless it was short, how long it took; add its time to `summary`."""
-    mark("the rest")
+    """Add the time inside to a phase of `summary`; announce a slow one, and then say how long it took."""
+    mark("the configuration")
     start = time.monotonic()
-    say(f"{name}{note} ...")
-    yield
-    if (seconds := time.monotonic() - start) >= MIN_TOLD_SECONDS:
+    notice = threading.Timer(NOTICE_SECONDS, say, [f"{name}{note} ..."])
+    notice.daemon = True
+    notice.start()
+    try:
+        yield
+    finally:
+        notice.cancel()
+    if (seconds := time.monotonic() - start) >= NOTICE_SECONDS:
         say(f"{name}: {duration(seconds)}")
     mark(name)
 

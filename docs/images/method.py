@@ -1,6 +1,5 @@
 """Draw docs/images/method.png from a picture that a pre-training run wrote.
 
-    pip install -e ".[plot]"
     python docs/images/method.py runs/quickstart/reconstructions/0000797.png
 
 The image, its mask, the compact grid and the reconstruction are cut out of that picture. The compact grid is what the

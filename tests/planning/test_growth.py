@@ -98,7 +98,6 @@ def test_cycles_by_part_for_tpus(tmp_path):
 
 
 def test_growth_is_fitted_printed_and_drawn(tmp_path):
-    pytest.importorskip("matplotlib", reason="the plot extra is not installed")  # part of the test extra
     sizes = [
         point(
             "image size", side, {"stage 1, attention": side**2, "decoder, attention": side**4 // 256}, batch_per_chip=2

@@ -7,8 +7,11 @@ import struct
 import sys
 
 import pytest
+from PIL import Image
 from tensorboardX.proto import event_pb2
 
+from tests import tiny
+from tests.images import encode
 from umae_jax.training.metrics import METRICS_FILE, MetricsWriter, Report
 
 VALUES = {"loss": 0.5, "learning_rate": 1e-3, "images_per_second": 100.0, "data_wait": 0.25}
@@ -43,6 +46,35 @@ def test_tensorboard_hides_events_after_the_restored_step(tmp_path):
     assert [(value.tag, value.simple_value) for value in events[-1].summary.value] == [("loss", 0.5)]
 
 
+def test_pictures_and_the_configuration_are_in_tensorboard(tmp_path):
+    report = Report(tiny.get_config(), tmp_path, 3, 10, steps_per_epoch=2.5)
+    png = encode(Image.new("RGB", (6, 4)))
+    report.show(4, "reconstructions", png)
+    report.close()
+    assert (tmp_path / "reconstructions" / "0000004.png").read_bytes() == png
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    events = [event_pb2.Event.FromString(data) for data in records(file)]
+    values = {value.tag: (event.step, value) for event in events for value in event.summary.value}
+    step, value = values["reconstructions"]
+    assert (step, value.image.width, value.image.height, value.image.encoded_image_string) == (4, 6, 4, png)
+    step, value = values["config/text_summary"]
+    assert step == 3
+    assert '    "batch_size": 16,' in value.tensor.string_val[0].decode()
+
+
+def test_a_full_disk_names_the_picture_that_cannot_be_written(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large|No space left") as failed:
+            writer.write_picture(1, "reconstructions", encode(Image.new("RGB", (6, 4))))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert failed.value.filename == str(tmp_path / "reconstructions" / "0000001.png")
+    writer.close()
+
+
 def records(path):
     data, start = path.read_bytes(), 0
     while start < len(data):
@@ -74,7 +106,7 @@ def test_infinite_values_stay_valid_json(tmp_path):
 
 
 def test_prints_a_line_per_report(tmp_path, capsys):
-    report = Report(tmp_path, 0, 10, steps_per_epoch=2.5)
+    report = Report(tiny.get_config(), tmp_path, 0, 10, steps_per_epoch=2.5)
     report.training(5, VALUES, seconds_per_step=60)
     report.training(6, {**VALUES, "skipped_images": 2, "skipped_updates": 1}, seconds_per_step=2)
     report.evaluation(6, {"top1": 0.123456, "images": 1000})
@@ -94,7 +126,7 @@ def test_keeps_lines_above_the_bar_of_a_terminal(tmp_path, monkeypatch):
     stream = io.StringIO()
     stream.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", stream)
-    report = Report(tmp_path, 2, 10, steps_per_epoch=2.5)
+    report = Report(tiny.get_config(), tmp_path, 2, 10, steps_per_epoch=2.5)
     report.advance(5)
     report.training(5, VALUES, seconds_per_step=1)
     report.close()

@@ -8,6 +8,7 @@ from umae_jax.errors import require
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels in [0, 1], per channel
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_SEED = 2**32 - 1
+TRACKERS = ("none", "wandb", "mlflow")
 REMATERIALIZE = ("none", "pairs", "blocks")
 
 _MAYBE_COUNT = optional(integer(0))
@@ -39,6 +40,11 @@ COMMON: Keys = {
     "total_examples": Key(None, "length of the training in images", _MAYBE_COUNT),
     "total_epochs": Key(200.0, "length of the training in epochs", _MAYBE_NUMBER),
     "log_every": Key(50, "steps between lines of metrics", integer(1)),
+    "tracker": Key(
+        "none",
+        "also log to Weights & Biases (`wandb`) or MLflow (`mlflow`), set up by their own environment variables",
+        choice(*TRACKERS),
+    ),
     "picture_every": Key(None, "steps between pictures of reconstructions; 0: never; None: 20 per run", _MAYBE_COUNT),
     "pictures": Key(6, "images per picture", integer(1)),
     "checkpoint_every": Key(

@@ -21,7 +21,7 @@ from umae_jax.features import read_encoder
 from umae_jax.files import AnyPath, explain, write_atomic
 from umae_jax.models.classifier import Classifier
 from umae_jax.multihost import is_primary
-from umae_jax.tasks import labelled, probing, splitting, stopping
+from umae_jax.tasks import labelled, next_steps, probing, splitting, stopping
 from umae_jax.tasks.accuracy import Results, make_evaluator
 from umae_jax.tasks.confusion import CONFUSION_FILE, draw_confusion
 from umae_jax.tasks.initialization import adapt_pretrained, describe_loaded
@@ -39,6 +39,7 @@ class Task(BaseTask):
 
     command = "finetune"
     best_metric = TOP1
+    accuracies = (TOP1,)
 
     def __init__(self, config: ConfigDict) -> None:
         super().__init__(config)
@@ -223,6 +224,10 @@ class Task(BaseTask):
                     "or freeze_encoder=True"
                 )
         return None if best is None else f"best top-1 {best.value:.2%}, in {best.folder}"
+
+    def next_steps(self, workdir: AnyPath) -> dict[str, str]:
+        """See `BaseTask.next_steps`."""
+        return next_steps.after_finetuning(self.config, workdir)
 
     def _show_classes(self, results: Results, classes: Sequence[str], workdir: AnyPath, title: str) -> None:
         """Print the table of classes, and draw the confusion matrix into the run's directory."""

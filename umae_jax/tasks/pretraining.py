@@ -11,14 +11,15 @@ from umae_jax.data.on_device import random_flip, sample_keys
 from umae_jax.data.pipeline import Sample
 from umae_jax.data.transforms import LoadCrop, first_readable
 from umae_jax.errors import require
-from umae_jax.files import AnyPath, write_atomic
+from umae_jax.files import AnyPath
 from umae_jax.models.masked import MaskedImageModel
-from umae_jax.multihost import is_primary
-from umae_jax.tasks import labelled, probing
+from umae_jax.progress import draw_progress
+from umae_jax.tasks import labelled, next_steps, probing
 from umae_jax.training.sharding import replicated
 from umae_jax.training.task import BaseTask, Batch, Hook, Params, RunContext
 
 PICTURES = "reconstructions"  # folder in a run's directory
+PROGRESS_FILE = "progress.png"
 PICTURES_PER_RUN = 20
 KNN = "knn_top1"
 
@@ -27,13 +28,14 @@ class Task(BaseTask):
     """Trains a `MaskedImageModel` on images without labels; with labels it can also probe features during training."""
 
     command = "pretrain"
+    accuracies = (KNN,)
 
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the image alone, uint8 [H, W, C]."""
         return {"image": jax.ShapeDtypeStruct((*self.config.image_size, self.config.model.channels), jnp.uint8)}
 
     def loss(self, model: MaskedImageModel, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Flip and mask each image with its own key, and return the model's loss."""
+        """Flip and mask each image with its own key, and return the model's loss, over the units not sampled."""
         with jax.named_scope("images"):
             keys = jax.vmap(jax.random.split)(sample_keys(self.config.seed, batch["sample_index"]))
             images, mask = random_flip(batch["image"], keys[:, 0]), model.sample_mask(keys[:, 1])
@@ -79,10 +81,7 @@ class Task(BaseTask):
         )
 
         def draw(step: int, params: Params) -> dict[str, float]:
-            picture = illustrate(params, f"step {step}")  # all processes must run it
-            if is_primary():
-                (context.workdir / PICTURES).mkdir(exist_ok=True)
-                write_atomic(context.workdir / PICTURES / f"{step:07}.png", picture)
+            context.show(step, PICTURES, illustrate(params, f"step {step}"))  # all processes must compute it
             return {}
 
         return draw
@@ -108,3 +107,13 @@ class Task(BaseTask):
         """Return the path of the last picture."""
         drawn = sorted((workdir / PICTURES).glob("*.png"))
         return str(drawn[-1]) if drawn else None
+
+    def pictures(self, workdir: AnyPath) -> dict[str, bytes]:
+        """Return the reconstruction of the first images over time."""
+        images = min(self.config.pictures, len(self.source))
+        strip = draw_progress(workdir / PICTURES, self.config.image_size, images)
+        return {PROGRESS_FILE: strip} if strip else {}
+
+    def next_steps(self, workdir: AnyPath) -> dict[str, str]:
+        """See `BaseTask.next_steps`."""
+        return next_steps.after_pretraining(self.config, workdir)

@@ -1,24 +1,30 @@
-"""Metrics of a run: metrics.jsonl and TensorBoard in its directory, and lines or a bar on the terminal."""
+"""Metrics and pictures of a run: files and TensorBoard in its directory, a tracker, lines or a bar on the terminal."""
 
 import contextlib
 import errno
+import io
 import json
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import logging
+from ml_collections import ConfigDict
+from PIL import Image
 from tqdm import tqdm
 
-from umae_jax.console import duration, say
+from umae_jax.config import to_json
+from umae_jax.console import duration, say, warn
 from umae_jax.errors import UserError
-from umae_jax.files import AnyPath, in_bucket, write_atomic
+from umae_jax.files import AnyPath, first_line, in_bucket, write_atomic
 from umae_jax.multihost import broadcast_json
+from umae_jax.training.trackers import Tracker, open_tracker
 
 METRICS_FILE = "metrics.jsonl"
 FLUSH_SECONDS = 30  # interval of writing to TensorBoard and to a bucket
@@ -37,14 +43,20 @@ def metric_names(workdir: AnyPath, step: int) -> set[str]:
     return {name for at, line in _lines(workdir / METRICS_FILE) if at == step for name in json.loads(line)}
 
 
+def read_metrics(workdir: AnyPath) -> Iterator[dict[str, Any]]:
+    """Yield the lines that a run has written, oldest first."""
+    for _, line in _lines(workdir / METRICS_FILE):
+        yield json.loads(line)
+
+
 def metric_history(workdir: AnyPath, name: str | None, last_step: int) -> dict[int, float]:
     """Return a metric by step, up to `last_step`, as process 0 reads it; every process must call it."""
-    lines = ((step, json.loads(line)) for step, line in _lines(workdir / METRICS_FILE) if step <= last_step)
-    return dict(broadcast_json([(at, values[name]) for at, values in lines if name in values]))
+    lines = (line for line in read_metrics(workdir) if line["step"] <= last_step)
+    return dict(broadcast_json([(line["step"], line[name]) for line in lines if name in line]))
 
 
 class MetricsWriter:
-    """Writes metrics to a JSON Lines file, without a buffer, and to TensorBoard.
+    """Writes metrics to a JSON Lines file, without a buffer, and metrics, pictures and texts to TensorBoard.
 
     All writing happens in the calling thread, so a full disk raises in the call that writes. A bucket cannot append to
     a file: its files are written to a local folder, and `flush` uploads them.
@@ -75,7 +87,6 @@ class MetricsWriter:
         Raises:
             OSError: naming the file that cannot be written.
         """
-        from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import scalar
 
         finite = {key: value if abs(value) < float("inf") else str(value) for key, value in values.items()}
@@ -83,14 +94,46 @@ class MetricsWriter:
         with _add_path(self._jsonl):
             if self._file.write(line) != len(line):  # short write: the disk is full
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with _add_path(self._board_folder):
-            for key, value in values.items():
-                self._board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(key, value)))
+        self._write_board(step, *(scalar(key, value) for key, value in values.items()))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             try:
                 self.flush()
             except UserError as error:  # a bucket may recover before the next checkpoint
                 logging.warning("%s; trying again in %d s", error, FLUSH_SECONDS)
+
+    def write_picture(self, step: int, name: str, png: bytes) -> None:
+        """Write a picture to DIR/NAME/STEP.png and to TensorBoard.
+
+        Raises:
+            OSError, UserError: naming the file that cannot be written.
+        """
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        folder = self._workdir / name
+        folder.mkdir(exist_ok=True)
+        write_atomic(folder / f"{step:07}.png", png)
+        with Image.open(io.BytesIO(png)) as picture:
+            image = Summary.Image(
+                width=picture.width, height=picture.height, colorspace=len(picture.getbands()), encoded_image_string=png
+            )
+        self._write_board(step, Summary(value=[Summary.Value(tag=name, image=image)]))
+
+    def write_text(self, step: int, name: str, markdown: str) -> None:
+        """Write a text to TensorBoard.
+
+        Raises:
+            OSError: naming the file that cannot be written.
+        """
+        from tensorboardX.summary import text
+
+        self._write_board(step, text(name, markdown))
+
+    def _write_board(self, step: int, *summaries: Any) -> None:  # noqa: ANN401 - messages of tensorboardX
+        from tensorboardX.proto.event_pb2 import Event
+
+        with _add_path(self._board_folder):
+            for summary in summaries:
+                self._board.write_event(Event(wall_time=time.time(), step=step, summary=summary))
 
     def flush(self) -> None:
         """Write out all buffers: metrics survive the end of this process, and TensorBoard shows them.
@@ -133,18 +176,30 @@ def _add_path(path: Path) -> Iterator[None]:
 
 
 class Report:
-    """Reports a run, only from process 0: metrics to files, a line for each on the terminal, and a progress bar there.
+    """Reports a run, only from process 0: metrics and pictures to files and the tracker, and lines or a bar.
 
     Args:
+        config: of the run.
         workdir: the run's directory.
         first: number of steps done before this process started.
         total: number of steps of the whole run.
         steps_per_epoch: may be a fraction.
+
+    Raises:
+        OSError, UserError: if a file cannot be written, or the tracker cannot start.
     """
 
-    def __init__(self, workdir: AnyPath, first: int, total: int, steps_per_epoch: float) -> None:
+    def __init__(self, config: ConfigDict, workdir: AnyPath, first: int, total: int, steps_per_epoch: float) -> None:
         self._total, self._steps_per_epoch, self._start = total, steps_per_epoch, time.monotonic()
-        self._writer = MetricsWriter(workdir, first) if jax.process_index() == 0 else None
+        self._writer: MetricsWriter | None = None
+        self._tracker: Tracker | None = None
+        self._finished = False
+        if jax.process_index() == 0:
+            self._tracker = open_tracker(config, workdir)
+            self._writer = MetricsWriter(workdir, first)
+            self._writer.write_text(first, "config", "".join(f"    {line}\n" for line in to_json(config).splitlines()))
+            if self._tracker is not None:
+                say(f"tracking with {config.tracker}: {self._tracker.place}")
         self._bar = tqdm(
             total=total,
             initial=first,
@@ -159,10 +214,13 @@ class Report:
         self._bar.update(step - self._bar.n)
 
     def training(self, step: int, values: dict[str, float | int], seconds_per_step: float) -> None:
-        """Report the metrics of a training step, and the time left at the present rate."""
+        """Report the metrics of a training step, and the time left at the present rate.
+
+        The loss is that of this step's batch, not a mean over the steps since the last report.
+        """
         if self._writer is None:
             return
-        self._writer.write(step, values)
+        self._write(step, values)
         parts = [f"epoch {step / self._steps_per_epoch:.4g}", f"loss {values['loss']:.4f}"]
         parts += [f"learning rate {values['learning_rate']:.3g}", f"{values['images_per_second']:.1f} images/s"]
         parts.append(f"waiting for data {values['data_wait']:.0%}")
@@ -176,8 +234,32 @@ class Report:
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         """Report the metrics of an evaluation."""
         if self._writer is not None:
-            self._writer.write(step, values)
+            self._write(step, values)
             self._print(step, [f"{key} {_format(key, value)}" for key, value in values.items()])
+
+    def show(self, step: int, name: str, png: bytes) -> None:
+        """Write a picture to DIR/NAME/STEP.png, and show it in TensorBoard and the tracker."""
+        if self._writer is not None:
+            self._writer.write_picture(step, name, png)
+            self._track(lambda tracker: tracker.show(step, name, png))
+
+    def _write(self, step: int, values: dict[str, float | int]) -> None:
+        assert self._writer is not None
+        self._writer.write(step, values)
+        self._track(lambda tracker: tracker.log(step, values))
+
+    def _track(self, send: Callable[[Tracker], None]) -> None:
+        """Send something to the tracker; after an error the run goes on without it."""
+        if self._tracker is None:
+            return
+        try:
+            send(self._tracker)
+        except Exception as error:  # each tracker has its own types
+            self._tracker = None
+            warn(
+                f"tracker: it failed ({first_line(error)}); the run goes on without it, all metrics are in "
+                f"{METRICS_FILE}; once the run is stopped, the same command connects again"
+            )
 
     def _print(self, step: int, parts: list[str]) -> None:
         say(f"step {step}/{self._total} | {' | '.join(parts)}")
@@ -187,8 +269,14 @@ class Report:
         if self._writer is not None:
             self._writer.flush()
 
+    def finish(self) -> None:
+        """Write out all buffers of a run that is complete."""
+        self.flush()
+        self._finished = True
+
     def close(self) -> None:
-        """Close the files and the bar."""
+        """Close the files, the tracker and the bar."""
         self._bar.close()
+        self._track(lambda tracker: tracker.close(finished=self._finished))
         if self._writer is not None:
             self._writer.close()

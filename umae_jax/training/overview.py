@@ -15,6 +15,7 @@ from umae_jax.training.memory import tree_bytes
 from umae_jax.training.optimizer import learning_rate_schedule
 from umae_jax.training.state import AbstractRun
 from umae_jax.training.task import BaseTask
+from umae_jax.weights.stored_run import FOLDER, checkpoints_in
 
 FEW_STEPS = 2000  # pre-training and fine-tuning from scratch learn little in fewer
 
@@ -40,6 +41,8 @@ def describe(
     say(f"This run:\n{_table(task, run, mesh, workdir, schedule)}")
     for line in _warnings(task, run, mesh, workdir, schedule):
         warn(line)
+    if schedule.first_step:
+        say(f"continuing at step {schedule.first_step} of {schedule.total}")
     before, now = data.get("images"), data_of(task)
     if before not in (None, task.num_samples):
         warn(f"data.source: {task.num_samples:,} images, but {before:,} when the checkpoint was written")
@@ -70,8 +73,7 @@ def _table(task: BaseTask, run: AbstractRun, mesh: Mesh, workdir: AnyPath, sched
         "image size": f"{height} x {width} pixels, {channels} channel{'s'[: channels > 1]}",
         "dtype": config.dtype,
         "batch": f"{config.batch_size:,} images, {per_device:,} per device{parts}",
-        "schedule": f"{schedule.total:,} steps = {epochs:,.4g} epochs of {steps_per_epoch:,.4g} steps"
-        + (f"; continuing at step {schedule.first_step:,}" if schedule.first_step else ""),
+        "schedule": f"{schedule.total:,} steps = {epochs:,.4g} epochs of {steps_per_epoch:,.4g} steps",
         "learning rate": f"warm-up of {schedule.warmup:,} steps to {peak:.3g}, then cosine decay",
         "devices": f"{mesh.size} {kind}" + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""),
         "checkpoints": f"every {schedule.checkpoint_every:,} steps, {_disk(task, run, workdir, schedule)[0]}",
@@ -126,8 +128,9 @@ def _disk(task: BaseTask, run: AbstractRun, workdir: AnyPath, schedule: Schedule
     every = config.checkpoint_keep_every
     kept = config.checkpoint_keep + (schedule.total // every if every else 0) + (task.best_metric is not None)
     kept = min(kept, -(-schedule.total // schedule.checkpoint_every)) + 1  # one more while it is written
+    added = max(0, kept - len(checkpoints_in(workdir / FOLDER))) * each
     phrase = f"{size(each)} each, {size(kept * each)} in all"
     if in_bucket(workdir):
-        return phrase, kept * each, None
+        return phrase, added, None
     free = shutil.disk_usage(workdir).free
-    return f"{phrase}, {size(free)} free", kept * each, free
+    return f"{phrase}, {size(free)} free", added, free

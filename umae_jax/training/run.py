@@ -32,6 +32,7 @@ from umae_jax.models.kernels import check_platform
 from umae_jax.multihost import StopSignal, Watchdog, all_gather_json, broadcast_json, is_primary
 from umae_jax.training.checkpoint import Checkpoints
 from umae_jax.training.clock import Clock
+from umae_jax.training.finish import draw_run, finish
 from umae_jax.training.memory import device_bytes, explain_exhaustion, step_bytes
 from umae_jax.training.metrics import Report, metric_history, metric_names
 from umae_jax.training.optimizer import learning_rate_schedule
@@ -40,6 +41,7 @@ from umae_jax.training.sharding import batch_sharding, make_mesh, shardings_of
 from umae_jax.training.state import AbstractRun, abstract_run, initialize
 from umae_jax.training.step import TrainStep, lower_step, make_train_step
 from umae_jax.training.task import BaseTask, Batch, Hook, RunContext
+from umae_jax.training.trackers import check_installed
 from umae_jax.weights.stored_run import CLASSES_FILE, stored_config
 
 MAX_SAMPLES = 2**32  # sample indices are 32-bit
@@ -62,6 +64,7 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
     """
     config = task.config
     check(config)
+    check_installed(config.tracker)
     mesh = make_mesh(config.mesh.fsdp)
     explained = explain_exhaustion(config, lambda other: compile_changed(task, other, mesh), mesh.devices.flat[0])
     with contextlib.ExitStack() as resources, explained:
@@ -77,6 +80,7 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
             run = abstract_run(task, mesh)
             checkpoints = open_workdir(task, workdir)
             resources.push(_closing(checkpoints.close))
+        with startup.phase("reading the newest checkpoint" if checkpoints.any() else "initialising the parameters"):
             restored = checkpoints.restore(run.state)
             state, data = restored or (initialize(task, run, task.initial_params(run.state.params)), {})
         first_step, samples = int(state.step), int(data.get("samples", 0))
@@ -87,16 +91,18 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
         done = broadcast_json(sorted(metric_names(workdir, first_step)))  # measured before a signal ended the run
         if first_step > total_steps or (first_step == total_steps and not _missing(task, done)):
             say(f"{workdir} has reached step {first_step} already; set total_steps above that to go on")
+            finish(task, workdir, state.eval_params, first_step)
             return
         scores = metric_history(workdir, task.best_metric, first_step)
         stopped = task.stop_reason(scores) if first_step in scores and data.get("total_steps") == total_steps else None
         if stopped:
             say(f"{workdir} has ended at step {first_step} already: {stopped}")
+            finish(task, workdir, state.eval_params, first_step)
             return
         describe(task, run, mesh, workdir, schedule, data)
-        report = Report(workdir, first_step, total_steps, task.num_samples / config.batch_size)
+        report = Report(config, workdir, first_step, total_steps, task.num_samples / config.batch_size)
         resources.push(_closing(report.close))
-        context = RunContext(run.graph, run.state.params, mesh, workdir, total_steps, stop.check)
+        context = RunContext(run.graph, run.state.params, mesh, workdir, total_steps, report.show, stop.check)
         # The loader reads ahead while the step compiles.
         loader = TrainLoader(
             task.num_samples,
@@ -188,10 +194,12 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
             if signal is not None:
                 checkpoints.wait()
                 raise Preempted(signal, number)
-            if due or saving:
-                clock.restart()
             if last:
                 break
+            if saving:
+                draw_run(task, workdir)
+            if due or saving:
+                clock.restart()
             # Next batch, next step.
             if number == first_step:
                 startup.mark("pictures and evaluations before the first step")
@@ -206,8 +214,9 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
                 read(*pending)
             pending = (number, metrics_of_step, loader.skipped_images)
         checkpoints.wait()
-        report.flush()
+        report.finish()
         say(f"finished {number} steps; everything is in {workdir}")
+        finish(task, workdir, state.eval_params, number)
 
 
 def _is_due(hook: Hook, step: int, first_step: int, last: bool, done: list[str]) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # Names of the arrays to shard. Weight matrices take nearly all of the memory; gathering smaller arrays is not worth it.
@@ -41,6 +41,16 @@ def local_rows(array: jax.Array) -> np.ndarray:
     """Return the rows of a batch [B, ...] that this process holds, in order, on the host."""
     shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
+def gather(tree: Any) -> Any:  # noqa: ANN401 - any pytree
+    """Return whole arrays on the host, one array at a time; all processes must call it."""
+
+    def whole(array: jax.Array) -> np.ndarray:
+        local = array.is_fully_replicated or array.is_fully_addressable
+        return jax.device_get(array if local else multihost_utils.process_allgather(array, tiled=True))
+
+    return jax.tree.map(whole, tree)
 
 
 def spec_of(name: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:

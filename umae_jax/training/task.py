@@ -45,6 +45,8 @@ class RunContext(NamedTuple):
         mesh: the devices.
         workdir: the run's directory.
         total_steps: of the run.
+        show: (step, name, PNG) -> None; writes DIR/NAME/STEP.png, and shows it in TensorBoard and the tracker. All
+            processes may call it, process 0 writes.
         check: raises PreemptionRequested if the run should save and exit; long evaluations call it per batch.
     """
 
@@ -53,6 +55,7 @@ class RunContext(NamedTuple):
     mesh: Mesh
     workdir: AnyPath
     total_steps: int
+    show: Callable[[int, str, bytes], None]
     check: Callable[[], None]
 
 
@@ -62,6 +65,7 @@ class BaseTask(abc.ABC):
     Attributes:
         command: command that trains the task.
         best_metric: metric whose highest value selects the best checkpoint; None: keep no best checkpoint.
+        accuracies: metrics of evaluations, in [0, 1], that the picture of the loss shows.
         measured_last: `Hook.metric` that a complete run has logged at its last step, set by `prepare`; None: none.
         group_size: number of neighbouring samples that gradient accumulation keeps in one microbatch.
         frozen: prefixes of the names of parameters that keep their values; the loss must give them zero gradients.
@@ -72,6 +76,7 @@ class BaseTask(abc.ABC):
 
     command: ClassVar[str]
     best_metric: ClassVar[str | None] = None
+    accuracies: ClassVar[tuple[str, ...]] = ()
     group_size: int = 1
     frozen: tuple[str, ...] = ()
     measured_last: str | None = None
@@ -181,6 +186,14 @@ class BaseTask(abc.ABC):
     def result(self, workdir: AnyPath) -> str | None:
         """Return the line to print at the end of a run, such as the path of its last picture."""
         return None
+
+    def pictures(self, workdir: AnyPath) -> dict[str, bytes]:
+        """Return pictures of the whole run up to now, PNG by file name; process 0 calls it at checkpoints."""
+        return {}
+
+    def next_steps(self, workdir: AnyPath) -> dict[str, str]:
+        """Return commands to go on with after the run, each by its purpose."""
+        return {}
 
     # With a stored run: the command `evaluate`.
 

@@ -1,7 +1,7 @@
 """Models from weight files, and weight files from runs."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,10 +73,7 @@ def export_weights(workdir: AnyPath, output: Path, layout: str = REFERENCE, *, b
     """
     check_output(output)
     run = read_run(workdir, best=best)
-    config = run.config.copy_and_resolve_references()
-    kind, _, path = config.data.source.partition(":")
-    config.data.source = f"{kind}:{Path(path).name}" if path else kind  # exports hold no local paths
-    config.data.data_dir = config.init = config.validation.source = None
+    config = without_paths(run.config)
     tensors = to_reference(config, jax.device_get(run.params))
     beside: dict[str, bytes] = {}
     if layout != REFERENCE:
@@ -96,12 +93,24 @@ def export_weights(workdir: AnyPath, output: Path, layout: str = REFERENCE, *, b
     beside[readme.name] = card.encode()
     if layout != REFERENCE and "secondary_ratio" in config.model:
         config.model.secondary_ratio = 0.0  # these layouts have no token for secondary masking
-    metadata = {"format": "pt", "config": to_json(config), "step": str(run.step), "umae_jax": __version__}
-    if run.classes:
-        metadata["classes"] = json.dumps(run.classes)
-    weights = encode_weights(output.suffix, Weights(tensors, metadata))
+    weights = encode_weights(output.suffix, Weights(tensors, metadata_of(config, run.step, run.classes)))
     write_together({output: weights} | {output.with_name(name): data for name, data in beside.items()})
     return [output, *(output.with_name(name) for name in sorted(beside))]
+
+
+def without_paths(config: ConfigDict) -> ConfigDict:
+    """Return a copy of a run's configuration without local paths, for a file to be shared."""
+    config = config.copy_and_resolve_references()
+    kind, _, path = config.data.source.partition(":")
+    config.data.source = f"{kind}:{Path(path).name}" if path else kind
+    config.data.data_dir = config.init = config.validation.source = None
+    return config
+
+
+def metadata_of(config: ConfigDict, step: int, classes: Sequence[str] = ()) -> dict[str, str]:
+    """Return the metadata of a weight file: all that `read_model` needs to build the model."""
+    metadata = {"format": "pt", "config": to_json(config), "step": str(step), "umae_jax": __version__}
+    return metadata | ({"classes": json.dumps(classes)} if classes else {})
 
 
 def _check_transformers(config: ConfigDict, layout: str, output: Path) -> None:
