@@ -11,7 +11,7 @@ from etils import epath
 from tests import small, test_readme, tiny, tiny_classifier
 from umae_jax.config import bundled_configs, check, flat, load_config
 from umae_jax.tasks import next_steps
-from umae_jax.tasks.classification import adapt_pretrained
+from umae_jax.tasks.initialization import adapt_pretrained
 
 PRETRAINING = [name for name in bundled_configs() if not name.startswith("finetune")]
 WORKDIR = Path("/runs/my run")
@@ -71,14 +71,17 @@ def test_labelled_data_of_the_run_are_used_again():
     assert not any("TRAIN" in purpose for purpose in next_steps.after_pretraining(config, WORKDIR))
 
 
-@pytest.mark.parametrize("validation", [None, "folder:/validation"])
-def test_a_classifier_is_evaluated_and_exported(validation):
+@pytest.mark.parametrize(
+    ("validation", "fraction", "measured"),
+    [(None, 0.0, False), (None, 0.1, True), ("folder:/validation", 0.0, True)],
+)
+def test_a_classifier_is_evaluated_and_exported(validation, fraction, measured):
     config = tiny_classifier.get_config()
-    config.validation.source = validation
+    config.validation.update(source=validation, fraction=fraction)
     evaluate, classify, convert, _ = next_steps.after_finetuning(config, WORKDIR).values()
     for command in (evaluate, classify, convert):
-        assert ("--best" in parse(command)[1]) == (validation is not None)
-    assert ("--validation" in evaluate) == (validation is None)
+        assert ("--best" in parse(command)[1]) == measured
+    assert ("--validation" in evaluate) != measured
 
 
 def test_commands_after_a_run_in_a_bucket_write_to_this_machine():

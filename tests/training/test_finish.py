@@ -25,9 +25,9 @@ def test_the_encoder_file_equals_the_encoder_of_the_run(tmp_path, capsys, kind):
     task.source = range(2)
     finish.finish(task, workdir, params, 7)
     assert "warning" not in capsys.readouterr().err
-    (_, ours), (read, theirs) = read_encoder(workdir), read_encoder(workdir / ENCODER_FILE)
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-    assert read.model == config.model
+    ours, theirs = read_encoder(workdir), read_encoder(workdir / ENCODER_FILE)
+    jax.tree.map(np.testing.assert_array_equal, ours.params, theirs.params)
+    assert theirs.config.model == config.model
     assert load_encoder(workdir / ENCODER_FILE).widths == config.model.widths
 
 

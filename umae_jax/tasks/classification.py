@@ -220,8 +220,8 @@ class Task(BaseTask):
             if start is not None and best.value < start:
                 console.warn(
                     f"the best top-1, {best.value:.2%}, is below the {start:.2%} of kNN on the features that "
-                    "fine-tuning started from: try another optimizer.base_learning_rate, weaker augment, more epochs, "
-                    "or freeze_encoder=True"
+                    "fine-tuning started from: try another optimizer.base_learning_rate, weaker augment or more epochs"
+                    + ("" if self.frozen else ", or freeze_encoder=True")
                 )
         return None if best is None else f"best top-1 {best.value:.2%}, in {best.folder}"
 

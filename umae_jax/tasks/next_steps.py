@@ -30,12 +30,14 @@ def after_pretraining(config: ConfigDict, workdir: AnyPath) -> dict[str, str]:
 
 def after_finetuning(config: ConfigDict, workdir: AnyPath) -> dict[str, str]:
     """Return commands that use a classifier."""
-    validated = config.validation.source is not None and config.validation.every_epochs > 0
+    labelled = config.validation.source is not None or config.validation.fraction > 0
+    validated = labelled and config.validation.every_epochs > 0
     best = ("--best",) if validated else ()
-    replace = () if config.validation.source else ("--validation", VALIDATION)
+    replace = () if labelled else ("--validation", VALIDATION)
+    table = ("--output", _beside(workdir, "classes.csv"))
     return {
         "measure the accuracy": _command("evaluate", "--workdir", workdir, *best, *replace),
-        "classify images": _command("evaluate", "--workdir", workdir, *best, "--images", "IMAGES"),
+        "classify images": _command("evaluate", "--workdir", workdir, *best, "--images", "IMAGES", *table),
         **_weights(workdir, *best),
     }
 

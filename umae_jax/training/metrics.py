@@ -51,8 +51,8 @@ def read_metrics(workdir: AnyPath) -> Iterator[dict[str, Any]]:
 
 def metric_history(workdir: AnyPath, name: str | None, last_step: int) -> dict[int, float]:
     """Return a metric by step, up to `last_step`, as process 0 reads it; every process must call it."""
-    lines = ((step, json.loads(line)) for step, line in _lines(workdir / METRICS_FILE) if step <= last_step)
-    return dict(broadcast_json([(at, values[name]) for at, values in lines if name in values]))
+    lines = (line for line in read_metrics(workdir) if line["step"] <= last_step)
+    return dict(broadcast_json([(line["step"], line[name]) for line in lines if name in line]))
 
 
 class MetricsWriter:

@@ -97,6 +97,7 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
         stopped = task.stop_reason(scores) if first_step in scores and data.get("total_steps") == total_steps else None
         if stopped:
             say(f"{workdir} has ended at step {first_step} already: {stopped}")
+            finish(task, workdir, state.eval_params, first_step)
             return
         describe(task, run, mesh, workdir, schedule, data)
         report = Report(config, workdir, first_step, total_steps, task.num_samples / config.batch_size)
