@@ -2,6 +2,7 @@
 
 from ml_collections import ConfigDict
 
+from umae_jax.console import say
 from umae_jax.errors import require
 from umae_jax.files import AnyPath
 from umae_jax.multihost import StopSignal
@@ -10,7 +11,9 @@ from umae_jax.training import run
 
 
 def train(config: ConfigDict, workdir: AnyPath, command: str, step_timeout: float | None = None) -> str | None:
-    """Train a configuration in a directory, or continue its run there; SIGTERM and SIGINT save and exit.
+    """Train a configuration in a directory, or continue its run there, and print what to do next.
+
+    SIGTERM and SIGINT save and exit.
 
     Args:
         config: of the run; the task may complete it from the data.
@@ -31,4 +34,7 @@ def train(config: ConfigDict, workdir: AnyPath, command: str, step_timeout: floa
             f"model.method: {config.model.method} is not trained by {command}; use python -m umae_jax.{task.command}",
         )
         run.train(task, workdir, stop, step_timeout)
-    return task.result(workdir)
+    result = task.result(workdir)
+    if steps := task.next_steps(workdir):
+        say("What to do next:\n" + "\n".join(f"  # {purpose}\n  {command}" for purpose, command in steps.items()))
+    return result

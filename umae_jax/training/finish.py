@@ -1,4 +1,4 @@
-"""Files that show and keep the result of a run, and what to do next.
+"""Files that show and keep the result of a run.
 
 None of them is needed to continue the run, so an error in writing one is a warning.
 """
@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from umae_jax.console import say, warn
+from umae_jax.console import warn
 from umae_jax.files import AnyPath, explain, first_line, write_atomic
 from umae_jax.multihost import is_primary
 from umae_jax.training.curves import draw_curves
@@ -30,17 +30,12 @@ def draw_run(task: BaseTask, workdir: AnyPath) -> None:
 
 
 def finish(task: BaseTask, workdir: AnyPath, params: Params, step: int) -> None:
-    """Draw the pictures of a complete run, write its encoder in one file, and print what to do next.
-
-    All processes must call it.
-    """
+    """Draw the pictures of a complete run, and write its encoder in one file; all processes must call it."""
     draw_run(task, workdir)
     with _warn_on_error(ENCODER_FILE):
         encoder: Any = gather(params["encoder"]) if "encoder" in params else None
         if encoder is not None and is_primary():
             write_atomic(workdir / ENCODER_FILE, encode_encoder(task.config, encoder, step))
-    if is_primary() and (steps := task.next_steps(workdir)):
-        say("What to do next:\n" + "\n".join(f"  # {purpose}\n  {command}" for purpose, command in steps.items()))
 
 
 @contextlib.contextmanager
