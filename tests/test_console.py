@@ -6,6 +6,7 @@ import logging
 import pytest
 
 from umae_jax import console
+from tests import commands
 from umae_jax.console import LogHandler, duration, size
 
 
@@ -30,3 +31,11 @@ def test_what_a_stream_cannot_write_is_escaped(monkeypatch):
         monkeypatch.setattr("sys.stdout", stream)
         console.result("\u00e4\udcff")
         assert stream.buffer.getvalue() == expected
+
+
+def test_a_reader_that_ends_early_gets_no_traceback():
+    with commands.start("models") as process:
+        process.stdout.close()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors == ""

@@ -1,6 +1,7 @@
 """Lines for people on the terminal, above the progress bar if there is one."""
 
 import logging
+import os
 import sys
 from typing import TextIO
 
@@ -31,8 +32,13 @@ def warn(line: str) -> None:
 
 def result(line: object) -> None:
     """Print the result of the command on standard output, from process 0 only."""
-    if _is_primary():
+    if not _is_primary():
+        return
+    try:
         print(_encodable(str(line), sys.stdout), flush=True)  # noqa: T201 - the terminal
+    except BrokenPipeError:  # its reader has ended, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would fail to flush again
+        sys.exit(1)
 
 
 def _encodable(text: str, stream: TextIO) -> str:
