@@ -5,8 +5,8 @@ import logging
 
 import pytest
 
-from umae_jax import console
 from tests import commands
+from umae_jax import console
 from umae_jax.console import LogHandler, duration, size
 
 
