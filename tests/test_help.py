@@ -32,7 +32,8 @@ def test_help_says_what_a_command_does_without_importing_jax(module):
     assert all(len(line) <= 120 for line in output.splitlines())
 
 
-def test_help_lists_the_flags_and_the_configurations():
+def test_help_lists_the_flags_and_the_configurations(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     output, _ = commands.run("pretrain", "--help")
     assert re.findall(r"^  --(\w+)", output, re.MULTILINE) == [
         *("config", "workdir", "step_timeout"),

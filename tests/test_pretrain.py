@@ -230,20 +230,9 @@ def test_a_missing_required_flag_is_named(arguments, message):
     assert errors.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ((), "could not write a checkpoint"),
-        (("--config.total_steps=5000", "--config.checkpoint_every=5000"), ": File too large"),
-        (
-            ("--config.picture_every=6", "--config.pictures=200", "--config.checkpoint_every=1000"),
-            ".png: File too large",
-        ),
-    ],
-)
-def test_a_full_disk_prints_an_error_without_traceback(tmp_path, options, message):
+def test_a_full_disk_prints_an_error_without_traceback(tmp_path):
     """Use a file size limit in place of a full disk."""
-    arguments = ["-m", "umae_jax.pretrain", "--config", "tests/tiny.py", "--workdir", str(tmp_path), *options]
+    arguments = ["-m", "umae_jax.pretrain", "--config", "tests/tiny.py", "--workdir", str(tmp_path)]
     program = f"""
 import os, resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
@@ -261,7 +250,7 @@ os.execv(sys.executable, [sys.executable, *{arguments}])
         check=False,
     )
     assert done.returncode in (1, 2), done.stderr
-    assert message in done.stderr
+    assert "could not write a checkpoint" in done.stderr
     assert "Traceback" not in done.stderr
     assert "compilation cache" not in done.stderr  # its failed writes are not reported
 

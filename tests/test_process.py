@@ -16,8 +16,7 @@ COLD = {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # or the phase of compilation 
         (None, signal.SIGINT),  # while it imports
         ("This run:", signal.SIGTERM),  # then the loader starts
         ("compiling the training step; ", signal.SIGINT),
-        ("compiling the training step; ", signal.SIGTERM),
-        ("the step needs ", signal.SIGINT),  # then the first picture compiles
+        ("the step needs ", signal.SIGTERM),  # then the first picture compiles
     ],
 )
 def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path, phase, number):

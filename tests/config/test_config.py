@@ -96,7 +96,7 @@ def test_the_rematerialization_policies_are_those_of_the_kernels():
 
 def test_the_page_of_all_keys_is_up_to_date():
     """Else run python -m umae_jax.config > docs/configuration.md."""
-    assert (ROOT / "docs" / "configuration.md").read_text() == describe_keys()
+    assert (ROOT / "docs" / "configuration.md").read_text() == describe_keys() + "\n"
 
 
 def test_steps_take_precedence_over_examples_and_examples_over_epochs():

@@ -103,10 +103,8 @@ def test_a_run_says_what_it_reads_and_a_resume_what_has_changed(tmp_path):
 
     errors = train(2)
     assert f"data.source: 20 images in {images}; left out: 1 hidden or system (first ._000.jpg)\n" in errors
-    errors = train(3)
-    assert "1 written by a run (first run/)" in errors
     assert "checkpoint was written" not in errors
     (images / "000.jpg").rename(images / "new.jpg")
-    assert "as many images as when the checkpoint was written, but with other names" in train(4)
-    write_folder(images / "more", 4)
-    assert "24 images, but 20 when the checkpoint was written" in train(5)
+    errors = train(3)
+    assert "1 written by a run (first run/)" in errors
+    assert "as many images as when the checkpoint was written, but with other names" in errors

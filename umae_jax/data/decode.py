@@ -130,7 +130,7 @@ class EncodedImage:
 
 def to_pixels(image: Image.Image, channels: int) -> np.ndarray:
     """Return the pixels of an image as its Exif orientation shows it: uint8 [height, width, 3 or 1]."""
-    if image.getexif().get(ExifTags.Base.Orientation, 1) > 1:
+    if _orientation(image.info) > 1:
         image = ImageOps.exif_transpose(image)
     return np.atleast_3d(np.asarray(_convert(image, "RGB" if channels == 3 else "L")))
 

@@ -18,20 +18,14 @@ from umae_jax.weights.encoder_file import ENCODER_FILE, encode_encoder
 CURVES_FILE = "loss.png"
 
 
-def draw_run(task: BaseTask, workdir: AnyPath) -> None:
-    """Draw the pictures of the whole run up to now, in process 0."""
-    if not is_primary():
-        return
-    with _warn_on_error("pictures of the run"):
-        if curves := draw_curves(workdir, task.accuracies):
-            write_atomic(workdir / CURVES_FILE, curves)
-        for name, png in task.pictures(workdir).items():
-            write_atomic(workdir / name, png)
-
-
 def finish(task: BaseTask, workdir: AnyPath, params: Params, step: int) -> None:
     """Draw the pictures of a complete run, and write its encoder in one file; all processes must call it."""
-    draw_run(task, workdir)
+    with _warn_on_error("pictures of the run"):
+        if is_primary():
+            if curves := draw_curves(workdir, task.accuracies):
+                write_atomic(workdir / CURVES_FILE, curves)
+            for name, png in task.pictures(workdir).items():
+                write_atomic(workdir / name, png)
     with _warn_on_error(ENCODER_FILE):
         encoder: Any = gather(params["encoder"]) if "encoder" in params else None
         if encoder is not None and is_primary():

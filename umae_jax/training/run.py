@@ -32,7 +32,7 @@ from umae_jax.models.kernels import check_platform
 from umae_jax.multihost import StopSignal, Watchdog, all_gather_json, broadcast_json, is_primary
 from umae_jax.training.checkpoint import Checkpoints
 from umae_jax.training.clock import Clock
-from umae_jax.training.finish import draw_run, finish
+from umae_jax.training.finish import finish
 from umae_jax.training.memory import device_bytes, explain_exhaustion, step_bytes
 from umae_jax.training.metrics import Report, metric_history, metric_names
 from umae_jax.training.optimizer import learning_rate_schedule
@@ -196,8 +196,6 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
                 raise Preempted(signal, number)
             if last:
                 break
-            if saving:
-                draw_run(task, workdir)
             if due or saving:
                 clock.restart()
             # Next batch, next step.
