@@ -6,6 +6,7 @@ Train on it with `data.source = tfds:NAME` and `data.data_dir = DIR`. Image file
 cannot be read are named, counted and left out.
 """
 
+import contextlib
 import io
 import os
 import re
@@ -83,7 +84,8 @@ def write_data_set(source: Source, name: str, data_dir: str, split: str = "train
         data_dir=str(root),
         file_format="array_record",
     )
-    builder.download_and_prepare()
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints that it downloads
+        builder.download_and_prepare()
     return Written(folder, len(source) - unreadable, unreadable)
 
 
