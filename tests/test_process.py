@@ -30,7 +30,7 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path, phase, nu
         printed, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number, errors
     lines = errors.strip().splitlines()
-    assert lines[-1] == f"stopped by {number.name}; the same command starts again"
+    assert lines[-1] == f"stopped by {number.name}; run the same command again to go on"
     assert "first step" not in errors
     assert "Traceback" not in errors
     assert not printed

@@ -138,7 +138,8 @@ def run(main: Callable[..., None], *, arguments: int = 0, compiles: bool = True)
                 startup.use_user_cache()
             main(*argv[1:])
         except Preempted as stopped:
-            say(f"{stopped}; everything is saved, the same command continues")
+            state = "everything is saved" if stopped.step else "there was nothing to save"
+            say(f"{stopped}; {state}, the same command continues")
             sys.exit(128 + stopped.number)
         except Exception as error:
             if sentence := explain(error):

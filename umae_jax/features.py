@@ -88,13 +88,15 @@ class PretrainedEncoder:
                 `config.validation.crop` of the shorter side.
 
         Raises:
-            UserError: if something is no image.
-            OSError: if a file cannot be read.
+            UserError: naming what is no image or cannot be read.
         """
         height, width = (size, size) if isinstance(size, int) else size or self.config.image_size
         channels, share = self.config.model.channels, self.config.validation.crop
         require(height > 0 and width > 0, f"size must be positive, not {size}")
-        crops = [crop_image(image, (height, width), channels, share) for image in as_list(images)]
+        crops = [
+            crop_image(image, (height, width), channels, share, self.config.data.max_pixels)
+            for image in as_list(images)
+        ]
         require(bool(crops), "images must not be empty")
         return np.stack(crops)
 

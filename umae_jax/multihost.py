@@ -218,6 +218,10 @@ class StopSignal:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give signals their previous effect: everything is saved."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
@@ -234,7 +238,7 @@ class StopSignal:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self._announced:  # the second signal
-            self.__exit__()
+            self.release()
             signal.raise_signal(number)
             return
         self._announce(number)

@@ -33,5 +33,5 @@ def _watch(reader: int) -> None:
 
 def _exit(number: int, _frame: FrameType | None = None) -> NoReturn:
     # os.write, because the signal may interrupt a print.
-    os.write(2, f"\nstopped by {signal.Signals(number).name}; the same command starts again\n".encode())
+    os.write(2, f"\nstopped by {signal.Signals(number).name}; run the same command again to go on\n".encode())
     os._exit(128 + number)  # without cleaning up: other threads may be inside XLA

@@ -10,7 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from umae_jax.data.decode import EncodedImage, resize, to_pixels
 from umae_jax.data.transforms import central_crop
 from umae_jax.errors import UserError, require
-from umae_jax.files import read_file
+from umae_jax.files import first_line, read_file
 
 ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray
 
@@ -22,7 +22,9 @@ def as_list(images: ImageLike | Iterable[ImageLike]) -> list[Any]:
     return list(cast(Iterable[ImageLike], images))
 
 
-def crop_image(image: ImageLike, size: tuple[int, int], channels: int, share: float) -> np.ndarray:
+def crop_image(
+    image: ImageLike, size: tuple[int, int], channels: int, share: float, max_pixels: int | None = None
+) -> np.ndarray:
     """Return the central crop of an image, resized, as `LoadCentralCrop` does: uint8 [*size, channels].
 
     Args:
@@ -30,17 +32,19 @@ def crop_image(image: ImageLike, size: tuple[int, int], channels: int, share: fl
         size: height and width of the output.
         channels: 3 for RGB, 1 for grayscale.
         share: fraction of the sides of the largest central crop to keep.
+        max_pixels: that a file may have; see `EncodedImage`.
 
     Raises:
-        UserError: naming a file or an array that is no image.
-        OSError: if a file cannot be read.
+        UserError: naming a file that cannot be read, or an array that is no image.
     """
     if isinstance(image, str | os.PathLike):
         try:
-            encoded = EncodedImage(read_file(os.fspath(image)))
+            encoded = EncodedImage(read_file(os.fspath(image)), max_pixels)
+            return encoded.crop(central_crop(*encoded.size, size, share), size, channels)
         except UnidentifiedImageError:
             raise UserError(f"images: {image} is not an image that Pillow can read") from None
-        return encoded.crop(central_crop(*encoded.size, size, share), size, channels)
+        except Exception as error:  # Pillow raises many types
+            raise UserError(f"images: {image} cannot be read ({first_line(error)})") from None
     if not isinstance(image, Image.Image):
         array = np.asarray(image)
         is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))

@@ -18,7 +18,7 @@ from umae_jax.data.sources import Source, open_images
 from umae_jax.data.transforms import LoadCrop
 from umae_jax.errors import UserError, listing, require
 from umae_jax.features import read_encoder
-from umae_jax.files import AnyPath, explain, write_atomic
+from umae_jax.files import AnyPath, write_atomic
 from umae_jax.models.classifier import Classifier
 from umae_jax.multihost import is_primary
 from umae_jax.tasks import labelled, next_steps, probing, splitting, stopping
@@ -26,6 +26,7 @@ from umae_jax.tasks.accuracy import Results, make_evaluator
 from umae_jax.tasks.confusion import CONFUSION_FILE, draw_confusion
 from umae_jax.tasks.initialization import adapt_pretrained, describe_loaded
 from umae_jax.tasks.predicting import predict_images
+from umae_jax.training.finish import warn_on_error
 from umae_jax.training.metrics import metric_history
 from umae_jax.training.task import BaseTask, Batch, Hook, Params, Prediction, RunContext
 from umae_jax.weights.stored_run import StoredRun, best_checkpoint
@@ -183,6 +184,7 @@ class Task(BaseTask):
             metrics = {TOP1: accuracy.top1, "validation_top5": accuracy.top5, "validation_images": accuracy.images}
             metrics |= {"validation_unreadable": accuracy.unreadable} if accuracy.unreadable else {}
             if step == 0 and config.init is not None:
+                console.say("measuring kNN on the features of the encoder as it was loaded ...")
                 metrics[KNN] = self._knn_accuracy(context, params, validation, batch_size)
                 console.say(f"kNN on the features of the encoder as it was loaded: top-1 {metrics[KNN]:.2%}")
             return metrics
@@ -236,11 +238,8 @@ class Task(BaseTask):
         accuracy = results.accuracy
         console.say(f"top-1 per class, {title}:\n{results.table(classes)}")
         title = f"{title}: top-1 {accuracy.top1:.2%} of {accuracy.images:,} images"
-        try:
+        with warn_on_error(CONFUSION_FILE):
             write_atomic(workdir / CONFUSION_FILE, draw_confusion(results, classes, title))
-        except (OSError, UserError) as error:
-            console.warn(f"{CONFUSION_FILE} could not be written: {explain(error) or error}")
-        else:
             console.say(f"the confusion matrix is in {workdir / CONFUSION_FILE}")
 
     def evaluate(self, run: StoredRun, mesh: Mesh, batch_size: int) -> Prediction:
@@ -277,4 +276,6 @@ class Task(BaseTask):
 
     def predict(self, run: StoredRun, path: Path, mesh: Mesh, batch_size: int) -> Iterator[Prediction]:
         """Yield the most probable classes of each image and their probabilities."""
-        return predict_images(run, open_images(path), mesh, batch_size)
+        source = open_images(path)
+        source.max_pixels = run.config.data.max_pixels
+        return predict_images(run, source, mesh, batch_size)

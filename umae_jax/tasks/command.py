@@ -8,6 +8,7 @@ from umae_jax.files import AnyPath
 from umae_jax.multihost import StopSignal
 from umae_jax.tasks import make_task
 from umae_jax.training import run
+from umae_jax.training.finish import warn_on_error
 
 
 def train(config: ConfigDict, workdir: AnyPath, command: str, step_timeout: float | None = None) -> str | None:
@@ -35,6 +36,8 @@ def train(config: ConfigDict, workdir: AnyPath, command: str, step_timeout: floa
         )
         run.train(task, workdir, stop, step_timeout)
     result = task.result(workdir)
-    if steps := task.next_steps(workdir):
-        say("What to do next:\n" + "\n".join(f"  # {purpose}\n  {command}" for purpose, command in steps.items()))
+    with warn_on_error("what to do next"):
+        steps = task.next_steps(workdir)
+        if steps:
+            say("What to do next:\n" + "\n".join(f"  # {purpose}\n  {command}" for purpose, command in steps.items()))
     return result

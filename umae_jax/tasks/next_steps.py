@@ -45,9 +45,10 @@ def after_finetuning(config: ConfigDict, workdir: AnyPath) -> dict[str, str]:
 def _weights(workdir: AnyPath, *options: str) -> dict[str, str]:
     """Return what to do with the weights."""
     output = _beside(workdir, "export/model.safetensors")
+    encoder = json.dumps(str(workdir / ENCODER_FILE))
     return {
         "export the whole model, also for PyTorch": _command("convert", workdir, "--output", output, *options),
-        "load the encoder in Python": f"encoder = umae_jax.load_encoder({json.dumps(str(workdir / ENCODER_FILE))})",
+        "load the encoder of the last step in Python": f"encoder = umae_jax.load_encoder({encoder})",
     }
 
 

@@ -20,20 +20,20 @@ CURVES_FILE = "loss.png"
 
 def finish(task: BaseTask, workdir: AnyPath, params: Params, step: int) -> None:
     """Draw the pictures of a complete run, and write its encoder in one file; all processes must call it."""
-    with _warn_on_error("pictures of the run"):
+    with warn_on_error("pictures of the run"):
         if is_primary():
             if curves := draw_curves(workdir, task.accuracies):
                 write_atomic(workdir / CURVES_FILE, curves)
             for name, png in task.pictures(workdir).items():
                 write_atomic(workdir / name, png)
-    with _warn_on_error(ENCODER_FILE):
+    with warn_on_error(ENCODER_FILE):
         encoder: Any = gather(params["encoder"]) if "encoder" in params else None
         if encoder is not None and is_primary():
             write_atomic(workdir / ENCODER_FILE, encode_encoder(task.config, encoder, step))
 
 
 @contextlib.contextmanager
-def _warn_on_error(what: str) -> Iterator[None]:
+def warn_on_error(what: str) -> Iterator[None]:
     """Turn an error into a warning."""
     try:
         yield

@@ -43,13 +43,16 @@ def is_exhausted(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def explain_exhaustion(config: ConfigDict, compile_step: Compile, device: Any) -> Iterator[None]:  # noqa: ANN401
+def explain_exhaustion(
+    config: ConfigDict, compile_step: Compile, limit: int | None, *, fixed_batch: bool = False
+) -> Iterator[None]:
     """Turn an error for lack of device memory into one that names settings that fit.
 
     Args:
         config: of the run.
         compile_step: compiles the step of a changed configuration; raises UserError for one that is not valid.
-        device: one of those of the run.
+        limit: bytes that programs may use per device; None: only the compiler knows it.
+        fixed_batch: suggest no smaller batch, as for a run that continues.
     """
     try:
         yield
@@ -57,7 +60,7 @@ def explain_exhaustion(config: ConfigDict, compile_step: Compile, device: Any) -
         if not is_exhausted(error):
             raise
         say("the training step does not fit into device memory; compiling other settings to find some that do ...")
-        choices = find_fitting(config, compile_step, device_bytes(device))
+        choices = find_fitting(config, compile_step, limit, fixed_batch=fixed_batch)
         found = (
             f"by the compiler's count these fit: {', or '.join(choices)}"
             if choices
@@ -70,14 +73,15 @@ def explain_exhaustion(config: ConfigDict, compile_step: Compile, device: Any) -
         raise UserError(message) from error
 
 
-def find_fitting(config: ConfigDict, compile_step: Compile, limit: int | None) -> list[str]:
+def find_fitting(
+    config: ConfigDict, compile_step: Compile, limit: int | None, *, fixed_batch: bool = False
+) -> list[str]:
     """Return overrides of the configuration with which its step fits into `limit` bytes per device.
 
     Compiles the step for ever more `grad_accum_steps`, with and without rematerialisation, until one fits.
 
     Args:
-        config, compile_step: see `explain_exhaustion`.
-        limit: None: only the compiler knows it.
+        config, compile_step, limit, fixed_batch: see `explain_exhaustion`.
     """
     choices: list[str] = []
     for rematerialize in dict.fromkeys((config.rematerialize, "blocks")):
@@ -89,7 +93,7 @@ def find_fitting(config: ConfigDict, compile_step: Compile, limit: int | None) -
             extra = "" if rematerialize == config.rematerialize else f" --config.rematerialize={rematerialize}"
             choices.append(f"--config.grad_accum_steps={other.grad_accum_steps}{extra}")
             smaller = config.batch_size * config.grad_accum_steps // other.grad_accum_steps
-            if smaller < config.batch_size:
+            if smaller < config.batch_size and not fixed_batch:
                 choices.append(f"--config.batch_size={smaller}{extra}")
     return choices
 

@@ -197,7 +197,7 @@ class Report:
         self._finished = False
         if jax.process_index() == 0:
             self._tracker = open_tracker(config, workdir)
-            self._writer = MetricsWriter(workdir, first)
+            self._writer = MetricsWriter(workdir, first or -1)
             self._writer.write_text(first, "config", "".join(f"    {line}\n" for line in to_json(config).splitlines()))
             if self._tracker is not None:
                 say(f"tracking with {config.tracker}: {self._tracker.place}")

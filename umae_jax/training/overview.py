@@ -7,10 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from umae_jax.config import size_of
 from umae_jax.console import say, size, warn
+from umae_jax.errors import require
 from umae_jax.files import AnyPath, in_bucket
+from umae_jax.multihost import all_gather_json
 from umae_jax.training.memory import tree_bytes
 from umae_jax.training.optimizer import learning_rate_schedule
 from umae_jax.training.state import AbstractRun
@@ -32,6 +35,21 @@ class Schedule(NamedTuple):
 def data_of(task: BaseTask) -> dict[str, Any]:
     """Return what a checkpoint records of the data, for a run that continues."""
     return {"images": task.num_samples, "images_digest": task.data_digest}
+
+
+def check_same_data(task: BaseTask) -> None:
+    """Check that all processes see the same training images.
+
+    Raises:
+        UserError: in every process, naming one that sees others.
+    """
+    seen = all_gather_json([task.num_samples, task.data_digest, list(task.class_names)])
+    for process, (images, *names) in enumerate(seen):
+        require(
+            [images, *names] == seen[0],
+            f"data.source: process {process} sees {images:,} images, process 0 {seen[0][0]:,}, or others; let all "
+            "processes read the same files",
+        )
 
 
 def describe(
@@ -91,10 +109,10 @@ def _warnings(task: BaseTask, run: AbstractRun, mesh: Mesh, workdir: AnyPath, sc
             f"batch_size: {config.batch_size} images are more than the {task.num_samples} of the data; "
             "every step repeats some of them"
         )
-    if schedule.total < FEW_STEPS and config.init is None:
+    if schedule.total < FEW_STEPS and config.init is None and not schedule.first_step:
         yield (
             f"total_steps: {schedule.total} steps are few; a model learns little in fewer than {FEW_STEPS:,}: "
-            "raise total_epochs, or lower batch_size"
+            f"raise {_length_key(config)}, or lower batch_size"
         )
     if config.dtype == "bfloat16" and mesh.devices.flat[0].platform == "cpu":
         yield "dtype: bfloat16 is slow on CPUs; write --config.dtype=float32"
@@ -104,6 +122,12 @@ def _warnings(task: BaseTask, run: AbstractRun, mesh: Mesh, workdir: AnyPath, sc
             f"checkpoint_keep: the checkpoints need {size(needed)}, {size(free)} are free in {workdir}; lower "
             "checkpoint_keep, raise checkpoint_keep_every, or make room"
         )
+
+
+def _length_key(config: ConfigDict) -> str:
+    """Return the key that sets the length of the run."""
+    keys = ("total_steps", "total_examples", "total_epochs")
+    return next(key for key in keys if config[key] is not None)
 
 
 def _parameters(run: AbstractRun) -> int:

@@ -36,7 +36,7 @@ from umae_jax.training.finish import finish
 from umae_jax.training.memory import device_bytes, explain_exhaustion, step_bytes
 from umae_jax.training.metrics import Report, metric_history, metric_names
 from umae_jax.training.optimizer import learning_rate_schedule
-from umae_jax.training.overview import Schedule, data_of, describe
+from umae_jax.training.overview import Schedule, check_same_data, data_of, describe
 from umae_jax.training.sharding import batch_sharding, make_mesh, shardings_of
 from umae_jax.training.state import AbstractRun, abstract_run, initialize
 from umae_jax.training.step import TrainStep, lower_step, make_train_step
@@ -66,14 +66,15 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
     check(config)
     check_installed(config.tracker)
     mesh = make_mesh(config.mesh.fsdp)
-    explained = explain_exhaustion(config, lambda other: compile_changed(task, other, mesh), mesh.devices.flat[0])
-    with contextlib.ExitStack() as resources, explained:
+    with contextlib.ExitStack() as resources:
         # Data.
         with startup.phase("opening the images"):
-            if stored := stored_config(workdir):
+            stored = stored_config(workdir)
+            if stored and stored.model.method == config.model.method:  # else `open_workdir` raises
                 task.resume(stored)
             task.open()
             task.prepare()
+            check_same_data(task)
         total_steps, warmup_steps = durations(config, task.num_samples)
         # State: a checkpoint of this run, else the weights that the task names, else new ones.
         with startup.phase("building the model"):
@@ -88,7 +89,7 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
             MAX_CHECKPOINT_STEPS, share_of_run(None, total_steps, CHECKPOINTS_PER_RUN)
         )
         schedule = Schedule(first_step, warmup_steps, total_steps, checkpoint_every)
-        done = broadcast_json(sorted(metric_names(workdir, first_step)))  # measured before a signal ended the run
+        done = broadcast_json(sorted(metric_names(workdir, first_step))) if restored else []  # before a signal ended it
         if first_step > total_steps or (first_step == total_steps and not _missing(task, done)):
             say(f"{workdir} has reached step {first_step} already; set total_steps above that to go on")
             finish(task, workdir, state.eval_params, first_step)
@@ -116,6 +117,13 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
         resources.push(_closing(loader.close))
         if (signal := stop.poll()) is not None:  # to one of several processes; there is nothing to save
             raise Preempted(signal, first_step)
+        exhaustion = explain_exhaustion(
+            config,
+            lambda other: compile_changed(task, other, mesh),
+            device_bytes(mesh.devices.flat[0]),
+            fixed_batch=first_step > 0,
+        )
+        resources.enter_context(exhaustion)
         with startup.phase("compiling the training step", "; later starts read it from a cache"):
             train_step = build_step(task, run, warmup_steps, total_steps)
             compiled = lower_step(train_step, run.state, global_batch(task, mesh), mesh).compile()
@@ -212,6 +220,7 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
                 read(*pending)
             pending = (number, metrics_of_step, loader.skipped_images)
         checkpoints.wait()
+        stop.release()  # everything is saved
         report.finish()
         say(f"finished {number} steps; everything is in {workdir}")
         finish(task, workdir, state.eval_params, number)
