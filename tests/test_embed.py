@@ -94,7 +94,7 @@ def test_what_is_no_image_is_rejected(encoder, tmp_path):
     (tmp_path / "text.jpg").write_text("text")
     with pytest.raises(UserError, match=r"text.jpg is not an image"):
         encoder.preprocess(tmp_path / "text.jpg")
-    with pytest.raises(UserError, match="nowhere.jpg cannot be read"):
+    with pytest.raises(UserError, match=r"nowhere.jpg cannot be read"):
         encoder.preprocess(tmp_path / "nowhere.jpg")
     with pytest.raises(UserError, match=r"float64, is no image"):
         encoder.preprocess(picture() / 255)

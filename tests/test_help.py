@@ -112,3 +112,15 @@ def test_choices_of_flags_are_those_of_the_modules_that_jax_needs():
     for module, (flag, names) in choices.items():
         assert f"--{flag} {'|'.join(names)}" in commands.run(module, "--help")[0]
     assert list(PEERS) == list(NAMED_PEERS)
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        ("batch_size=abc", "--config.batch_size must be an integer from 1 to 1048576, not 'abc'"),
+        ("picture_every=None", "--config.picture_every must be an integer from 0 to 1000000000000, not 'None'"),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_what_is_accepted(value, sentence):
+    _, errors = commands.run("pretrain", "--config", "quickstart", f"--config.{value}", status=2)
+    assert errors == f"error: {sentence}\n"

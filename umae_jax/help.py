@@ -11,7 +11,16 @@ from absl import flags
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from umae_jax.config import all_keys, describe_bundled, explain_failure, explain_key, flat, keys_of, missing_key
+from umae_jax.config import (
+    all_keys,
+    describe_bundled,
+    explain_failure,
+    explain_key,
+    find_key,
+    flat,
+    keys_of,
+    missing_key,
+)
 from umae_jax.config.common import SECTIONS
 
 HELP_FLAGS = {"--help", "-help", "-h", "-?", "--helpshort"}
@@ -97,6 +106,10 @@ def explain_flag_error(error: Exception, argv: Sequence[str]) -> str:
     if isinstance(error, flags.UnrecognizedFlagError):
         return f"unknown flag --{error.flagname}{_nearest(error.flagname)}"
     if isinstance(error, flags.Error):
+        override = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error))
+        if override and (key := find_key(override[1])):
+            wording = key.check.wording.removesuffix(", or None")  # which no flag can give
+            return f"--config.{override[1]} must be {wording}, not {override[2]!r}"
         return str(error)
     # ml_collections names only the part of an overridden key that does not exist.
     part, known = missing_key(error), all_keys()

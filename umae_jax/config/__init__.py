@@ -20,6 +20,7 @@ from umae_jax.config.load import (
     describe_bundled,
     explain_failure,
     explain_key,
+    find_key,
     load_config,
     missing_key,
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from umae_jax.config.base import ENCODERS, METHODS, Encoder, Method
+from umae_jax.config.base import ENCODERS, METHODS, Encoder, Key, Method
 from umae_jax.config.common import COMMON
 from umae_jax.errors import UserError, require
 
@@ -77,6 +77,12 @@ def _owners() -> dict[str, list[str]]:
         for key in part.keys:
             owners.setdefault(key, []).append(name)
     return owners
+
+
+def find_key(name: str) -> Key | None:
+    """Return the key of this dotted name of any encoder or method."""
+    tables = [COMMON, *(encoder.keys for encoder in ENCODERS.values()), *(method.keys for method in METHODS.values())]
+    return next((keys[name] for keys in tables if name in keys), None)
 
 
 def all_keys() -> set[str]:
