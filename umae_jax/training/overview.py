@@ -68,9 +68,10 @@ def describe(
         warn("data.source: as many images as when the checkpoint was written, but with other names")
     if data.get("total_steps") not in (None, schedule.total):
         step, old = schedule.first_step, schedule._replace(total=data["total_steps"])
+        rate, old_rate = (f"{_learning_rate(task, lengths, step):.3g}" for lengths in (schedule, old))
+        effect = f"continues at {rate}, not {old_rate}" if rate != old_rate else f"continues at {rate} on another curve"
         warn(
-            f"total_steps: the schedule has {schedule.total:,} steps, but had {old.total:,}; the learning rate "
-            f"continues at {_learning_rate(task, schedule, step):.3g}, not {_learning_rate(task, old, step):.3g}"
+            f"total_steps: the schedule has {schedule.total:,} steps, but had {old.total:,}; the learning rate {effect}"
         )
 
 

@@ -247,7 +247,11 @@ def durations(config: ConfigDict, samples: int) -> tuple[int, int]:
         UserError: if there are no steps, or more than can be counted.
     """
     total = resolve_steps(config, "total", samples, config.batch_size)
-    require(total > 0, "total_steps: the run has no steps; set total_steps, total_examples or total_epochs")
+    require(
+        total > 0,
+        f"total_steps: the run has no steps of batch_size={config.batch_size} images; raise total_steps, total_examples "
+        "or total_epochs, or lower batch_size",
+    )
     require(
         total * config.batch_size < MAX_SAMPLES,
         f"total_steps: {total} steps of {config.batch_size} images exceed the {MAX_SAMPLES} samples of a run",
