@@ -249,8 +249,8 @@ def durations(config: ConfigDict, samples: int) -> tuple[int, int]:
     total = resolve_steps(config, "total", samples, config.batch_size)
     require(
         total > 0,
-        f"total_steps: the run has no steps of batch_size={config.batch_size} images; raise total_steps, total_examples "
-        "or total_epochs, or lower batch_size",
+        f"total_steps: the run has no steps of batch_size={config.batch_size} images; raise total_steps, "
+        "total_examples or total_epochs, or lower batch_size",
     )
     require(
         total * config.batch_size < MAX_SAMPLES,
