@@ -29,7 +29,8 @@ def pretrain(config: ConfigDict | _Path, workdir: _Path) -> None:
 
     Raises:
         UserError: naming the key of the configuration that is wrong.
-        Preempted: after saving, on SIGTERM or SIGINT (the stop button of a notebook).
+        Preempted: after saving, on SIGTERM or SIGINT (the stop button of a notebook) once a step is done; before that
+            SIGINT raises KeyboardInterrupt, and nothing is saved.
     """
     _train("pretrain", config, workdir)
 

@@ -1,4 +1,4 @@
-"""What every command shares: flags, and errors that are one sentence.
+"""The flags that every command shares, and errors that are one sentence.
 
 Flags are parsed, and --help is answered, before JAX is imported. A command therefore defines its flags in a module that
 does not import JAX, and imports the rest in its main function.
@@ -93,7 +93,7 @@ def read_config(flag: flags.FlagHolder[ConfigDict | None]) -> ConfigDict:
 
 def _leave(message: str, status: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr, flush=True)  # noqa: T201 - the terminal
-    if "jax" in sys.modules:
+    if _is_distributed():
         from umae_jax import multihost  # imports JAX
 
         multihost.limit_exit()

@@ -1,4 +1,4 @@
-"""What the command `doctor` finds out about processes, devices, data and directory."""
+"""The findings of the command `doctor` about processes, devices, data and directory."""
 
 import contextlib
 import functools
@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from umae_jax import multihost
 from umae_jax.config import check
+from umae_jax.console import GIB
 from umae_jax.data.pipeline import host_cores
 from umae_jax.data.sources import open_source
 from umae_jax.files import AnyPath, explain, write_atomic
@@ -24,7 +25,6 @@ from umae_jax.files import AnyPath, explain, write_atomic
 FLOATS = 1 << 22  # summed per device: 16 MiB
 ROUNDS = 5
 MAX_CLOCK_DIFFERENCE = 2.0  # seconds
-GIB = 2**30
 
 
 def _inspect_process(config: ConfigDict | None, workdir: AnyPath | None) -> dict[str, Any]:

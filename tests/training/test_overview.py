@@ -1,4 +1,4 @@
-"""What a run says before its first step."""
+"""The table and the warnings of a run before its first step."""
 
 import shutil
 from types import SimpleNamespace

@@ -12,10 +12,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from umae_jax.benchmarking.peers import make_peer
+from umae_jax.console import GIB
 from umae_jax.planning.assembly import Built, build
 from umae_jax.planning.compiled import analyze
 from umae_jax.planning.flops import count_flops
-from umae_jax.planning.hardware import CHIPS, GIB
+from umae_jax.planning.hardware import CHIPS
 from umae_jax.training.sharding import make_mesh, shardings_of
 from umae_jax.training.state import TrainState
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 
 from umae_jax.planning.hlo import Collective, Kernel, read_program
+from umae_jax.training.memory import step_bytes
 
 
 class CompiledStats(NamedTuple):
@@ -43,11 +44,10 @@ def analyze(compiled: jax.stages.Compiled, num_devices: int) -> CompiledStats:
     memory: Any = compiled.memory_analysis()
     costs = compiled.cost_analysis() or {}
     program = read_program(compiled.as_text() or "", num_devices)
-    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     return CompiledStats(
-        argument_bytes=arguments,
-        temp_bytes=temporary,
-        peak_bytes=arguments + temporary + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        peak_bytes=step_bytes(compiled),
         bytes_accessed=costs.get("bytes accessed", 0.0),
         cycles=program.cycles.total() or None,
         worst_case_cycles=program.worst_case_cycles or None,

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from umae_jax.console import GIB
 from umae_jax.errors import require
 from umae_jax.planning.growth import AXES, SIZE, Cost, Point
-from umae_jax.planning.hardware import GIB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -3,9 +3,8 @@
 import math
 from typing import NamedTuple
 
+from umae_jax.console import GIB
 from umae_jax.errors import UserError, listing, require
-
-GIB = 2**30
 
 
 class Chip(NamedTuple):

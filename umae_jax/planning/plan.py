@@ -8,10 +8,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from umae_jax.config import check, resolve_steps
+from umae_jax.console import GIB
 from umae_jax.planning import parts
 from umae_jax.planning.batch_search import STEP, find_max_batch
 from umae_jax.planning.compiled import CompiledStats
-from umae_jax.planning.hardware import GIB
 from umae_jax.planning.parts import KernelBound, Passes
 from umae_jax.planning.targets import OutOfMemory, Target, compile_for, lower_for
 

@@ -12,10 +12,12 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
+from umae_jax.console import GIB
 from umae_jax.errors import require
 from umae_jax.planning.assembly import build
 from umae_jax.planning.compiled import CompiledStats, analyze
-from umae_jax.planning.hardware import CHIPS, GIB, GPUS, Chip, Topology, parse_topology
+from umae_jax.planning.hardware import CHIPS, GPUS, Chip, Topology, parse_topology
+from umae_jax.training.memory import is_exhausted
 from umae_jax.training.sharding import make_mesh
 
 
@@ -109,9 +111,9 @@ def compile_for(lowered: jax.stages.Lowered, target: Target) -> CompiledStats:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        message = str(error)
-        if "RESOURCE_EXHAUSTED" not in message:
+        if not is_exhausted(error):
             raise
+        message = str(error)
         gib = re.search(r"\(([\d.]+)G\) exceeds available", message) or re.search(r"Used ([\d.]+)G", message)
         raise OutOfMemory(float(gib[1]) * GIB if gib else math.inf) from None
     stats = analyze(compiled, len(target.devices))

@@ -17,7 +17,6 @@ from umae_jax import console
 from umae_jax.data.sources import Source
 from umae_jax.errors import UserError, require
 from umae_jax.tasks import labelled
-from umae_jax.training.metrics import duration
 from umae_jax.training.sharding import replicated
 from umae_jax.training.task import Batch, Params, Prediction
 from umae_jax.weights.stored_run import StoredRun
@@ -194,7 +193,7 @@ def probe_run(run: StoredRun, probe: str, mesh: Mesh, batch_size: int) -> Predic
     queries = read(run.params, validation, keys[1])
     count, width = training.features.shape
     images, unreadable = len(queries.labels), training.unreadable + queries.unreadable
-    console.say(f"read {count + images:,} features of width {width} in {duration(time.monotonic() - start)}")
+    console.say(f"read {count + images:,} features of width {width} in {console.duration(time.monotonic() - start)}")
     options: dict[str, Any]
     if probe == "knn":
         options = {"neighbors": config.probe.neighbors, "temperature": config.probe.temperature}

@@ -30,23 +30,24 @@ METRICS_FILE = "metrics.jsonl"
 FLUSH_SECONDS = 30  # interval of writing to TensorBoard and to a bucket
 
 
-def _lines(path: AnyPath) -> Iterator[tuple[int, bytes]]:
-    """Yield the step and the bytes of each line; skip lines that a killed process left incomplete."""
+def _lines(path: AnyPath) -> Iterator[tuple[int, dict[str, Any], bytes]]:
+    """Yield step, values and bytes of each line; skip lines that a killed process left incomplete."""
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             if line.endswith(b"\n"):
-                yield json.loads(line)["step"], line
+                values = json.loads(line)
+                yield values["step"], values, line
 
 
 def metric_names(workdir: AnyPath, step: int) -> set[str]:
     """Return the names of the metrics that a run has written for a step."""
-    return {name for at, line in _lines(workdir / METRICS_FILE) if at == step for name in json.loads(line)}
+    return {name for at, values, _ in _lines(workdir / METRICS_FILE) if at == step for name in values}
 
 
 def read_metrics(workdir: AnyPath) -> Iterator[dict[str, Any]]:
     """Yield the lines that a run has written, oldest first."""
-    for _, line in _lines(workdir / METRICS_FILE):
-        yield json.loads(line)
+    for _, values, _ in _lines(workdir / METRICS_FILE):
+        yield values
 
 
 def metric_history(workdir: AnyPath, name: str | None, last_step: int) -> dict[int, float]:
@@ -74,7 +75,7 @@ class MetricsWriter:
         self._local = Path(tempfile.mkdtemp() if in_bucket(workdir) else workdir)
         self._jsonl, self._board_folder = self._local / METRICS_FILE, self._local / "tensorboard"
         self._board_folder.mkdir(exist_ok=True)
-        write_atomic(self._jsonl, b"".join(line for at, line in _lines(workdir / METRICS_FILE) if at <= step))
+        write_atomic(self._jsonl, b"".join(line for at, _, line in _lines(workdir / METRICS_FILE) if at <= step))
         start = SessionLog(status=SessionLog.START)
         with _add_path(self._board_folder):
             self._board = EventsWriter(str(self._board_folder / "events"))

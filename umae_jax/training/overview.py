@@ -1,4 +1,4 @@
-"""What a run is about to do: a table before its first step, and warnings where its settings do not fit together."""
+"""The table of a run before its first step, and warnings where its settings do not fit together."""
 
 import shutil
 from collections.abc import Iterator
@@ -32,6 +32,14 @@ class Schedule(NamedTuple):
     checkpoint_every: int
 
 
+class _Disk(NamedTuple):
+    """Space for checkpoints."""
+
+    phrase: str  # for the table
+    needed: int  # bytes that this run will add
+    free: int | None  # bytes; None in a bucket
+
+
 def data_of(task: BaseTask) -> dict[str, Any]:
     """Return what a checkpoint records of the data, for a run that continues."""
     return {"images": task.num_samples, "images_digest": task.data_digest}
@@ -56,8 +64,9 @@ def describe(
     task: BaseTask, run: AbstractRun, mesh: Mesh, workdir: AnyPath, schedule: Schedule, data: dict[str, Any]
 ) -> None:
     """Print the table of the run, its warnings, and what has changed since the checkpoint that it continues from."""
-    say(f"This run:\n{_table(task, run, mesh, workdir, schedule)}")
-    for line in _warnings(task, run, mesh, workdir, schedule):
+    disk = _disk(task, run, workdir, schedule)
+    say(f"This run:\n{_table(task, run, mesh, workdir, schedule, disk)}")
+    for line in _warnings(task, mesh, workdir, schedule, disk):
         warn(line)
     if schedule.first_step:
         say(f"continuing at step {schedule.first_step} of {schedule.total}")
@@ -75,7 +84,7 @@ def describe(
         )
 
 
-def _table(task: BaseTask, run: AbstractRun, mesh: Mesh, workdir: AnyPath, schedule: Schedule) -> str:
+def _table(task: BaseTask, run: AbstractRun, mesh: Mesh, workdir: AnyPath, schedule: Schedule, disk: _Disk) -> str:
     """Return the table of a run: a row per setting that the configuration, the data and the devices decide."""
     config, images = task.config, task.num_samples
     (height, width), channels = config.image_size, config.model.channels
@@ -95,14 +104,14 @@ def _table(task: BaseTask, run: AbstractRun, mesh: Mesh, workdir: AnyPath, sched
         "schedule": f"{schedule.total:,} steps = {epochs:,.4g} epochs of {steps_per_epoch:,.4g} steps",
         "learning rate": f"warm-up of {schedule.warmup:,} steps to {peak:.3g}, then cosine decay",
         "devices": f"{mesh.size} {kind}" + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""),
-        "checkpoints": f"every {schedule.checkpoint_every:,} steps, {_disk(task, run, workdir, schedule)[0]}",
+        "checkpoints": f"every {schedule.checkpoint_every:,} steps, {disk.phrase}",
         "directory": str(workdir),
     }
     longest = max(map(len, rows))
     return "\n".join(f"  {name:{longest}}  {value}" for name, value in rows.items())
 
 
-def _warnings(task: BaseTask, run: AbstractRun, mesh: Mesh, workdir: AnyPath, schedule: Schedule) -> Iterator[str]:
+def _warnings(task: BaseTask, mesh: Mesh, workdir: AnyPath, schedule: Schedule, disk: _Disk) -> Iterator[str]:
     """Yield a line for each pair of settings that do not fit together."""
     config = task.config
     if config.batch_size > task.num_samples:
@@ -117,11 +126,10 @@ def _warnings(task: BaseTask, run: AbstractRun, mesh: Mesh, workdir: AnyPath, sc
         )
     if config.dtype == "bfloat16" and mesh.devices.flat[0].platform == "cpu":
         yield "dtype: bfloat16 is slow on CPUs; write --config.dtype=float32"
-    _, needed, free = _disk(task, run, workdir, schedule)
-    if free is not None and needed > free:
+    if disk.free is not None and disk.needed > disk.free:
         yield (
-            f"checkpoint_keep: the checkpoints need {size(needed)}, {size(free)} are free in {workdir}; lower "
-            "checkpoint_keep, raise checkpoint_keep_every, or make room"
+            f"checkpoint_keep: the checkpoints need {size(disk.needed)}, {size(disk.free)} are free in {workdir}; "
+            "lower checkpoint_keep, raise checkpoint_keep_every, or make room"
         )
 
 
@@ -147,8 +155,8 @@ def _learning_rate(task: BaseTask, schedule: Schedule, step: int) -> float:
     return float(rate(jnp.float32(step)))
 
 
-def _disk(task: BaseTask, run: AbstractRun, workdir: AnyPath, schedule: Schedule) -> tuple[str, int, int | None]:
-    """Return a phrase about the disk that checkpoints need, the bytes that this run will add, and those free."""
+def _disk(task: BaseTask, run: AbstractRun, workdir: AnyPath, schedule: Schedule) -> _Disk:
+    """Count the bytes that the checkpoints of this run need."""
     config, each = task.config, tree_bytes(run.state)
     every = config.checkpoint_keep_every
     kept = config.checkpoint_keep + (schedule.total // every if every else 0) + (task.best_metric is not None)
@@ -156,6 +164,6 @@ def _disk(task: BaseTask, run: AbstractRun, workdir: AnyPath, schedule: Schedule
     added = max(0, kept - len(checkpoints_in(workdir / FOLDER))) * each
     phrase = f"{size(each)} each, {size(kept * each)} in all"
     if in_bucket(workdir):
-        return phrase, added, None
+        return _Disk(phrase, added, None)
     free = shutil.disk_usage(workdir).free
-    return f"{phrase}, {size(free)} free", added, free
+    return _Disk(f"{phrase}, {size(free)} free", added, free)

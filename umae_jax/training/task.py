@@ -188,7 +188,7 @@ class BaseTask(abc.ABC):
         return None
 
     def pictures(self, workdir: AnyPath) -> dict[str, bytes]:
-        """Return pictures of the whole run up to now, PNG by file name; process 0 calls it at checkpoints."""
+        """Return pictures of the whole run up to now, PNG by file name; process 0 calls it at the end."""
         return {}
 
     def next_steps(self, workdir: AnyPath) -> dict[str, str]:
