@@ -93,6 +93,12 @@ def test_the_first_signal_asks_and_the_second_acts():
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with StopSignal() as stop:
+            stop.listen()
+            stop.release()  # everything is saved
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+            assert stop.received is None
     finally:
         signal.signal(signal.SIGINT, inherited)
 

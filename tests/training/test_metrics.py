@@ -133,3 +133,13 @@ def test_keeps_lines_above_the_bar_of_a_terminal(tmp_path, monkeypatch):
     assert "5/10 [" in stream.getvalue()
     assert "\rstep 5/10 | epoch 2 | " in stream.getvalue() or "\x1b[Kstep 5/10" in stream.getvalue()
     assert stream.getvalue().count("loss 0.5000") == 1
+
+
+def test_a_run_without_a_checkpoint_starts_with_an_empty_file(tmp_path):
+    """Its directory may hold the validation of an earlier start, with other weights, before the first step."""
+    earlier = MetricsWriter(tmp_path, -1)
+    earlier.write(0, {"validation_top1": 0.9})
+    earlier.close()
+    report = Report(tiny.get_config(), tmp_path, 0, 10, steps_per_epoch=2.5)
+    report.close()
+    assert (tmp_path / METRICS_FILE).read_bytes() == b""

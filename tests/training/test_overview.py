@@ -11,8 +11,10 @@ from tests import tiny
 from tests.commands import pretrain
 from tests.images import write_folder
 from umae_jax.config import default_config
+from umae_jax.errors import UserError
 from umae_jax.tasks import make_task
-from umae_jax.training.overview import Schedule, describe
+from umae_jax.training import overview as overview_module
+from umae_jax.training.overview import Schedule, check_same_data, describe
 from umae_jax.training.sharding import make_mesh
 from umae_jax.training.state import abstract_run
 
@@ -108,3 +110,13 @@ def test_a_run_says_what_it_reads_and_a_resume_what_has_changed(tmp_path):
     errors = train(3)
     assert "1 written by a run (first run/)" in errors
     assert "as many images as when the checkpoint was written, but with other names" in errors
+
+
+def test_processes_that_see_other_images_do_not_train(monkeypatch):
+    task = make_task(tiny.get_config())
+    task.source = range(20)
+    monkeypatch.setattr(type(task), "data_digest", "names")
+    check_same_data(task)
+    monkeypatch.setattr(overview_module, "all_gather_json", lambda mine: [mine, [19, *mine[1:]]])
+    with pytest.raises(UserError, match=r"data.source: process 1 sees 19 images, process 0 20"):
+        check_same_data(task)
