@@ -8,7 +8,7 @@ import pytest
 from tests.images import central_pixels, write_folder
 from umae_jax.config import default_config
 from umae_jax.data import pipeline
-from umae_jax.data.pipeline import EvalLoader, Readers, Sample, TrainLoader, abstract_batch, readers
+from umae_jax.data.pipeline import EvalLoader, Groups, Readers, Sample, TrainLoader, abstract_batch, readers
 from umae_jax.data.sources import NO_LABEL, open_source
 from umae_jax.data.transforms import LoadCentralCrop, LoadCrop
 from umae_jax.errors import UserError
@@ -245,3 +245,28 @@ def test_workers_fit_into_shared_memory(monkeypatch, tmp_path):
     for free, workers in ((64 * 2**20, 5), (4 * chunk_bytes - 1, 0), (2**40, 14)):
         monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free))
         assert readers(default_config()).workers == workers
+
+
+def test_a_batch_holds_records_of_one_group_and_an_epoch_all_records():
+    def load(sample_index, record_index):
+        return Sample({"record": np.array(record_index)})
+
+    groups = Groups(bytes([0, 1, 1, 0, 1] * 5), batch_size=8)  # 10 records and 15 records
+    size = groups.samples_per_epoch()
+    assert size == 16 + 16
+    options = {
+        "groups": groups,
+        "batch_size": 8,
+        "seed": 3,
+        "readers": THREADS,
+        "sharding": batch_sharding(make_mesh()),
+    }
+    batches = [np.asarray(batch["record"]) for batch in take(TrainLoader(size, load, **options), 8)]
+    numbers = np.frombuffer(groups.of_record, np.uint8)
+    assert all(len(np.unique(numbers[records])) == 1 for records in batches)
+    epochs = [np.concatenate(batches[:4]), np.concatenate(batches[4:])]
+    for records in epochs:
+        assert set(records) == set(range(25))
+    assert not np.array_equal(*epochs)
+    later = take(TrainLoader(size, load, first_sample=24, **options), 2)
+    np.testing.assert_array_equal([batch["record"] for batch in later], batches[3:5])

@@ -17,7 +17,7 @@ from umae_jax.tasks.classification import Task
 from umae_jax.training.run import train
 from umae_jax.training.sharding import make_mesh
 from umae_jax.training.state import abstract_run, init_state
-from umae_jax.training.step import make_train_step
+from umae_jax.training.step import loss_function, make_train_step
 from umae_jax.weights.stored_run import read_run
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
@@ -32,7 +32,7 @@ def batch_of(count=4, side=64, seed=0):
 
 def loss_of(config, graph):
     task = Task(config)
-    return lambda params, batch: task.loss(nnx.merge(graph, params), batch)
+    return loss_function(task, graph)
 
 
 def without_augmentation(config):

@@ -10,14 +10,15 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 from tests import tiny
+from umae_jax.config import default_config
 from umae_jax.models.kernels import compiler_options
 from umae_jax.planning.targets import find_target
 from umae_jax.tasks import make_task
-from umae_jax.training.optimizer import learning_rate_schedule
+from umae_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from umae_jax.training.run import global_batch
 from umae_jax.training.sharding import batch_sharding
 from umae_jax.training.state import abstract_run, init_state, initialize
-from umae_jax.training.step import lower_step, make_train_step
+from umae_jax.training.step import Outputs, loss_function, lower_step, make_train_step
 
 
 def mesh_of(data, fsdp):
@@ -39,7 +40,7 @@ def batch_of(config, mesh, number=0, kind=0):
 def prepare(config, mesh, loss=None, grad_accum_steps=1):
     task = make_task(config)
     run = abstract_run(task, mesh)
-    loss = loss or (lambda params, batch: task.loss(nnx.merge(run.graph, params), batch))
+    loss = loss or loss_function(task, run.graph)
     schedule = learning_rate_schedule(config.optimizer, batch_size=256, warmup_steps=1, total_steps=10)
     step = make_train_step(loss, run.optimizer, schedule, grad_accum_steps=grad_accum_steps)
     compiled = lower_step(step, run.state, global_batch(task, mesh), mesh).compile()
@@ -138,7 +139,7 @@ def poisoned_loss(params, batch):
     """A loss whose value (kind 1: nan, 2: inf) or whose gradient alone (kind 3) is not finite."""
     size = sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(params))
     kinds = (lambda x: x, lambda x: x * jnp.nan, lambda x: x / 0.0, lambda x: jnp.sqrt(x - x))
-    return jax.lax.switch(batch["image"][0, 0, 0, 0].astype(jnp.int32), kinds, size), {}
+    return jax.lax.switch(batch["image"][0, 0, 0, 0].astype(jnp.int32), kinds, size), Outputs({})
 
 
 @pytest.mark.parametrize("kind", [1, 2, 3])
@@ -166,7 +167,9 @@ def test_a_non_finite_loss_or_gradient_skips_the_update_and_is_counted(kind):
 def small_step(loss, ema_decay=0.9):
     """Return the optimizer and the jitted step of SGD with an EMA of the parameters."""
     optimizer = optax.identity()
-    step = make_train_step(lambda params, batch: (loss(params), {}), optimizer, lambda step: 0.1, ema_decay=ema_decay)
+    step = make_train_step(
+        lambda params, batch: (loss(params), Outputs({})), optimizer, lambda step: 0.1, ema_decay=ema_decay
+    )
     return optimizer, jax.jit(step)
 
 
@@ -187,3 +190,38 @@ def test_the_moving_average_stays_finite_where_an_update_is_skipped():
     state, metrics = step(init_state({"x": jnp.ones(2)}, optimizer, ema=True), {})
     assert int(metrics["skipped_updates"]) == 1
     np.testing.assert_array_equal(state.eval_params["x"], np.ones(2))
+
+
+class Statistic(nnx.Module):
+    """A weight that is trained on inputs normalised by a running mean."""
+
+    def __init__(self):
+        self.weight = nnx.Param(jnp.ones(1))
+        self.mean = nnx.BatchStat(jnp.zeros(1))
+
+
+class StatisticTask:
+    def loss(self, model, batch):
+        loss = ((batch["x"] - model.mean[...]) * model.weight[...]).sum()
+        model.mean[...] = 0.5 * model.mean[...] + 0.5 * batch["x"].mean()
+        return loss, {}
+
+
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
+def test_running_statistics_follow_the_batches_and_not_the_optimizer(grad_accum_steps):
+    graph, params = nnx.split(Statistic())
+    recipe = default_config().optimizer
+    optimizer = make_optimizer(recipe, frozen=("mean",))
+    task = StatisticTask()
+    step = make_train_step(
+        loss_function(task, graph), optimizer, lambda step: 0.1, grad_accum_steps=grad_accum_steps, ema_decay=0.5
+    )
+    state = init_state(params, optimizer, ema=True)
+    step = jax.jit(step)
+    state, _ = step(state, {"x": jnp.array([1.0, 3.0])})
+    np.testing.assert_allclose(state.params["mean"][...], [1.0])
+    np.testing.assert_allclose(state.ema["mean"][...], [0.5])
+    assert state.params["weight"][...] != 1
+    skipped, metrics = step(state, {"x": jnp.array([1.0, jnp.nan])})
+    assert metrics["skipped_updates"] == 1
+    np.testing.assert_allclose(skipped.params["mean"][...], [1.0])

@@ -140,23 +140,54 @@ def _warn_once(unreadable: Sequence[tuple[Unreadable, ...]], named: set[str]) ->
 _permutation_lock = threading.Lock()  # one thread draws while the others wait
 
 
+class Groups(NamedTuple):
+    """Records in groups: a batch holds records of one group, such as images of one orientation."""
+
+    of_record: bytes  # the number of each record's group; bytes are hashed once
+    batch_size: int  # global
+
+    def samples_per_epoch(self) -> int:
+        """Return the samples of an epoch: the last batch of each group repeats some of its records."""
+        sizes = np.bincount(np.frombuffer(self.of_record, np.uint8))
+        return int((-(-sizes // self.batch_size)).sum()) * self.batch_size
+
+
 @functools.lru_cache(maxsize=2)  # at the end of an epoch, threads read from two
-def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """Draw the order of an epoch's records, int32 [size]; Grain's shuffle is slower, as it computes each index."""
-    order = np.arange(size, dtype=np.int32)
-    np.random.default_rng((seed, epoch, size)).shuffle(order)
-    return order
+def _permutation(seed: int, epoch: int, size: int, groups: Groups | None) -> np.ndarray:
+    """Draw the records of an epoch, int32 [size]; Grain's shuffle is slower, as it computes each index."""
+    order = np.arange(len(groups.of_record) if groups else size, dtype=np.int32)
+    rng = np.random.default_rng((seed, epoch, size))
+    rng.shuffle(order)
+    if groups is None:
+        return order
+    group = np.frombuffer(groups.of_record, np.uint8)[order]
+    members = [order[group == number] for number in np.unique(group)]
+    rows = [-(-len(records) // groups.batch_size) for records in members]
+    shape = (-1, groups.batch_size)
+    batches = [
+        np.resize(one, count * groups.batch_size).reshape(shape) for one, count in zip(members, rows, strict=True)
+    ]
+    ordered = np.concatenate(batches)
+    rng.shuffle(ordered)  # its rows
+    return ordered.ravel()
 
 
 def _read_shuffled(
-    load: LoadTrain, source_size: int, seed: int, first_sample: int, batch_size: int, rows: np.ndarray, number: int
+    load: LoadTrain,
+    source_size: int,
+    groups: Groups | None,
+    seed: int,
+    first_sample: int,
+    batch_size: int,
+    rows: np.ndarray,
+    number: int,
 ) -> Sample:
     """Read sample `number` of this process, which takes `rows` of every batch of the endless, shuffled stream."""
     batch, row = divmod(number, len(rows))
     sample_index = first_sample + batch * batch_size + int(rows[row])
     epoch, position = divmod(sample_index, source_size)
     with _permutation_lock:
-        order = _permutation(seed, epoch, source_size)
+        order = _permutation(seed, epoch, source_size, groups)
     arrays, unreadable = load(sample_index, int(order[position]))
     return Sample({**arrays, "sample_index": np.array(sample_index, np.uint32)}, unreadable)
 
@@ -169,8 +200,10 @@ class TrainLoader:
     evenly, or, while reading, that most records cannot be read.
 
     Args:
-        source_size: number of records.
-        load: returns a sample, given its index and the index of its record; must be picklable.
+        source_size: number of samples per epoch: of records, or of `groups`.
+        load: returns a sample, given its index and the index of its record; must be picklable. The arrays of a batch
+            have one shape; batches may differ.
+        groups: of the records; None: a batch may hold any records.
         batch_size: global.
         sharding: of a batch, over its first axis.
         seed: of the shuffle.
@@ -186,6 +219,7 @@ class TrainLoader:
         source_size: int,
         load: LoadTrain,
         *,
+        groups: Groups | None = None,
         batch_size: int,
         sharding: jax.sharding.Sharding,
         seed: int,
@@ -195,7 +229,7 @@ class TrainLoader:
     ) -> None:
         rows = _process_rows(batch_size, sharding)
         batches = sys.maxsize if last_sample is None else (last_sample - first_sample) // batch_size
-        read = functools.partial(_read_shuffled, load, source_size, seed, first_sample, batch_size, rows)
+        read = functools.partial(_read_shuffled, load, source_size, groups, seed, first_sample, batch_size, rows)
         self._batches = _read_ahead(read, range(min(batches * len(rows), sys.maxsize)), len(rows), readers)
         self._sharding = sharding
         self._named: set[str] = set()

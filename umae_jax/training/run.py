@@ -3,13 +3,12 @@
 import contextlib
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import zip_longest
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -39,7 +38,7 @@ from umae_jax.training.optimizer import learning_rate_schedule
 from umae_jax.training.overview import Schedule, check_same_data, data_of, describe
 from umae_jax.training.sharding import batch_sharding, make_mesh, shardings_of
 from umae_jax.training.state import AbstractRun, abstract_run, initialize
-from umae_jax.training.step import TrainStep, lower_step, make_train_step
+from umae_jax.training.step import TrainStep, loss_function, lower_step, make_train_step
 from umae_jax.training.task import BaseTask, Batch, Hook, RunContext
 from umae_jax.training.trackers import check_installed
 from umae_jax.weights.stored_run import CLASSES_FILE, stored_config
@@ -108,6 +107,7 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
         loader = TrainLoader(
             task.num_samples,
             task.sample_loader(),
+            groups=task.groups,
             batch_size=config.batch_size,
             sharding=batch_sharding(mesh),
             seed=config.seed,
@@ -126,8 +126,11 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
         resources.enter_context(exhaustion)
         with startup.phase("compiling the training step", "; later starts read it from a cache"):
             train_step = build_step(task, run, warmup_steps, total_steps)
-            compiled = lower_step(train_step, run.state, global_batch(task, mesh), mesh).compile()
-        say(memory_of(compiled, mesh))
+            programs = {
+                _shapes(batch): lower_step(train_step, run.state, batch, mesh).compile()
+                for batch in global_batches(task, mesh)
+            }
+        say(memory_of(programs.values(), mesh))
         hooks = task.hooks(context)
         watchdog = Watchdog(step_timeout)
         resources.callback(watchdog.cancel)
@@ -213,7 +216,7 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
             batch = clock.next(loader)
             if number == first_step:
                 startup.mark("the first batch")
-            state, metrics_of_step = compiled(state, batch)
+            state, metrics_of_step = programs[_shapes(batch)](state, batch)
             samples += config.batch_size
             number += 1
             if pending:
@@ -337,14 +340,28 @@ def check_same_classes(old: tuple[str, ...], new: tuple[str, ...], workdir: AnyP
 
 
 def global_batch(task: BaseTask, mesh: Mesh) -> Batch:
-    """Return the batch of a training step in shapes, dtypes and shardings."""
-    arrays = task.batch() | {"sample_index": jax.ShapeDtypeStruct((), np.uint32)}
+    """Return the largest batch of a training step in shapes, dtypes and shardings."""
+    return _global(task, task.batch(), mesh)
+
+
+def global_batches(task: BaseTask, mesh: Mesh) -> list[Batch]:
+    """Return a batch of each shape in shapes, dtypes and shardings."""
+    return [_global(task, arrays, mesh) for arrays in task.batches()]
+
+
+def _global(task: BaseTask, arrays: Batch, mesh: Mesh) -> Batch:
+    arrays = arrays | {"sample_index": jax.ShapeDtypeStruct((), np.uint32)}
     return abstract_batch(arrays, task.config.batch_size, batch_sharding(mesh))
 
 
-def memory_of(compiled: jax.stages.Compiled, mesh: Mesh) -> str:
-    """Return a line about the device memory that the compiler expects the step to need."""
-    needed, available = step_bytes(compiled), device_bytes(mesh.devices.flat[0])
+def _shapes(batch: Batch) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Return the shapes of a batch, by which its program is found."""
+    return tuple(sorted((name, array.shape) for name, array in batch.items()))
+
+
+def memory_of(programs: Iterable[jax.stages.Compiled], mesh: Mesh) -> str:
+    """Return a line about the device memory that the compiler expects the largest step to need."""
+    needed, available = max(map(step_bytes, programs)), device_bytes(mesh.devices.flat[0])
     return f"the step needs {size(needed)} of memory per device" + (f" of {size(available)}" if available else "")
 
 
@@ -382,8 +399,9 @@ def build_step(task: BaseTask, run: AbstractRun, warmup_steps: int, total_steps:
         f"batch_size: {config.batch_size} images do not divide into {config.grad_accum_steps} accumulation "
         f"step(s) of whole groups of {task.group_size}, which are mixed; choose a multiple of {group}",
     )
+
     return make_train_step(
-        lambda params, batch: task.loss(nnx.merge(run.graph, params), batch),
+        loss_function(task, run.graph),
         run.optimizer,
         learning_rate_schedule(
             config.optimizer, batch_size=config.batch_size, warmup_steps=warmup_steps, total_steps=total_steps

@@ -21,7 +21,7 @@ class TrainState(NamedTuple):
 
     Attributes:
         step: int32, number of steps, including skipped updates.
-        params: the model's parameters.
+        params: the model's parameters, and its running statistics if it has any.
         optimizer: Optax's state.
         bad_steps: int32, number of consecutive steps, up to now, whose loss or gradient was not finite.
         skipped_updates: int32, total number of such steps.
@@ -53,7 +53,7 @@ class AbstractRun(NamedTuple):
     """A model and its training state, in shapes only.
 
     Attributes:
-        graph: the model without its parameters; `nnx.merge(graph, params)` gives the model.
+        graph: the model without `state.params`; `nnx.merge(graph, params)` gives the model.
         optimizer: Optax transformation without the learning rate.
         state: shapes, dtypes and shardings of the training state.
     """
@@ -77,9 +77,10 @@ def abstract_run(task: BaseTask, mesh: Mesh) -> AbstractRun:
         UserError: if the numbers of the configuration do not fit together.
     """
     model = nnx.eval_shape(lambda: _build_model(task))
-    graph, params = nnx.split(model, nnx.Param)
+    graph, params = nnx.split(model)
     recipe = task.config.optimizer
-    optimizer = make_optimizer(recipe, lambda name: task.layer_index(model, name), task.frozen)
+    statistics = (".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.BatchStat)))
+    optimizer = make_optimizer(recipe, lambda name: task.layer_index(model, name), (*task.frozen, *statistics))
     state = jax.eval_shape(lambda params: init_state(params, optimizer, ema=recipe.ema_decay is not None), params)
     state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, state_shardings(mesh, state))
     return AbstractRun(graph, optimizer, state)
@@ -99,7 +100,7 @@ def initialize(task: BaseTask, run: AbstractRun, given: Params | None = None) ->
     placed = [_place(array[...], places[path].get_value()) for path, array in arrays]
 
     def begin(placed: list[jax.Array]) -> TrainState:
-        params = dict(nnx.to_flat_state(nnx.state(_build_model(task), nnx.Param)))
+        params = dict(nnx.to_flat_state(nnx.state(_build_model(task))))
         for (path, _), array in zip(arrays, placed, strict=True):
             params[path] = params[path].replace(array)
         return init_state(nnx.from_flat_state(params), run.optimizer, ema=run.state.ema is not None)

@@ -2,21 +2,40 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from umae_jax.models.kernels import compiler_options
 from umae_jax.training.sharding import replicated, shardings_of
 from umae_jax.training.state import TrainState
-from umae_jax.training.task import Batch, Params
+from umae_jax.training.task import BaseTask, Batch, Params
 
-# (parameters, batch) -> mean loss, further scalars to report
-LossFunction = Callable[[Params, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+
+class Outputs(NamedTuple):
+    """The outputs of a loss function beside the loss."""
+
+    scalars: dict[str, jax.Array]  # to report, by name
+    statistics: Params | None = None  # new running statistics, such as those of BatchNorm; a part of the parameters
+
+
+LossFunction = Callable[[Params, Batch], tuple[jax.Array, Outputs]]  # (parameters, batch) -> mean loss, outputs
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def loss_function(task: BaseTask, graph: nnx.GraphDef) -> LossFunction:
+    """Return the loss of a task as a pure function; `graph` is the task's model without parameters."""
+
+    def loss(params: Params, batch: Batch) -> tuple[jax.Array, Outputs]:
+        model = nnx.merge(graph, params)
+        value, scalars = task.loss(model, batch)
+        return value, Outputs(scalars, nnx.state(model, nnx.BatchStat))  # the task has updated them
+
+    return loss
 
 
 def _split(batch: Batch, parts: int, group_size: int) -> Batch:
@@ -33,7 +52,7 @@ def _split(batch: Batch, parts: int, group_size: int) -> Batch:
 
 
 def make_train_step(
-    loss_function: LossFunction,
+    loss: LossFunction,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
@@ -45,14 +64,14 @@ def make_train_step(
     """Build the step: (state, batch) -> (state, scalars to report).
 
     The scalars are `loss`, `gradient_norm` (global, before clipping), `learning_rate`, `bad_steps`, `skipped_updates`
-    and those of the loss function.
+    and those of the loss.
 
     An update whose loss or gradient is not finite is skipped: parameters and optimizer state keep their values. The
     learning rate follows the state's step, not a counter of the optimizer, so a skipped update does not delay the
     schedule. (`optax.apply_if_finite` applies non-finite updates after several in a row, and ignores the loss.)
 
     Args:
-        loss_function: (parameters, batch) -> mean loss of the batch, further scalars to report.
+        loss: see `LossFunction`. Gradients of running statistics must be zero.
         optimizer: Optax transformation without a learning rate; the step multiplies its updates by the schedule's.
         schedule: step -> learning rate.
         grad_accum_steps: number of microbatches per step.
@@ -65,19 +84,19 @@ def make_train_step(
     def gather(param: jax.Array, sharding: NamedSharding) -> jax.Array:
         return jax.lax.with_sharding_constraint(param, NamedSharding(sharding.mesh, PartitionSpec()))
 
-    def value_and_grad(params: Params, batch: Batch) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Params]:
+    def value_and_grad(params: Params, batch: Batch) -> tuple[tuple[jax.Array, Outputs], Params]:
         if shardings is None:
-            return jax.value_and_grad(loss_function, has_aux=True)(params, batch)
+            return jax.value_and_grad(loss, has_aux=True)(params, batch)
 
         # Gather inside the differentiated function, so that gradients are sharded only after their sum. With a gather
         # outside, the compiler emits loops of collective permutes that cost more time than they hide.
-        def sharded_loss(params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-            return loss_function(jax.tree.map(gather, params, shardings), batch)
+        def sharded_loss(params: Params, batch: Batch) -> tuple[jax.Array, Outputs]:
+            return loss(jax.tree.map(gather, params, shardings), batch)
 
         value, gradient = jax.value_and_grad(sharded_loss, has_aux=True)(params, batch)
         return value, jax.lax.with_sharding_constraint(gradient, shardings)
 
-    def accumulate(params: Params, batch: Batch) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Params]:
+    def accumulate(params: Params, batch: Batch) -> tuple[tuple[jax.Array, Outputs], Params]:
         if grad_accum_steps == 1:
             return value_and_grad(params, batch)
         parts = _split(batch, grad_accum_steps, group_size)
@@ -91,29 +110,32 @@ def make_train_step(
         return jax.tree.map(lambda x: x / grad_accum_steps, total)
 
     def update(
-        gradient: Params, learning_rate: jax.Array, params: Params, state: optax.OptState
+        gradient: Params, statistics: Params | None, learning_rate: jax.Array, params: Params, state: optax.OptState
     ) -> tuple[Params, optax.OptState]:
         with jax.numpy_dtype_promotion("standard"):  # Optax's bias correction mixes float and int32
             direction, state = optimizer.update(gradient, state, params)
-        return jax.tree.map(lambda param, change: param - learning_rate * change, params, direction), state
+        params = jax.tree.map(lambda param, change: param - learning_rate * change, params, direction)
+        return nnx.merge_state(params, statistics) if statistics else params, state
 
     def select(
-        finite: jax.Array, gradient: Params, learning_rate: jax.Array, *old: Params
+        finite: jax.Array, gradient: Params, statistics: Params | None, learning_rate: jax.Array, *old: Params
     ) -> tuple[Params, optax.OptState]:
-        return jax.tree.map(partial(jnp.where, finite), update(gradient, learning_rate, *old), old)
+        return jax.tree.map(partial(jnp.where, finite), update(gradient, statistics, learning_rate, *old), old)
 
     def branch(finite: jax.Array, *operands: Params) -> tuple[Params, optax.OptState]:
-        return jax.lax.cond(finite, update, lambda gradient, learning_rate, *old: old, *operands)
+        return jax.lax.cond(finite, update, lambda _gradient, _statistics, _rate, *old: old, *operands)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        (loss, scalars), gradient = accumulate(state.params, batch)
+        (value, outputs), gradient = accumulate(state.params, batch)
         learning_rate = jnp.asarray(schedule(state.step.astype(jnp.float32)), jnp.float32)
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(gradient)
-            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+            finite = jnp.isfinite(value) & jnp.isfinite(norm)
             # A select makes XLA:CPU copy the moments first; a branch makes a GPU wait for its host.
             params, optimizer_state = jax.lax.platform_dependent(
-                *(finite, gradient, learning_rate, state.params, state.optimizer), cpu=branch, default=select
+                *(finite, gradient, outputs.statistics, learning_rate, state.params, state.optimizer),
+                cpu=branch,
+                default=select,
             )
             ema = state.ema
             if ema_decay is not None:
@@ -127,8 +149,8 @@ def make_train_step(
             skipped_updates=state.skipped_updates + skipped,
             ema=ema,
         )
-        metrics = {"loss": loss, "gradient_norm": norm, "learning_rate": learning_rate}
-        metrics |= {"bad_steps": new.bad_steps, "skipped_updates": new.skipped_updates, **scalars}
+        metrics = {"loss": value, "gradient_norm": norm, "learning_rate": learning_rate}
+        metrics |= {"bad_steps": new.bad_steps, "skipped_updates": new.skipped_updates, **outputs.scalars}
         return new, metrics
 
     return train_step

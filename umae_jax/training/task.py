@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from umae_jax.data.pipeline import Sample
+from umae_jax.data.pipeline import Groups, Sample
 from umae_jax.data.sources import Source
 from umae_jax.errors import UserError
 from umae_jax.files import AnyPath
@@ -90,7 +90,7 @@ class BaseTask(abc.ABC):
 
     @abc.abstractmethod
     def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return shape and dtype of each array of a sample, without the batch axis.
+        """Return shape and dtype of each array of a sample, without the batch axis; the largest if shapes differ.
 
         The loader adds "sample_index", uint32 [], the key of every random draw of the sample.
         """
@@ -98,6 +98,10 @@ class BaseTask(abc.ABC):
     @abc.abstractmethod
     def loss(self, model: Any, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:  # noqa: ANN401
         """Compute the mean loss of a batch, a float32 scalar, and further scalars to report by name."""
+
+    def batches(self) -> Sequence[dict[str, jax.ShapeDtypeStruct]]:
+        """Return `batch` for every shape that batches have; a run compiles one program for each."""
+        return (self.batch(),)
 
     def build_model(self, rngs: nnx.Rngs) -> nnx.Module:
         """Build the model, freshly initialised.
@@ -143,9 +147,14 @@ class BaseTask(abc.ABC):
         """
 
     @property
+    def groups(self) -> Groups | None:
+        """Groups of the training records, of which a batch holds only one; None: a batch may hold any records."""
+        return None
+
+    @property
     def num_samples(self) -> int:
         """Number of training samples per epoch."""
-        return len(self.source)
+        return len(self.source) if self.groups is None else self.groups.samples_per_epoch()
 
     @property
     def data_digest(self) -> str:

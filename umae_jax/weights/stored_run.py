@@ -71,7 +71,7 @@ def read_run(
     config_file = workdir / CONFIG_FILE
     require(config_file.is_file(), f"{workdir} holds no run: there is no {CONFIG_FILE} in it")
     config = read_config(config_file)
-    graph, params = nnx.split(nnx.eval_shape(lambda: build(config, nnx.Rngs(0))), nnx.Param)
+    graph, params = nnx.split(nnx.eval_shape(lambda: build(config, nnx.Rngs(0))))
     if sharding is None:
         mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
         sharding = NamedSharding(mesh, PartitionSpec())
