@@ -40,7 +40,7 @@ def test_blocks_of_gts_change_nothing_and_later_gts_win(pairs, monkeypatch):
     # Integer boxes on a small grid: many equal IoUs.
     corners = np.random.default_rng(3).integers(0, 6, (110, 2, 2))
     corners.sort(axis=1)
-    boxes = (corners + [[0, 0], [1, 1]]).reshape(-1, 4).astype(np.float32)
+    boxes = np.add(corners, [[0, 0], [1, 1]]).reshape(-1, 4).astype(np.float32)
     priors, gts = boxes[:100], boxes[100:]
     valid = np.arange(10) != 4
     rule = RULES["rpn"] | {"min_positive": 0.2}

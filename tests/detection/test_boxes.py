@@ -29,7 +29,7 @@ def test_coding_equals_the_golden_numbers(name):
 def test_decode_inverts_encode():
     corners = np.random.default_rng(0).uniform(0, 100, (2, 3, 50, 2, 2)).astype(np.float32)
     corners.sort(axis=-2)
-    a, b = (jnp.asarray(side) for side in (corners + [[0, 0], [40, 40]]).astype(np.float32).reshape(2, 3, 50, 4))
+    a, b = (jnp.asarray(side) for side in np.add(corners, [[0, 0], [40, 40]]).astype(np.float32).reshape(2, 3, 50, 4))
     np.testing.assert_allclose(boxes.decode(a, boxes.encode(a, b, STDS["s2"]), STDS["s2"]), b, atol=1e-3)
 
 

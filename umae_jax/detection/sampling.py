@@ -10,7 +10,7 @@ from jax import lax
 class Sample(NamedTuple):
     """Sampled rows of an array of boxes: positives, then negatives, each in ascending order, then unused places."""
 
-    index: jax.Array  # int32 [count]; 0 where not valid
+    index: jax.Array  # type: ignore[assignment]  # int32 [count]; 0 where not valid
     positive: jax.Array  # bool [count]
     valid: jax.Array  # bool [count]
 
