@@ -1,5 +1,6 @@
 """Random samples of assigned boxes (DET 1.4, 1.8)."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -49,3 +50,10 @@ def sample(key: jax.Array, gt_index: jax.Array, candidates: jax.Array, *, count:
     places = jnp.sort(places)[:count]
     valid = places < unused
     return Sample(jnp.where(valid, places % max(total, 1), 0), places < total, valid)
+
+
+def sample_images(
+    keys: jax.Array, gt_index: jax.Array, candidates: jax.Array, *, count: int, max_positive: int
+) -> Sample:
+    """Draw a sample of each image of a batch, with its own key; arguments of `sample`, [B, ...]."""
+    return jax.vmap(partial(sample, count=count, max_positive=max_positive))(keys, gt_index, candidates)
