@@ -161,5 +161,10 @@ def _detections(
     """Gather detections by their place in the flattened labels, [N, M]."""
     place = jnp.where(valid, place, 0)
     index = place // labels.shape[1]
-    found = (boxes[index], scores, labels.reshape(-1)[place], index)
-    return Detections(*(jnp.where(valid[:, None] if x.ndim > 1 else valid, x, 0) for x in found), valid)
+    return Detections(
+        boxes=jnp.where(valid[:, None], boxes[index], 0),
+        scores=jnp.where(valid, scores, 0),
+        labels=jnp.where(valid, labels.reshape(-1)[place], 0),
+        index=index,
+        valid=valid,
+    )

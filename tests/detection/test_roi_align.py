@@ -1,0 +1,166 @@
+"""RoIAlign, against torchvision's numbers and a plain sum over all samples."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.detection.golden import assert_close, load
+from umae_jax.detection.roi_align import roi_align, roi_levels
+
+SHAPES, STRIDES = ((23, 31), (12, 16), (6, 8)), (4, 8, 16)
+
+
+def plain_weights(low, high, stride, limit, size):
+    """Return the weights [size, limit] of one box along one axis by a loop over its samples."""
+    start, end = low / stride - 0.5, high / stride - 0.5
+    bin_size = (end - start) / size
+    samples = max(int(np.ceil(bin_size)), 0)
+    weights = np.zeros((size, limit))
+    for bin_number, sample in np.ndindex(size, samples):
+        place = start + bin_size * (bin_number + (sample + 0.5) / samples)
+        if -1 <= place <= limit:
+            distance = np.abs(np.clip(place, 0, limit - 1) - np.arange(limit))
+            weights[bin_number] += np.maximum(1 - distance, 0) / samples
+    return weights
+
+
+def plain_matrices(boxes, levels, size):
+    """Return, for each level, the weights of rows and of columns of all boxes; zeros for those of other levels."""
+    result = []
+    for level, (shape, stride) in enumerate(zip(SHAPES, STRIDES, strict=True)):
+        rows, columns = (np.zeros((len(boxes), size, side), np.float32) for side in shape)
+        for k in np.flatnonzero(levels == level):
+            x1, y1, x2, y2 = np.asarray(boxes[k], np.float64)
+            rows[k] = plain_weights(y1, y2, stride, shape[0], size)
+            columns[k] = plain_weights(x1, x2, stride, shape[1], size)
+        result.append((rows, columns))
+    return result
+
+
+def plain(maps, matrices):
+    pairs = zip(maps, matrices, strict=True)
+    return sum(jnp.einsum("rph,hwc,rqw->rpqc", rows, level, columns) for level, (rows, columns) in pairs)
+
+
+def random_case(seed, count=40):
+    """Return maps, boxes of all kinds, and levels."""
+    rng = np.random.default_rng(seed)
+    maps = [rng.normal(size=(*shape, 5)).astype(np.float32) for shape in SHAPES]
+    corners = rng.uniform(-30, 150, (count, 2, 2))
+    corners.sort(axis=1)
+    boxes = corners.reshape(-1, 4)
+    boxes[:9] = [
+        [-500, 20, 500, 23],  # 1000 x 3
+        [40.5, -400, 42, 600],
+        [-3000, -2000, 3000, 2000],
+        [-50, -50, -20, -20],  # outside
+        [300, 10, 400, 50],
+        [20, 30, 20, 60],  # empty
+        [60, 60, 40, 40],
+        [0, 0, 0, 0],
+        [10, 10, 10.001, 10.001],
+    ]
+    boxes[9:14] = [[8, 4, 36, 32], [8, 4, 64, 60], [0, 0, 124, 92], [4, 4, 116, 60], [100, 70, 200, 200]]
+    levels = rng.integers(0, 3, count)
+    return maps, boxes.astype(np.float32), levels.astype(np.int32)
+
+
+@pytest.mark.parametrize("size", [7, 14])
+def test_features_and_gradients_equal_the_golden_numbers(size):
+    golden = load("c_roialign")
+    maps = jnp.asarray(golden["feat"].transpose(0, 2, 3, 1))
+    rois, name = golden["rois"], f"out{size}_sr0_aligned"
+    cotangent = golden[f"{name}_ct"].transpose(0, 2, 3, 1)
+    for image in (0, 1):
+        own = rois[:, 0] == image
+        boxes, levels = jnp.asarray(rois[own, 1:]), jnp.zeros(own.sum(), jnp.int32)
+
+        def align(level, boxes=boxes, levels=levels):
+            return roi_align([level], boxes, levels, size=size, strides=[8], window=8, chunk=4)
+
+        features, pullback = jax.vjp(align, maps[image])
+        assert_close(f"{name} of image {image}", features, golden[name].transpose(0, 2, 3, 1)[own])
+        (gradient,) = pullback(jnp.asarray(cotangent[own]))
+        expected = golden[f"{name}_gfeat"].transpose(0, 2, 3, 1)[image]
+        assert_close(f"gradient of {name} of image {image}", gradient, expected, 1e-3)
+
+
+def test_levels_equal_the_golden_numbers():
+    golden = load("c_roialign")
+    np.testing.assert_array_equal(roi_levels(jnp.asarray(golden["lvl_rois"][:, 1:])), golden["lvl"])
+    assert roi_levels(jnp.asarray([[5.0, 5, 5, 5], [9, 9, 3, 20]])).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("size", "window", "chunk"), [(7, 32, 32), (7, 5, 7), (3, 1, 40), (14, 9, 64)])
+def test_all_boxes_are_exact_for_every_window(size, window, chunk):
+    maps, boxes, levels = random_case(size)
+    matrices = plain_matrices(boxes, levels, size)
+
+    def align(maps):
+        return roi_align(maps, boxes, levels, size=size, strides=STRIDES, window=window, chunk=chunk)
+
+    features, pullback = jax.vjp(jax.jit(align), maps)
+    expected, plain_pullback = jax.vjp(lambda maps: plain(maps, matrices), maps)
+    assert_close("features", features, expected, 1e-5)
+    assert not np.asarray(features[3:8]).any()
+    assert np.asarray(features[8:14]).any(axis=(1, 2, 3)).all()
+    cotangent = jnp.asarray(np.random.default_rng(0).normal(size=features.shape), jnp.float32)
+    for gradient, own in zip(pullback(cotangent)[0], plain_pullback(cotangent)[0], strict=True):
+        assert_close("gradient", gradient, own, 1e-5)
+
+
+def test_a_batch_equals_its_images_with_values_and_gradients():
+    # Image 1 needs many more tiles than image 0.
+    maps, boxes, levels = (list(part) for part in zip(random_case(1), random_case(2), strict=True))
+    boxes[0] = np.concatenate([boxes[0][9:], boxes[0][9:18]])
+    boxes, levels, maps = jnp.stack(boxes), jnp.stack(levels), [jnp.stack(level) for level in zip(*maps, strict=True)]
+
+    def loss(maps, boxes, levels):
+        features = roi_align(maps, boxes, levels, size=7, strides=STRIDES, window=6, chunk=16)
+        return jnp.sin(features).sum()
+
+    def total(maps):
+        return jax.vmap(loss)(maps, boxes, levels).sum()
+
+    values, gradients = jax.jit(jax.value_and_grad(total))(maps)
+    summed = 0
+    for image in (0, 1):
+        own = [level[image] for level in maps]
+        value, own_gradients = jax.value_and_grad(loss)(own, boxes[image], levels[image])
+        summed += value
+        for gradient, expected in zip(gradients, own_gradients, strict=True):
+            assert_close("gradient of a batch", gradient[image], expected, 1e-5)
+    np.testing.assert_allclose(values, summed, rtol=1e-5)
+    # The same maps for several sets of boxes: nothing but the boxes has a batch axis.
+    shared = [level[0] for level in maps]
+    gradients = jax.grad(lambda maps: jax.vmap(loss, (None, 0, 0))(maps, boxes, levels).sum())(shared)
+    pairs = [jax.grad(loss)(shared, boxes[image], levels[image]) for image in (0, 1)]
+    for gradient, first, second in zip(gradients, *pairs, strict=True):
+        assert_close("gradient of shared maps", gradient, first + second, 1e-5)
+
+
+def test_bfloat16_features_are_summed_in_float32():
+    maps, boxes, levels = random_case(4)
+    maps = [jnp.asarray(level, jnp.bfloat16) for level in maps]
+    rounded = [level.astype(jnp.float32) for level in maps]
+
+    def align(maps):
+        return roi_align(maps, boxes, levels, size=7, strides=STRIDES)
+
+    features, pullback = jax.vjp(align, maps)
+    expected, expected_pullback = jax.vjp(align, rounded)
+    assert features.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(features, expected.astype(jnp.bfloat16))
+    cotangent = jnp.ones_like(features)
+    for gradient, own in zip(pullback(cotangent)[0], expected_pullback(cotangent.astype(jnp.float32))[0], strict=True):
+        np.testing.assert_array_equal(gradient, own.astype(jnp.bfloat16))
+
+
+def test_boxes_have_no_gradient():
+    maps, boxes, levels = random_case(5)
+
+    def loss(boxes):
+        return roi_align(maps, boxes, levels, size=7, strides=STRIDES).sum()
+
+    assert not jax.grad(loss)(jnp.asarray(boxes)).any()
