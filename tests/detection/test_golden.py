@@ -15,6 +15,7 @@ from umae_jax.detection.masks import paste
 from umae_jax.detection.rpn import Proposals, Rpn, RpnOptions
 from umae_jax.detection.sampling import Sample
 from umae_jax.detection.targets import Targets
+from umae_jax.errors import UserError
 from umae_jax.weights.mmdet import from_mmdet, to_mmdet
 
 CLASSES, WIDTH, HIDDEN = 5, 16, 24
@@ -103,6 +104,43 @@ def samples_of(train):
     return drawn
 
 
+def record(monkeypatch):
+    """Record the RoIs and outputs of the heads of each stage, and the first features of the boxes."""
+    outputs = {}
+    features, boxes, masks = RoiHeads._roi_features, RoiHeads._predict_boxes, RoiHeads._predict_masks
+
+    def record_features(self, maps, rois, side):
+        x = features(self, maps, rois, side)
+        outputs.setdefault(f"features {side}", x)
+        outputs["rois"] = rois
+        return x
+
+    def record_boxes(self, head, maps, rois, valid, *, train):
+        stage = sum(key.startswith("boxes") for key in outputs)
+        outputs[f"boxes {stage}"] = rois, boxes(self, head, maps, rois, valid, train=train)
+        return outputs[f"boxes {stage}"][1]
+
+    def record_masks(self, x, stage):
+        outputs[f"masks {stage}"] = outputs["rois"], masks(self, x, stage)
+        return outputs[f"masks {stage}"][1]
+
+    monkeypatch.setattr(RoiHeads, "_roi_features", record_features)
+    monkeypatch.setattr(RoiHeads, "_predict_boxes", record_boxes)
+    monkeypatch.setattr(RoiHeads, "_predict_masks", record_masks)
+    return outputs
+
+
+def flat(x):
+    """Merge images and RoIs."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def compare_rois(name, ours, theirs):
+    """Compare boxes [B, R, 4] with rows of image number and box; all places are used."""
+    np.testing.assert_array_equal(np.repeat(np.arange(len(ours)), ours.shape[1]), theirs[:, 0])
+    assert_close(name, flat(ours), theirs[:, 1:])
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_training(name, monkeypatch):
     train, gradients = numbers(name, "train"), numbers(name, "grads")
@@ -133,6 +171,8 @@ def test_training(name, monkeypatch):
         boxes[image, : len(rows)], valid[image, : len(rows)] = rows, True
     proposals = Proposals(jnp.asarray(boxes), jnp.zeros(shape), jnp.asarray(valid))
 
+    outputs = record(monkeypatch)
+
     def loss(params, maps):
         model = nnx.merge(graph, params)
         pyramid = model.fpn(maps)
@@ -141,11 +181,12 @@ def test_training(name, monkeypatch):
         losses = model.rpn.losses(pyramid, *predicted, targets, image_size, keys)
         losses |= model.roi_heads.losses(pyramid, proposals, targets, image_size, keys)
         found = model.rpn.propose(pyramid, *predicted, image_size, train=True)
-        outputs = losses, pyramid, predicted, found, list(seen), nnx.state(model, nnx.BatchStat)
-        return total_loss(losses), outputs
+        statistics = nnx.state(model, nnx.BatchStat)
+        return total_loss(losses), (losses, pyramid, predicted, found, list(seen), statistics, dict(outputs))
 
     compute = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-    (total, (losses, pyramid, predicted, found, assigned, statistics)), (grads, map_grads) = compute(params, maps)
+    (total, auxiliary), (grads, map_grads) = compute(params, maps)
+    losses, pyramid, predicted, found, assigned, statistics, recorded_outputs = auxiliary
 
     for level, x in enumerate(pyramid, 2):
         assert_close(f"P{level}", x.transpose(0, 3, 1, 2), train[f"fpn/p{level}"])
@@ -169,6 +210,17 @@ def test_training(name, monkeypatch):
             ours = np.asarray(gt_index[image])[OBJECTS:][np.asarray(candidates[image])[OBJECTS:]]
             np.testing.assert_array_equal(ours, train[key], err_msg=key)
 
+    for stage in range(3):
+        boxes, (logits, deltas) = recorded_outputs[f"boxes {stage}"]
+        compare_rois(f"RoIs {stage}", boxes, train[f"s{stage}/rois"])
+        assert_close(f"logits {stage}", flat(logits), train[f"s{stage}/cls"])
+        assert_close(f"deltas {stage}", flat(deltas), train[f"s{stage}/reg"])
+        boxes, masks = recorded_outputs[f"masks {stage}"]
+        compare_rois(f"mask RoIs {stage}", boxes, train[f"s{stage}/mask_rois"])
+        assert_close(f"mask logits {stage}", flat(masks).transpose(0, 3, 1, 2), train[f"s{stage}/mask_logits"])
+    features = flat(recorded_outputs["features 7"]).transpose(0, 3, 1, 2)
+    assert_close("RoI features", features, train["s0/box_feats_fused"])
+
     names = {"rpn_class": "loss_rpn_cls", "rpn_box": "loss_rpn_bbox", "semantic": "loss_semantic_seg"}
     for stage in range(3):
         kinds = {"class": "loss_cls", "box": "loss_bbox", "mask": "loss_mask"}
@@ -191,3 +243,46 @@ def test_training(name, monkeypatch):
         updated = to_mmdet(nnx.merge_state(params, statistics))
         for key, theirs in after.items():
             assert_close(key, updated[key], theirs)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_inference(name):
+    train, expected = numbers(name, "train"), numbers(name, "infer")
+    graph, params = heads_of(name)
+    image_size = jnp.asarray(train["in/img_shape"])
+
+    def detect(params, maps):
+        model = nnx.merge(graph, params)
+        pyramid = model.fpn(maps)
+        proposals = model.rpn.propose(pyramid, *model.rpn(pyramid), image_size, train=False)
+        proposals = jax.tree.map(lambda x: x[:, :40], proposals)  # as many as the original kept
+        boxes, logits = model.roi_heads.refine(model.roi_heads.features(pyramid), proposals, image_size)
+        return proposals, boxes, logits, *model.roi_heads.detect(pyramid, proposals, image_size)
+
+    maps = [nhwc(train[f"in/c{level}"]) for level in range(2, 6)]
+    proposals, boxes, logits, found, masks = jax.jit(detect)(params, maps)
+    assert_close("masks", flat(masks), expected["mask_prob_ensemble"])
+    for image in (0, 1):
+        assert_close("proposals", proposals.boxes[image], expected[f"prop_boxes{image}"])
+        assert_close("proposal scores", proposals.scores[image], expected[f"prop_scores{image}"])
+        assert_close("boxes", boxes[image], expected[f"raw_boxes{image}"])
+        assert_close("mean logits", logits[image], expected[f"mean_logits{image}"])
+        assert_close("scores", jax.nn.softmax(logits[image]), expected[f"raw_scores{image}"])
+        assert_close("detections", found.boxes[image], expected[f"det_boxes{image}"])
+        assert_close("detection scores", found.scores[image], expected[f"det_scores{image}"])
+        np.testing.assert_array_equal(found.labels[image], expected[f"det_labels{image}"])
+        assert bool(found.valid[image].all())
+        height, width = train["in/img_shape"][image]
+        pasted = np.asarray(paste(masks[image], found.boxes[image], int(height), int(width)) >= 0.5)
+        theirs = np.unpackbits(expected[f"det_masks_ensemble{image}"], axis=-1)[..., :width].astype(bool)
+        print(f"pixels that differ: {(pasted != theirs).sum()} of {pasted.size}")
+        assert (pasted != theirs).mean() < 1e-4
+
+
+def test_tensors_that_do_not_fit_are_listed():
+    graph, params = nnx.split(nnx.eval_shape(lambda: Heads(OPTIONS["htc"], nnx.Rngs(0))))
+    tensors = {key[2:]: array for key, array in numbers("htc", "params").items()}
+    tensors["neck.extra.weight"] = tensors.pop("rpn_head.rpn_cls.bias")
+    tensors["rpn_head.rpn_reg.bias"] = np.zeros(3, np.float32)
+    with pytest.raises(UserError, match=r"rpn_reg.bias is \[3\], not \[12\].*rpn_cls.bias is missing.*neck.extra.weight"):
+        from_mmdet(params, tensors, name="file")

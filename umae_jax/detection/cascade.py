@@ -5,7 +5,7 @@ semantic branch make three stages HTC. Box heads of convolutions with BatchNorm,
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +106,7 @@ class RoiHeads(nnx.Module):
 
     def __init__(self, width: int, classes: int, options: CascadeOptions, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.classes, self.options = classes, options
-        shared = {"dtype": dtype, "rngs": rngs}
+        shared: dict[str, Any] = {"dtype": dtype, "rngs": rngs}
         stages = range(options.stages)
         self.box_heads = nnx.List(
             BoxHead(width, options.box_hidden, classes, convs=options.box_convs, **shared) for _ in stages
@@ -115,9 +115,8 @@ class RoiHeads(nnx.Module):
             MaskHead(width, classes, takes_previous=options.mask_flow and stage > 0, **shared)
             for stage in (stages if options.masks else ())
         )
-        self.semantic_head = None
-        if options.semantic_classes:
-            self.semantic_head = SemanticHead(width, options.semantic_classes, len(STRIDES), **shared)
+        semantic = options.semantic_classes
+        self.semantic_head = SemanticHead(width, semantic, len(STRIDES), **shared) if semantic else None
 
     # Training.
 
@@ -155,7 +154,7 @@ class RoiHeads(nnx.Module):
                 logits, deltas = self._predict_boxes(head, features, rois.boxes, rois.valid, train=True)
                 for name, value in self._box_losses(rois, logits, deltas, targets, rule).items():
                     losses[f"stage_{stage}_{name}"] = value
-                refined = decode(rois.boxes, jax.lax.stop_gradient(deltas), rule.std, image_size[:, None])
+                refined = _decode(rois.boxes, jax.lax.stop_gradient(deltas), rule, image_size)
                 boxes, valid = refined, rois.valid & ~(rois.positive & rois.is_object)
             if self.mask_heads:
                 with jax.named_scope("mask_head"):
@@ -211,7 +210,7 @@ class RoiHeads(nnx.Module):
         return {
             "class": rule.weight * (valid * cross_entropy).sum() / count,
             "box": rule.weight * jnp.where(rois.positive, errors, 0).sum() / count,
-            "accuracy": (valid * (logits.argmax(-1) == labels)).sum() / count,
+            "accuracy": (rois.valid & (logits.argmax(-1) == labels)).sum().astype(jnp.float32) / count,
         }
 
     def _mask_loss(self, stage: int, features: Features, rois: _Rois, targets: Targets) -> jax.Array:
@@ -223,7 +222,7 @@ class RoiHeads(nnx.Module):
         labels = jnp.take_along_axis(targets.labels, index, 1)
         logits = jnp.take_along_axis(logits, labels[:, :, None, None, None], -1)[..., 0]
         loss = optax.sigmoid_binary_cross_entropy(logits, target_masks(targets, index, boxes)).mean((2, 3))
-        return jnp.where(positive, loss, 0).sum() / jnp.maximum(positive.sum(), 1)
+        return jnp.where(positive, loss, 0).sum() / jnp.maximum(positive.sum(), 1).astype(jnp.float32)
 
     # Both.
 
@@ -312,7 +311,7 @@ class RoiHeads(nnx.Module):
         boxes, total = proposals.boxes, jnp.zeros(())
         for rule, head in zip(RULES, self.box_heads, strict=False):
             logits, deltas = self._predict_boxes(head, features, boxes, proposals.valid, train=False)
-            boxes = decode(boxes, deltas, rule.std, image_size[:, None])
+            boxes = _decode(boxes, deltas, rule, image_size)
             total = total + logits
         return boxes, total / len(self.box_heads)
 
@@ -337,3 +336,8 @@ def target_masks(targets: Targets, index: jax.Array, boxes: jax.Array) -> jax.Ar
         return mask_targets(masks[index], gts[index], boxes, MASK_SIDE)
 
     return jax.vmap(of_image)(targets.masks, targets.boxes, index, boxes)
+
+
+def _decode(boxes: jax.Array, deltas: jax.Array, rule: StageRule, image_size: jax.Array) -> jax.Array:
+    """Refine boxes [B, R, 4], and clip them to their images."""
+    return jax.vmap(lambda *one: decode(*one[:2], rule.std, one[2]))(boxes, deltas, image_size)
