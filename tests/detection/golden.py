@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-FOLDER = Path(__file__).parents[1] / "golden" / "detection"
+FOLDER = Path(__file__).parents[1] / "golden_numbers" / "detection"
 
 
 def load(name):

@@ -16,7 +16,7 @@ from umae_jax.detection.rpn import Proposals, Rpn, RpnOptions
 from umae_jax.detection.sampling import Sample
 from umae_jax.detection.targets import Targets
 from umae_jax.errors import UserError
-from umae_jax.weights.mmdet import from_mmdet, to_mmdet
+from umae_jax.detection.mmdet import from_mmdet, to_mmdet
 
 CLASSES, WIDTH, HIDDEN = 5, 16, 24
 RPN = RpnOptions(anchor_scale=4, samples=48, train_proposals=400, test_proposals=150)

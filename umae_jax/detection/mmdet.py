@@ -1,6 +1,7 @@
 """Parameter names and layouts of mmdet's HTC, Cascade and Mask R-CNN (3.x): FPN, RPN and RoI heads.
 
-A detector's weight file has these names. Its backbone has the reference's names (`weights.names`) after "backbone.".
+A detector's weight file has these names. Its backbone has the reference's names (`weights.names`) after "backbone.",
+and the names of this project for what the reference lacks: norms of the maps, and HTC++'s global block.
 """
 
 import re
@@ -10,9 +11,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from ml_collections import ConfigDict
 
 from umae_jax.detection.box_head import SIDE
 from umae_jax.errors import UserError, listing
+from umae_jax.weights.names import to_reference
 
 # Our module -> mmdet's module. A number stays where it is.
 _MODULES = (
@@ -104,6 +107,24 @@ def to_mmdet(params: nnx.State) -> dict[str, np.ndarray]:
     if len(params["roi_heads"]["box_heads"]) == 1:
         tensors = {re.sub(r"(bbox_head|mask_head)\.0\.", r"\1.", name): array for name, array in tensors.items()}
     return tensors
+
+
+def to_tensors(config: ConfigDict, params: nnx.State) -> dict[str, np.ndarray]:
+    """Return the state dict of a whole detector, float32, as `from_tensors` reads it.
+
+    Args:
+        config: of the detector.
+        params: of a `Detector`, on the host.
+    """
+    backbone = params["backbone"]
+    tensors = {
+        f"backbone.{name}": array
+        for name, array in to_reference(config, nnx.State({"encoder": backbone["encoder"]})).items()
+    }
+    for keys, variable in nnx.to_flat_state(backbone):
+        if keys[0] != "encoder":
+            tensors[".".join(["backbone", *map(str, keys)])] = np.asarray(variable[...], np.float32)
+    return tensors | to_mmdet(params)
 
 
 def from_mmdet(params: nnx.State, tensors: Mapping[str, np.ndarray], *, name: str) -> nnx.State:

@@ -1,0 +1,154 @@
+"""Annotated images for training and evaluation of detectors."""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from umae_jax.console import say
+from umae_jax.data.annotations import AnnotatedSource, open_annotated
+from umae_jax.data.dense_transforms import MAX_BOXES, SEMANTIC_STRIDE, LoadForDetection
+from umae_jax.data.instances import CROP_SIZE
+from umae_jax.data.pipeline import EvalLoader, abstract_batch, readers
+from umae_jax.data.placement import Size, oriented
+from umae_jax.errors import require
+from umae_jax.training.sharding import batch_sharding
+from umae_jax.training.task import Batch
+
+
+def open_training(config: ConfigDict) -> AnnotatedSource:
+    """Open the images that `config.data` names, without those that cannot train, and print their summary.
+
+    Raises:
+        UserError: if there are none.
+    """
+    data = config.data
+    source = open_annotated(data.source, split=data.split, data_dir=data.data_dir, max_pixels=data.max_pixels)
+    source = source.for_training()
+    say(source.summary)
+    return source
+
+
+def open_validation(config: ConfigDict, training: AnnotatedSource | None, key: str) -> AnnotatedSource | None:
+    """Open the images that `config.validation` names, and print their summary; None if none are named.
+
+    Args:
+        config: of the run.
+        training: images whose classes must be the same; None: any.
+        key: the key or flag that names the source, for error messages.
+
+    Raises:
+        UserError: if there are none, or their classes differ.
+    """
+    named, data = config.validation, config.data
+    if named.source is None:
+        return None
+    source = open_annotated(
+        named.source, split=named.split, key="validation", data_dir=data.data_dir, max_pixels=data.max_pixels
+    )
+    say(source.summary)
+    if training is not None:
+        require(
+            source.classes == training.classes,
+            f"{key}: its categories are {', '.join(source.classes)}, those of data.source "
+            f"{', '.join(training.classes)}; use annotations with the same categories in both",
+        )
+    return source
+
+
+def canvases(config: ConfigDict) -> tuple[Size, ...]:
+    """Return the landscape canvases of training, heights and widths in pixels.
+
+    Raises:
+        UserError: if they do not fit together.
+    """
+    heights, widths = config.data.canvas_heights, config.data.canvas_widths
+    require(
+        len(heights) == len(widths),
+        f"data.canvas_widths has {len(widths)} number(s), data.canvas_heights {len(heights)}; write one per canvas",
+    )
+    sizes = tuple(zip(heights, widths, strict=True))
+    require(
+        tuple(config.image_size) == sizes[-1],
+        f"image_size is {tuple(config.image_size)}, but the last canvas {sizes[-1]}; make them equal",
+    )
+    return sizes
+
+
+def shapes(sizes: tuple[Size, ...]) -> tuple[Size, ...]:
+    """Return all shapes of canvases, landscape and portrait, without duplicates; the first is the largest landscape."""
+    both = [oriented(size, portrait) for size in sizes[::-1] for portrait in (False, True)]
+    return tuple(dict.fromkeys(both))
+
+
+def training_arrays(config: ConfigDict, size: Size) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shape and dtype of a training sample's arrays in a canvas; see `LoadInstances`."""
+
+    def array(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    arrays = {
+        "image": array(jnp.uint8, *size, config.model.channels),
+        "image_size": array(jnp.int32, 2),
+        "boxes": array(jnp.float32, MAX_BOXES, 4),
+        "labels": array(jnp.int32, MAX_BOXES),
+        "box_valid": array(jnp.bool_, MAX_BOXES),
+        "masks": array(jnp.uint8, MAX_BOXES, CROP_SIZE, CROP_SIZE),
+        "mask_valid": array(jnp.bool_, MAX_BOXES),
+    }
+    if config.model.semantic_classes:
+        arrays["semantic"] = array(jnp.uint8, *(side // SEMANTIC_STRIDE for side in size))
+    return arrays
+
+
+class View(NamedTuple):
+    """A batch in one canvas: all its images have one orientation."""
+
+    canvas: Size
+    source: AnnotatedSource  # the images of this orientation
+
+
+def views(config: ConfigDict, source: AnnotatedSource) -> Iterator[View]:
+    """Yield the images of each orientation with their canvas for evaluation; a square canvas takes all."""
+    size = tuple(config.image_size)
+    if size[0] == size[1]:
+        yield View(size, source)
+        return
+    for portrait in (False, True):
+        chosen = np.flatnonzero(source.portrait == portrait)
+        if len(chosen):
+            yield View(oriented(size, portrait), source.select(chosen))
+
+
+def eval_loader(config: ConfigDict, view: View, mesh: Mesh, batch_size: int, named: set[str]) -> EvalLoader:
+    """Load every image of a view once; see `LoadForDetection` and `EvalLoader`."""
+    return EvalLoader(
+        len(view.source),
+        LoadForDetection(view.source, view.canvas, config.validation.short_edge, max(config.image_size)),
+        batch_size=batch_size,
+        sharding=batch_sharding(mesh),
+        named=named,
+        readers=readers(config),
+    )
+
+
+def abstract_eval_batch(config: ConfigDict, canvas: Size, mesh: Mesh, batch_size: int) -> Batch:
+    """Return shape, dtype and sharding of the arrays of a batch of `eval_loader`."""
+    arrays = {
+        "image": jax.ShapeDtypeStruct((*canvas, config.model.channels), jnp.uint8),
+        "image_size": jax.ShapeDtypeStruct((2,), jnp.int32),
+        "original_size": jax.ShapeDtypeStruct((2,), jnp.int32),
+        "record": jax.ShapeDtypeStruct((), jnp.int32),
+        "valid": jax.ShapeDtypeStruct((), jnp.bool_),
+    }
+    return abstract_batch(arrays, batch_size, batch_sharding(mesh))
+
+
+def eval_batch_size(mesh: Mesh, largest: int) -> int:
+    """Return the largest batch of evaluation up to a size that divides among the devices."""
+    return max(1, math.floor(largest / mesh.size)) * mesh.size

@@ -1,0 +1,169 @@
+"""Detections on annotated images, and COCO's metrics of them: every image counts once, on any number of processes."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from umae_jax.data.annotations import AnnotatedSource
+from umae_jax.detection.coco import Detection, evaluate, to_detections
+from umae_jax.detection.detector import Detected
+from umae_jax.errors import UserError, printable, require
+from umae_jax.multihost import all_gather_json, broadcast_json, is_primary
+from umae_jax.tasks import annotated
+from umae_jax.training.sharding import batch_sharding, local_rows
+from umae_jax.training.task import Batch, Params
+
+
+MAX_ROWS = 20  # of the table of classes
+
+
+class Found(NamedTuple):
+    """The detections of one image, in pixels of the image file."""
+
+    record: int
+    size: tuple[int, int]  # height and width of the image file
+    boxes: np.ndarray  # float32 [N, 4]
+    scores: np.ndarray  # float32 [N]
+    labels: np.ndarray  # int32 [N]
+    masks: np.ndarray | None  # probabilities within the boxes, float32 [N, 28, 28]
+
+
+class Results(NamedTuple):
+    """The metrics of a data set, and the detections that they are computed from."""
+
+    metrics: dict[str, float]  # "box_ap" and the like; "box_ap/CLASS" of each class
+    images: int  # number of readable images
+    unreadable: int
+    detections: list[Detection]  # of all processes
+    examples: list[tuple[AnnotatedSource, "Found"]]  # of this process, for pictures
+
+    def table(self) -> str:
+        """Return AP per class, the worst classes if there are many."""
+        kinds = [kind for kind in ("box", "mask") if f"{kind}_ap" in self.metrics]
+        names = [name.partition("/")[2] for name in self.metrics if name.startswith("box_ap/")]
+        values = {name: [self.metrics[f"{kind}_ap/{name}"] for kind in kinds] for name in names}
+        shown = sorted(values, key=lambda name: values[name][0])[:MAX_ROWS] if len(names) > MAX_ROWS else names
+        width = max(map(len, (*shown, "class")))
+        lines = [f"  {'class':{width}}" + "".join(f"{f'{kind} AP':>10}" for kind in kinds)]
+        for name in shown:
+            cells = (f"{value:.2%}" if value >= 0 else "no objects" for value in values[name])
+            lines.append(f"  {printable(name):{width}}" + "".join(f"{cell:>10}" for cell in cells))
+        if len(names) > len(shown):
+            lines.append(f"  and {len(names) - len(shown):,} more classes, which are better")
+        return "\n".join(lines)
+
+
+class Finder:
+    """Detects objects in all images of a source; compiled once per canvas.
+
+    Args:
+        config, graph: of the detector.
+        params: its parameters, or their shapes with shardings.
+        source: the images.
+        mesh: the devices.
+        batch_size: global.
+        check: called before each batch; may raise to stop.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        graph: nnx.GraphDef,
+        params: Params,
+        source: AnnotatedSource,
+        mesh: Mesh,
+        batch_size: int,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        def detect(params: Params, batch: Batch) -> tuple[Detected, dict[str, jax.Array]]:
+            found = nnx.merge(graph, params)(batch["image"], batch["image_size"])
+            return found, {key: array for key, array in batch.items() if key != "image"}
+
+        jitted = jax.jit(detect, out_shardings=batch_sharding(mesh))
+        self._views = []
+        named: set[str] = set()
+        for view in annotated.views(config, source):
+            shapes = annotated.abstract_eval_batch(config, view.canvas, mesh, batch_size)
+            with jax.set_mesh(mesh):
+                compiled = jitted.lower(params, shapes).compile()
+            self._views.append((annotated.eval_loader(config, view, mesh, batch_size, named), compiled, view.source))
+        self._check = check
+
+    def __call__(self, params: Params) -> Iterator[tuple[AnnotatedSource, Found]]:
+        """Yield the detections of each readable image of this process, and the source of its record."""
+        for loader, compiled, source in self._views:
+            pending = None
+            for batch in loader:
+                self._check()
+                results = compiled(params, batch)
+                if pending is not None:
+                    yield from ((source, found) for found in _to_host(*pending))
+                pending = results
+            if pending is not None:
+                yield from ((source, found) for found in _to_host(*pending))
+
+
+def _to_host(found: Detected, batch: dict[str, jax.Array]) -> Iterator[Found]:
+    """Yield the detections of the valid images of a batch that this process holds."""
+    found, batch = jax.tree.map(local_rows, (found, batch))
+    for row in np.flatnonzero(batch["valid"]):
+        height, width = batch["original_size"][row].tolist()
+        scale = np.array([height, width], np.float32) / batch["image_size"][row]
+        boxes = found.boxes[row] * np.tile(scale[::-1], 2).astype(np.float32)
+        kept = found.valid[row]
+        masks = None if found.masks is None else found.masks[row][kept]
+        arrays = boxes[kept], found.scores[row][kept], found.labels[row][kept]
+        yield Found(int(batch["record"][row]), (height, width), *arrays, masks)
+
+
+def make_evaluator(
+    config: ConfigDict,
+    graph: nnx.GraphDef,
+    params: Params,
+    source: AnnotatedSource,
+    mesh: Mesh,
+    batch_size: int,
+    check: Callable[[], None] = lambda: None,
+    key: str = "validation.source",
+) -> Callable[[Params], Results]:
+    """Compile the evaluation of a detector on every image of a source; all processes must call it.
+
+    Args:
+        config, graph, params, source, mesh, batch_size, check: see `Finder`.
+        key: the configuration key or flag that names the source, for error messages.
+    """
+    find = Finder(config, graph, params, source, mesh, batch_size, check)
+    kinds = ["bbox", *(["segm"] if config.model.masks and source.has_masks else [])]
+    truth = source.ground_truth() if is_primary() else {}
+
+    def measure(params: Params) -> Results:
+        own: list[Detection] = []
+        images: list[int] = []
+        examples: list[tuple[AnnotatedSource, Found]] = []
+        for view, found in find(params):
+            if len(examples) < config.pictures:
+                examples.append((view, found))
+            image = int(view.image_ids[found.record])
+            images.append(image)
+            categories = view.category_ids[found.labels]
+            own += to_detections(image, found.size, found.boxes, found.scores, categories, found.masks)
+        gathered = all_gather_json([images, own])
+        seen = [image for part, _ in gathered for image in part]
+        detections = [detection for _, part in gathered for detection in part]
+        require(bool(seen), f"{key}: none of its images can be read; repair them or name another source")
+        metrics: Any = None
+        if is_primary():
+            try:
+                metrics = evaluate(truth, detections, kinds, seen)
+            except UserError as error:  # a missing package, which the others must hear of
+                metrics = str(error)
+        metrics = broadcast_json(metrics)
+        require(not isinstance(metrics, str), metrics)
+        return Results(metrics, len(seen), len(source) - len(seen), detections, examples)
+
+    return measure
