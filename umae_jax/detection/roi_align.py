@@ -8,11 +8,13 @@ that the work does not depend on the size of the maps, and the result is exact f
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+_T = TypeVar("_T")
 
 LEVELS = 4
 FIRST_SIDE = 56  # boxes of twice this side and more, in pixels, leave the first level
@@ -210,20 +212,8 @@ def _sort_and_pad(layout: _Layout, boxes: jax.Array, levels: jax.Array) -> tuple
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _roi_align(layout: _Layout, maps: tuple[jax.Array, ...], boxes: jax.Array, levels: jax.Array) -> jax.Array:
-    atlas = layout.pack(maps)
     located, order = _sort_and_pad(layout, boxes, levels)
-    chunk = min(layout.chunk, len(boxes))
-    features = jax.vmap(partial(_tile_features, layout, atlas), in_axes=(0, None))
-
-    def compute(some: _Boxes) -> jax.Array:
-        zeros = jnp.zeros((chunk, layout.size, layout.size, atlas.shape[-1]), jnp.float32)
-        tiles = some.tiles.prod(-1).max()
-        total = lax.fori_loop(0, tiles, lambda number, total: total + features(some, number), zeros)
-        return total.astype(atlas.dtype)
-
-    chunks = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), located)
-    aligned = lax.map(compute, chunks)
-    aligned = aligned.reshape(-1, *aligned.shape[2:])
+    aligned = _batch_natively(partial(_features, layout))(located, layout.pack(maps))
     return aligned[jnp.argsort(order)[: len(boxes)]]
 
 
@@ -239,55 +229,82 @@ def _backward(
     located, order = _sort_and_pad(layout, *saved)
     padding = len(order) - len(gradient)
     padded = jnp.pad(gradient, ((0, padding), (0, 0), (0, 0), (0, 0)))[order]
-    atlas = _atlas_gradient(layout)(located, padded)
+    atlas = _batch_natively(partial(_atlas_gradient, layout))(located, padded)
     return tuple(level.astype(gradient.dtype) for level in layout.unpack(atlas)), None, None
 
 
-def _atlas_gradient(layout: _Layout) -> Callable[[_Boxes, jax.Array], jax.Array]:
-    """Build the function that adds the gradients of all boxes into that of the atlas, float32.
+_roi_align.defvjp(_forward, _backward)
 
-    `jax.vmap` of a loop whose length is traced would copy the atlas in every turn. So the function has its own rule.
+
+def _batch_natively(compute: Callable[[_Boxes, jax.Array], jax.Array]) -> Callable[[_Boxes, jax.Array], jax.Array]:
+    """Return a function of one image that under `jax.vmap` calls `compute`, which is one of a batch.
+
+    The rule of JAX for a loop of traced length selects the old or the new value for each image in every turn. That
+    would copy the gradient of the atlas, and let the devices of a sharded batch agree on the end in every turn.
     """
 
-    def compute(boxes: _Boxes, gradient: jax.Array) -> jax.Array:
-        """Compute for a batch of images: gradient [B, R, size, size, C] -> [B, rows, columns, C]."""
-        batch, count, *_, channels = gradient.shape
-        chunk = min(layout.chunk, count)
-        tile_gradients = jax.vmap(jax.vmap(partial(_tile_gradients, layout), in_axes=(0, 0, None)), (0, 0, None))
-
-        def add_chunk(number: jax.Array, atlas: jax.Array) -> jax.Array:
-            def take(x: jax.Array) -> jax.Array:
-                return lax.dynamic_slice_in_dim(x, number * chunk, chunk, axis=1)
-
-            some, some_gradient = jax.tree.map(take, (boxes, gradient))
-
-            def add_tile(tile: jax.Array, atlas: jax.Array) -> jax.Array:
-                return jax.vmap(_add_windows)(atlas, *tile_gradients(some_gradient, some, tile))
-
-            return lax.fori_loop(0, some.tiles.prod(-1).max(), add_tile, atlas)
-
-        return lax.fori_loop(0, count // chunk, add_chunk, jnp.zeros((batch, *layout.atlas, channels), jnp.float32))
-
     @jax.custom_batching.custom_vmap
-    def single(boxes: _Boxes, gradient: jax.Array) -> jax.Array:
-        return compute(*jax.tree.map(lambda x: x[None], (boxes, gradient)))[0]
+    def single(boxes: _Boxes, x: jax.Array) -> jax.Array:
+        return compute(*jax.tree.map(lambda array: array[None], (boxes, x)))[0]
 
     @single.def_vmap
     def _batched(
-        axis_size: int, in_batched: tuple[_Boxes, bool], *arguments: _Boxes | jax.Array
+        axis_size: int, in_batched: tuple[_Boxes, bool], boxes: _Boxes, x: jax.Array
     ) -> tuple[jax.Array, bool]:
-        def add_batch(x: jax.Array, batched: bool) -> jax.Array:
-            return x if batched else jnp.broadcast_to(x[None], (axis_size, *x.shape))
+        def add_batch(array: jax.Array, batched: bool) -> jax.Array:
+            return array if batched else jnp.broadcast_to(array[None], (axis_size, *array.shape))
 
-        return compute(*jax.tree.map(add_batch, arguments, tuple(in_batched))), True
+        return compute(*jax.tree.map(add_batch, (boxes, x), tuple(in_batched))), True
 
     return single
+
+
+def _features(layout: _Layout, boxes: _Boxes, atlas: jax.Array) -> jax.Array:
+    """Compute the features of boxes [B, R] in atlases [B, rows, columns, C]: [B, R, size, size, C]."""
+    chunk, turns = _chunks(layout, boxes)
+    batch, channels = atlas.shape[0], atlas.shape[-1]
+    features = jax.vmap(jax.vmap(partial(_tile_features, layout), in_axes=(None, 0, None)), in_axes=(0, 0, None))
+
+    def compute(number: jax.Array) -> jax.Array:
+        some = _take(boxes, number, chunk)
+        zeros = jnp.zeros((batch, chunk, layout.size, layout.size, channels), jnp.float32)
+        total = lax.fori_loop(0, turns[number], lambda tile, total: total + features(atlas, some, tile), zeros)
+        return total.astype(atlas.dtype)
+
+    aligned = lax.map(compute, jnp.arange(len(turns), dtype=jnp.int32))
+    return jnp.moveaxis(aligned, 0, 1).reshape(batch, -1, layout.size, layout.size, channels)
+
+
+def _atlas_gradient(layout: _Layout, boxes: _Boxes, gradient: jax.Array) -> jax.Array:
+    """Add up the gradients of boxes [B, R, size, size, C] in those of atlases, float32 [B, rows, columns, C]."""
+    chunk, turns = _chunks(layout, boxes)
+    tile_gradients = jax.vmap(jax.vmap(partial(_tile_gradients, layout), in_axes=(0, 0, None)), in_axes=(0, 0, None))
+
+    def add_chunk(number: jax.Array, atlas: jax.Array) -> jax.Array:
+        some, some_gradient = _take((boxes, gradient), number, chunk)
+
+        def add_tile(tile: jax.Array, atlas: jax.Array) -> jax.Array:
+            return jax.vmap(_add_windows)(atlas, *tile_gradients(some_gradient, some, tile))
+
+        return lax.fori_loop(0, turns[number], add_tile, atlas)
+
+    zeros = jnp.zeros((len(gradient), *layout.atlas, gradient.shape[-1]), jnp.float32)
+    return lax.fori_loop(0, len(turns), add_chunk, zeros)
+
+
+def _chunks(layout: _Layout, boxes: _Boxes) -> tuple[int, jax.Array]:
+    """Return the boxes per chunk, and the max tiles of a box in each chunk of a batch, int32 [chunks]."""
+    tiles = boxes.tiles.prod(-1)
+    chunk = min(layout.chunk, tiles.shape[1])
+    return chunk, tiles.reshape(len(tiles), -1, chunk).max((0, 2))
+
+
+def _take(arrays: _T, number: jax.Array, chunk: int) -> _T:
+    """Return a chunk of arrays [B, R, ...]."""
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, number * chunk, chunk, axis=1), arrays)
 
 
 def _add_windows(atlas: jax.Array, starts: jax.Array, windows: jax.Array) -> jax.Array:
     """Add windows [n, rows, columns, C] to an array at their starts, [n, 2]."""
     dimensions = lax.ScatterDimensionNumbers((1, 2, 3), (), (0, 1))
     return lax.scatter_add(atlas, starts, windows, dimensions, mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS)
-
-
-_roi_align.defvjp(_forward, _backward)
