@@ -15,7 +15,6 @@ from umae_jax.config import default_config
 from umae_jax.errors import UserError
 from umae_jax.models import attention
 from umae_jax.models.build import build_encoder, build_model, build_pyramid
-from umae_jax.models.kernels import REMATERIALIZE
 from umae_jax.models.layers import TransformerBlock
 from umae_jax.models.positions_table import interpolate_positions
 from umae_jax.models.pyramid import STRIDES
@@ -157,6 +156,8 @@ def plain_maps(encoder, image_size):
     config = config_of(encoder, image_size)
     plain = build_encoder(config, jnp.float32, nnx.Rngs(0), final_norm=False)
     nnx.update(plain, nnx.state(pyramid.encoder))
+    if encoder == "swin":  # outside blocks, the reference's epsilon is another in dense prediction
+        plain.set_attributes(nnx.LayerNorm, epsilon=1e-5)
 
     @jax.jit
     def maps(plain, norms, images):
@@ -173,7 +174,7 @@ def test_maps_are_the_normed_maps_of_the_encoder_where_windows_tile_them(encoder
     images = random_images((128, 128))
     maps = run(pyramid, images)
     for ours, theirs in zip(maps[2:3] if encoder == "vit" else maps, plain(images), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-4)  # norms of Swin's patches differ in epsilon
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def regions_by_slices(size, window, shift):
@@ -199,21 +200,19 @@ def test_shifted_dense_windows_have_the_regions_of_the_padded_map(grid, window):
 
 @pytest.mark.parametrize("shifted", [False, True])
 def test_tokens_attend_to_the_padding_of_dense_windows(shifted):
-    """Zero rows have keys and values equal to the biases: unlike in `make_windows`, the result depends on those."""
-    qkv, proj = (nnx.Linear(8, features, rngs=nnx.Rngs(0)) for features in (24, 8))
-    x = jax.random.normal(jax.random.key(0), (1, 3, 4, 8))
+    """The padding is like tokens of 0, whose keys and values are the biases."""
+    qkv, proj = (nnx.Linear(8, features, bias_init=nnx.initializers.ones, rngs=nnx.Rngs(0)) for features in (24, 8))
+    x = jax.random.normal(jax.random.key(0), (1, 6, 7, 8))
+    padded = jnp.pad(x, ((0, 0), (0, 2), (0, 1), (0, 0)))
 
-    def attend(bias, windows):
-        qkv.bias[...] = bias * jnp.ones(24)
+    def attend(x, make, **arguments):
         tables = jnp.zeros((1, 1, 2, 16, 16))
-        return np.asarray(attention.window_attention(qkv, proj, x, windows, tables, 2))
+        windows = make(x.shape[1:3], 4, shifted=shifted, **arguments)
+        return attention.window_attention(qkv, proj, x, windows, tables, 2)[:, :6, :7]
 
-    def values(windows):  # the mean of constant values is constant, so that only the padding's share varies
-        return attend(1.0, windows) - attend(0.0, windows)
-
-    dense, masked = make_dense_windows((3, 4), 4, shifted=shifted), make_windows((3, 4), 4, shifted=False, offset=None)
-    assert dense.shift == ((2, 2) if shifted else (0, 0))
-    assert np.abs(values(dense) - values(masked)).max() > 1e-3
+    dense = attend(x, make_dense_windows)
+    np.testing.assert_allclose(dense, attend(padded, make_windows, offset=None), atol=1e-5)
+    assert np.abs(dense - attend(x, make_windows, offset=None)).max() > 1e-2
 
 
 @pytest.mark.parametrize("image_size", [(96, 160), (64, 96), (224, 160)])
@@ -307,32 +306,33 @@ def test_the_global_block_has_12_d_squared_parameters(encoder):
     assert pyramid.global_block.heads == pyramid.encoder.heads[-1]
 
 
-def gradients(pyramid, images):
+def loss_and_parameters(encoder, policy):
+    depths = (3,) if encoder == "vit" else (1, 3, 1, 1)
+    pyramid = build(encoder, (64, 64), depths=depths, rematerialize=policy, global_block=True)
     graph, params = nnx.split(pyramid, nnx.Param)[:2]
-
-    def loss(params):
-        return sum(jnp.mean(jnp.sin(3 * x)) for x in nnx.merge(graph, params)(images))
-
-    backward = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
-    saved = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(backward))
-    return jax.jit(jax.value_and_grad(loss))(params), saved
+    images = random_images((64, 64))
+    return lambda params: sum(jnp.mean(jnp.sin(3 * x)) for x in nnx.merge(graph, params)(images)), params
 
 
 @pytest.mark.parametrize("encoder", NAMES)
-def test_rematerialization_saves_memory_and_changes_no_value(encoder):
-    depths = (4,) if encoder == "vit" else (2, 2, 4, 2)
-    images = random_images((96, 96))
-    results, saved = [], []
-    for policy in REMATERIALIZE:
-        pyramid = build(encoder, depths=depths, rematerialize=policy, global_block=True)
-        result, size = gradients(pyramid, images)
-        results.append(result)
-        saved.append(size)
-    for result in results[1:]:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), result, results[0])
-    assert saved == sorted(saved, reverse=True)
-    by_policy = dict(zip(REMATERIALIZE, saved, strict=True))
-    assert by_policy["blocks"] > 1.2 * by_policy["stages"]
+def test_rematerialized_stages_save_no_inputs_of_blocks(encoder):
+    saved = []
+    for policy in ("blocks", "stages"):
+        loss, params = loss_and_parameters(encoder, policy)
+        backward = jax.eval_shape(lambda params, loss=loss: jax.vjp(loss, params)[1], params)
+        saved.append(sum(array.size for array in jax.tree.leaves(backward)))
+    # The stage of three blocks has inputs of two images of 8 x 8 tokens, or of 4 x 4 and a class token.
+    block_input = {"swin": 2 * 8 * 8 * 8, "pvt": 2 * 8 * 8 * 6, "vit": 2 * 17 * 16}[encoder]
+    assert saved[0] - saved[1] > 0.9 * 2 * block_input
+
+
+@pytest.mark.parametrize("encoder", NAMES)
+def test_rematerialized_stages_change_no_gradient(encoder):
+    gradients = []
+    for policy in ("none", "stages"):
+        loss, params = loss_and_parameters(encoder, policy)
+        gradients.append(jax.jit(jax.grad(loss))(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), *gradients)
 
 
 @pytest.mark.parametrize("encoder", NAMES)

@@ -14,7 +14,6 @@ from umae_jax.models import layers
 from umae_jax.models.sizes import Sizes
 from umae_jax.patches import patchify
 
-
 _EMBEDDING = re.compile(r"encoder\.(patch_embed|patch_norm|positions|class_token)(\.|$)")
 _BLOCK = re.compile(r"encoder\.(?:stages\.(?P<stage>\d+)\.)?(?:merge|blocks\.(?P<block>\d+))\.")
 
@@ -101,7 +100,7 @@ class Encoder(nnx.Module):
 
 
 class EncoderModel(nnx.Module):
-    """Base class of models that end in new layers on top of an encoder; numbers parameters for layer decay (SPEC 10)."""
+    """Base class of models with a head on top of an encoder; numbers parameters for layer decay (SPEC 10)."""
 
     HEAD: ClassVar[tuple[str, ...]]  # attributes of the model that hold the parameters of the last layer
     encoder: Encoder
