@@ -3,6 +3,7 @@
 `models/attention.py` shows the computation; `softmax`, `packed_windows` and `pallas_tpu` are its fast forms.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ REMATERIALIZE = {  # the activations of a block that are saved for its backward 
     "none": None,  # all that the backward pass needs
     "pairs": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the outputs of linear layers
     "blocks": jax.checkpoint_policies.nothing_saveable,  # the block's input alone
+    "stages": jax.checkpoint_policies.nothing_saveable,  # likewise, but only while the stage is recomputed
 }
 
 
@@ -40,6 +42,15 @@ class Block(nnx.Module):
 
         policy = REMATERIALIZE[self.rematerialize]
         return forward(x) if policy is None else jax.checkpoint(forward, policy=policy)(x)
+
+
+def apply_stage(stage: Callable[..., jax.Array], blocks: Sequence[Block], x: jax.Array, *args: Any) -> jax.Array:  # noqa: ANN401
+    """Return `stage(x, *args)`; if its blocks rematerialize `stages`, the backward pass recomputes it from `x`."""
+
+    def forward(x: jax.Array) -> jax.Array:
+        return stage(x, *args)
+
+    return jax.checkpoint(forward)(x) if blocks[0].rematerialize == "stages" else forward(x)
 
 
 def check_platform(device: jax.Device, *, fused: bool) -> None:
