@@ -134,6 +134,16 @@ def test_resizing_photographs_matches_pillow():
     assert abs(difference.mean()) < 0.01  # neither lighter nor darker
 
 
+@pytest.mark.parametrize("size", [(20, 30), (150, 260)])
+def test_the_bilinear_filter_is_that_of_pillow(monkeypatch, size):
+    pixels, box = picture(height=100, width=140), (3.5, 7.25, 120, 90)
+    expected = np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR, box)).astype(int)
+    assert np.abs(resize(pixels, box, size, "bilinear") - expected).max() <= 1
+    assert np.abs(resize(pixels, box, size) - expected).max() > 1
+    monkeypatch.setattr(decode, "cykooz_resizer", None)
+    assert np.abs(resize(pixels, box, size, "bilinear") - expected).max() <= 1
+
+
 def test_one_channel_resizes_like_three():
     pixels = picture(height=200, width=300)
     gray = resize(np.ascontiguousarray(pixels[..., :1]), (20, 30, 250, 170.5), SIZE)
@@ -215,6 +225,17 @@ def test_transparent_pixels_become_white():
     palette = Image.new("P", (8, 8), 0)
     palette.putpalette([0, 0, 0] * 256)
     assert (whole(encode(palette, transparency=0)) == 255).all()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=str)
+def test_the_pixels_can_be_those_stored(kind, options):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = picture(height=64, width=96)
+    image = EncodedImage(encode(Image.fromarray(pixels), kind, quality=95, exif=exif, **options), exif=False)
+    assert image.size == (96, 64)
+    assert np.abs(image.crop((0, 0, 96, 64), (64, 96), 3) - pixels.astype(int)).mean() < 3
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -8,7 +8,7 @@ import io
 import math
 import struct
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -23,6 +23,7 @@ except ImportError:  # no wheel for this platform; Pillow resizes instead
     cykooz_resizer = None
 
 Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels
+Filter = Literal["bicubic", "bilinear"]  # both antialias when they reduce an image
 
 # JPEG decoders can halve the sides cheaply; keep at least this many decoded pixels per output pixel along each side.
 SHRINK_MARGIN = 2.0
@@ -45,20 +46,22 @@ class EncodedImage:
         data: contents of the file.
         max_pixels: maximum number of pixels to decode. A sequential JPEG with more is decoded at a lower resolution,
             any other image raises DecompressionBombError. None: Pillow's limit.
+        exif: apply the Exif orientation; False for the pixels as stored, to which annotations refer;
+            Pillow turns a TIFF in any case.
 
     Attributes:
         size: width and height in pixels, after the Exif orientation is applied.
     """
 
-    def __init__(self, data: bytes, max_pixels: int | None = None) -> None:
-        self._data, self._max_pixels = data, _pixel_limit(max_pixels)
+    def __init__(self, data: bytes, max_pixels: int | None = None, *, exif: bool = True) -> None:
+        self._data, self._max_pixels, self._exif = data, _pixel_limit(max_pixels), exif
         self._jpeg = parse_jpeg_header(data)
         self._orientation = 1
-        if self._jpeg is not None and not self._jpeg.has_metadata:  # most files, without opening them with Pillow
+        if self._jpeg is not None and not (exif and self._jpeg.has_metadata):  # most files, without opening them
             self.size = (self._jpeg.width, self._jpeg.height)
             return
         image = self._image
-        if isinstance(image, JpegImageFile):
+        if exif and isinstance(image, JpegImageFile):
             self._orientation = _orientation(image.info)
         width, height = image.size
         self.size = (height, width) if self._orientation >= 5 else (width, height)
@@ -67,7 +70,7 @@ class EncodedImage:
     def _image(self) -> Image.Image:
         """The opened image: a JPEG not yet loaded, because it may be decoded at a lower resolution."""
         image = self._open()
-        if isinstance(image, JpegImageFile):
+        if isinstance(image, JpegImageFile) or not self._exif:
             return image
         try:
             ImageOps.exif_transpose(image, in_place=True)
@@ -92,13 +95,14 @@ class EncodedImage:
             message = f"its {pixels:,} pixels exceed the limit of {self._max_pixels:,}; raise data.max_pixels"
             raise Image.DecompressionBombError(message)
 
-    def crop(self, box: Box, size: tuple[int, int], channels: int) -> np.ndarray:
-        """Decode the pixels of a box and resize them, bicubic and antialiased: uint8 [*size, channels].
+    def crop(self, box: Box, size: tuple[int, int], channels: int, kind: Filter = "bicubic") -> np.ndarray:
+        """Decode the pixels of a box and resize them, antialiased: uint8 [*size, channels].
 
         Args:
             box: in pixels, after the Exif orientation is applied.
             size: height and width of the output.
             channels: 3 for RGB, 1 for grayscale.
+            kind: filter that resizes.
         """
         width, height = box[2] - box[0], box[3] - box[1]
         max_shrink = min(width / size[1], height / size[0]) / SHRINK_MARGIN
@@ -114,7 +118,7 @@ class EncodedImage:
         shrunk = tuple(-(-side // shrink) for side in self.size)  # decoders round up
         scale_x, scale_y = shrunk[0] / self.size[0], shrunk[1] / self.size[1]
         right, lower = min(box[2] * scale_x, shrunk[0]), min(box[3] * scale_y, shrunk[1])
-        return resize(pixels, (box[0] * scale_x, box[1] * scale_y, right, lower), size)
+        return resize(pixels, (box[0] * scale_x, box[1] * scale_y, right, lower), size, kind)
 
     def _decode(self, rows: int, channels: int, shrink: int) -> np.ndarray:
         """Decode at least the upper `rows`, counted before shrinking: uint8 [rows or more, width, channels]."""
@@ -125,12 +129,12 @@ class EncodedImage:
         image = self._image
         if isinstance(image, JpegImageFile):
             image.draft(None, (image.width // shrink, image.height // shrink))
-        return to_pixels(image, channels)
+        return to_pixels(image, channels, exif=self._exif)
 
 
-def to_pixels(image: Image.Image, channels: int) -> np.ndarray:
-    """Return the pixels of an image as its Exif orientation shows it: uint8 [height, width, 3 or 1]."""
-    if _orientation(image.info) > 1:
+def to_pixels(image: Image.Image, channels: int, *, exif: bool = True) -> np.ndarray:
+    """Return the pixels of an image, uint8 [height, width, 3 or 1], turned as its Exif orientation says if `exif`."""
+    if exif and _orientation(image.info) > 1:
         image = ImageOps.exif_transpose(image)
     return np.atleast_3d(np.asarray(_convert(image, "RGB" if channels == 3 else "L")))
 
@@ -238,15 +242,16 @@ def _support(box_side: float, output_side: int) -> int:
     return math.ceil(_BICUBIC_SUPPORT * max(1.0, box_side / output_side)) + 1
 
 
-def resize(pixels: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
-    """Resize a box of an image, uint8 [height, width, 3 or 1] -> [*size, 3 or 1], like Pillow's bicubic `resize`.
+def resize(pixels: np.ndarray, box: Box, size: tuple[int, int], kind: Filter = "bicubic") -> np.ndarray:
+    """Resize a box of an image, uint8 [height, width, 3 or 1] -> [*size, 3 or 1], like Pillow's `resize`.
 
     Both libraries resize one axis after the other, in opposite order, and round to 8 bits in between. On average their
     results differ by 0.16 of 255 levels, and each differs by 0.30 levels from the exact result.
 
     Args:
-        box: inside the image; the bicubic filter also reads pixels around it.
+        box: inside the image; the filter also reads pixels around it.
         size: height and width of the output.
+        kind: filter.
     """
     (left, upper, right, lower), channels = box, pixels.shape[-1]
     # Copy only the pixels that the output depends on.
@@ -256,13 +261,16 @@ def resize(pixels: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
     left, right, upper, lower = left - first, right - first, upper - top, lower - top
     if cykooz_resizer is None:
         image = Image.fromarray(pixels if channels == 3 else pixels[..., 0])
-        image = image.resize(size[::-1], Image.Resampling.BICUBIC, (left, upper, right, lower))
+        image = image.resize(size[::-1], Image.Resampling[kind.upper()], (left, upper, right, lower))
         return np.atleast_3d(np.asarray(image))
     pixel_type = cykooz_resizer.PixelType.U8x3 if channels == 3 else cykooz_resizer.PixelType.U8
     source = cykooz_resizer.ImageData(pixels.shape[1], pixels.shape[0], pixel_type, pixels.tobytes())
     target = cykooz_resizer.ImageData(size[1], size[0], pixel_type)
-    bicubic = cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.catmull_rom)  # a = -0.5, as in Pillow
+    types = cykooz_resizer.FilterType
+    algorithm = cykooz_resizer.ResizeAlg.convolution(
+        types.bilinear if kind == "bilinear" else types.catmull_rom  # a = -0.5, as in Pillow
+    )
     crop_box = cykooz_resizer.CropBox(left, upper, right - left, lower - upper)
-    options = cykooz_resizer.ResizeOptions(resize_alg=bicubic, crop_box=crop_box)
+    options = cykooz_resizer.ResizeOptions(resize_alg=algorithm, crop_box=crop_box)
     cykooz_resizer.Resizer().resize(source, target, options)
     return np.frombuffer(target.get_buffer(), np.uint8).reshape(*size, channels)

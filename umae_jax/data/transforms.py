@@ -5,7 +5,7 @@ import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from absl import logging
@@ -18,6 +18,7 @@ from umae_jax.errors import UserError, printable, require
 CROP_TRIES = 10  # as in torchvision; then the crop is central
 READ_TRIES = 32  # unreadable records for one sample before the loader stops the run
 
+T = TypeVar("T")
 Labels = tuple[int, str]  # number of classes, and the source's configuration key for error messages
 
 
@@ -101,7 +102,7 @@ class LoadCrop:
 
         unreadable: list[Unreadable] = []
         while len(unreadable) < READ_TRIES:
-            loaded = _try_load(self.source, record_index, load)
+            loaded = try_load(self.source, record_index, load)
             if not isinstance(loaded, Unreadable):
                 return Sample(_arrays(*loaded, self.labels), tuple(unreadable))
             unreadable.append(loaded)
@@ -138,7 +139,7 @@ class LoadCentralCrop:
             image = _open(self.source, data)
             return image.crop(central_crop(*image.size, self.size, self.share), self.size, self.channels)
 
-        return _try_load(self.source, record_index, decode)
+        return try_load(self.source, record_index, decode)
 
 
 def first_readable(source: Source, count: int, size: tuple[int, int], channels: int) -> np.ndarray:
@@ -165,10 +166,11 @@ def _open(source: Source, data: bytes) -> EncodedImage:
     return EncodedImage(data, getattr(source, "max_pixels", None))  # sources of other packages may lack it
 
 
-def _try_load(
-    source: Source, index: int, decode: Callable[[bytes], np.ndarray]
-) -> tuple[Record, np.ndarray] | Unreadable:
-    """Load a record and its pixels; catch every exception, because one bad file must not stop a run."""
+def try_load(source: Source, index: int, decode: Callable[[bytes], T]) -> tuple[Record, T] | Unreadable:
+    """Load a record and what `decode` returns for its data.
+
+    Catches every exception, because one bad file must not stop a run.
+    """
     name = f"record {index}"
     try:
         record = source[index]
