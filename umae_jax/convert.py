@@ -33,7 +33,8 @@ _BEST = flags.DEFINE_boolean("best", False, "Export: the checkpoint with the bes
 def main(source: str = "") -> None:
     """Import a weight file, or export the run in a directory."""
     require(bool(source), "FILE or DIR is missing; name a weight FILE with --workdir, or a run's DIR with --output")
-    from umae_jax.tasks.importing import import_weights  # import JAX
+    from umae_jax.tasks import state_dict  # imports JAX
+    from umae_jax.tasks.importing import import_weights
     from umae_jax.weights.exchange import export_weights
     from umae_jax.weights.huggingface import resolve_weights
 
@@ -41,7 +42,7 @@ def main(source: str = "") -> None:
     require(path.exists(), f"FILE or DIR: there is no file or directory {path}")
     if path.is_dir():
         output = locate_local(cli.required(_OUTPUT, "the file to write, .safetensors or .pth"), "--output")
-        written = export_weights(path, output, _LAYOUT.value, best=_BEST.value)
+        written = export_weights(path, output, _LAYOUT.value, best=_BEST.value, state_dict=state_dict)
         console.say(f"also written: {', '.join(file.name for file in written[1:])}")
         console.result(output)
     else:

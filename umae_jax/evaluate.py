@@ -15,14 +15,19 @@ from absl import flags
 from umae_jax import cli, console
 from umae_jax.cluster_flags import ClusterFlags
 from umae_jax.errors import require
-from umae_jax.files import in_bucket, locate, locate_local
+from umae_jax.files import locate, locate_local
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run.")
 _BEST = flags.DEFINE_boolean("best", False, "Use the checkpoint with the best validation metric, not the newest.")
 _PROBE = flags.DEFINE_enum("probe", None, ["knn", "linear"], "Probe frozen features by kNN or a linear layer.")
 _STAGE = flags.DEFINE_integer("stage", None, "Stage whose features are probed: 0 is the first, -1 the last.")
-_IMAGES = flags.DEFINE_string("images", None, "Image file, or folder of them, to classify.")
-_OUTPUT = flags.DEFINE_string("output", None, "CSV file to write the classes of --images to, instead of printing them.")
+_IMAGES = flags.DEFINE_string("images", None, "Image file, or folder of them, to classify or to detect objects in.")
+_OUTPUT = flags.DEFINE_string(
+    "output",
+    None,
+    "Where the results of --images go: a CSV file for classes, instead of the terminal; a folder for pictures of "
+    "objects, by default DIR/detections.",
+)
 _SOURCE = flags.DEFINE_string("source", None, "Labelled training images for a probe: folder:PATH or tfds:NAME.")
 _VALIDATION = flags.DEFINE_string("validation", None, "Labelled images to evaluate on: folder:PATH or tfds:NAME.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images per step, over all devices.", lower_bound=1)
@@ -41,11 +46,7 @@ def main() -> None:
     require(_OUTPUT.value is None or _IMAGES.value is not None, "--output belongs to --images; add it, or leave it out")
     require(not (_OUTPUT.value and _JSON.value), "--output and --json cannot be combined; choose one")
     output = locate(_OUTPUT.value, "--output") if _OUTPUT.value else None
-    if output is not None:
-        require(output.suffix == ".csv", f"--output: {output} must end with .csv")
-        require(in_bucket(output) or output.parent.is_dir(), f"--output: there is no folder {output.parent}")
     from umae_jax.tasks import evaluation  # imports JAX
-    from umae_jax.tasks.predicting import write_csv
 
     cli.join(_CLUSTER, None, None)
     run = evaluation.open_run(
@@ -53,12 +54,9 @@ def main() -> None:
     )
     if _IMAGES.value:
         images = locate_local(_IMAGES.value, "--images")
-        predictions = evaluation.predict_run(run, images, batch_size=_BATCH_SIZE.value)
+        predictions = evaluation.predict_run(run, images, batch_size=_BATCH_SIZE.value, output=output)
     else:
         predictions = iter([evaluation.evaluate_run(run, probe=_PROBE.value, batch_size=_BATCH_SIZE.value)])
-    if output is not None:
-        console.result(f"{write_csv(predictions, output):,} images in {output}")
-        return
     for line, values in predictions:
         console.result(json.dumps(values) if _JSON.value else line)
 

@@ -17,6 +17,7 @@ from umae_jax.files import AnyPath, locate
 from umae_jax.models.build import build_encoder
 from umae_jax.models.encoder import Encoder
 from umae_jax.models.sizes import check_image_size
+from umae_jax.weights.encoder_file import encoder_of
 from umae_jax.weights.exchange import read_model
 from umae_jax.weights.huggingface import resolve_weights
 from umae_jax.weights.names import from_reference
@@ -182,7 +183,7 @@ def read_encoder(path: str | os.PathLike[str], name: str = "path") -> Pretrained
         require(file.exists(), f"there is no file or directory {file}")
         if file.is_dir():
             run = read_run(file)
-            return PretrainedParams(run.config, jax.device_get(run.params["encoder"]), file, run.step)
+            return PretrainedParams(run.config, jax.device_get(encoder_of(run.params)), file, run.step)
         config, tensors, _ = read_model(file, encoder_only=True)
         _, shapes = _abstract_encoder(config, final_norm="norm.weight" in tensors)
         params = from_reference(config, nnx.State({"encoder": shapes}), tensors, name=str(file), only="encoder.")

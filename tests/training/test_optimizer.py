@@ -122,3 +122,11 @@ def test_the_fine_tuning_schedule_ends_at_the_final_learning_rate():
 def test_a_warm_up_may_be_missing_or_all_there_is(warmup):
     schedule = learning_rate_schedule(default_config().optimizer, batch_size=256, warmup_steps=warmup, total_steps=10)
     assert np.isfinite([float(schedule(float(step))) for step in range(11)]).all()
+
+
+def test_the_rate_drops_to_a_tenth_at_parts_of_the_run():
+    recipe = default_config().optimizer.copy_and_resolve_references().unlock()
+    recipe.base_learning_rate, recipe.decay_at = 1.0, (0.5, 0.8)
+    rate = learning_rate_schedule(recipe, batch_size=256, warmup_steps=10, total_steps=100)
+    steps = jnp.array([0, 5, 10, 49, 51, 79, 81, 99], jnp.float32)
+    np.testing.assert_allclose([rate(step) for step in steps], [0, 0.5, 1, 1, 0.1, 0.1, 0.01, 0.01], rtol=1e-6)

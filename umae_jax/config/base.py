@@ -110,6 +110,7 @@ class Method(NamedTuple):
     # Returns the values that replace defaults, by dotted key, given the names of the size and the encoder.
     recipe: Callable[[str, str], Mapping[str, Any]] = lambda size, encoder: {}
     encoders: tuple[str, ...] | None = None  # names of the encoders that it can train; None: all
+    model: str = "umae_jax.models.build"  # module whose `build_model` builds its model from a configuration
 
 
 ENCODERS: dict[str, Encoder] = {}

@@ -14,7 +14,7 @@ _KEYS = {
     "model.global_block": Key(True, "HTC++: a block of global attention after the last stage", BOOLEAN),
     "model.pyramid_width": Key(256, "channels of the feature pyramid and of all heads", integer(1, MAX_WIDTH)),
     "model.stages": Key(3, "stages of the cascade; 1: Faster or Mask R-CNN", integer(1, 3)),
-    "model.masks": Key(True, "predict masks; False: boxes only", BOOLEAN),
+    "model.masks": Key(None, "predict masks; None: if the training data has any", optional(BOOLEAN)),
     "model.interleaved": Key(True, "HTC: train each mask head on the boxes that its stage has refined", BOOLEAN),
     "model.mask_flow": Key(True, "HTC: hand the features of each mask head to the next", BOOLEAN),
     "model.semantic_classes": Key(
@@ -63,6 +63,7 @@ def _recipe(size: str, encoder: str) -> dict[str, Any]:
         "picture_every": 0,
         "data.source": "coco:coco",
         "validation.source": "coco:coco",
+        "validation.split": "val",
         "optimizer.base_learning_rate": 1.6e-3,  # 1e-4 for 16 images
         "optimizer.beta2": 0.999,
         "optimizer.warmup_epochs": None,
@@ -73,6 +74,7 @@ def _recipe(size: str, encoder: str) -> dict[str, Any]:
 METHODS["detector"] = Method(
     summary="objects and their masks: Mask R-CNN, Cascade, HTC, HTC++",
     task="umae_jax.tasks.detection",
+    model="umae_jax.detection.build",
     keys=_KEYS,
     recipe=_recipe,
 )

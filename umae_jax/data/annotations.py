@@ -3,6 +3,7 @@
 `open_annotated` returns an `AnnotatedSource`: image files, not decoded, and their objects as compact arrays.
 """
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -17,7 +18,7 @@ import numpy as np
 
 from umae_jax.data.decode import EncodedImage
 from umae_jax.data.instances import Instances, Mask, Polygons, RunLengths, mask_api
-from umae_jax.data.sources import FILE_NAME, NO_LABEL, Record, open_source
+from umae_jax.data.sources import FILE_NAME, NO_LABEL, ImageFiles, Record, open_source
 from umae_jax.errors import UserError, printable, require, shorten
 from umae_jax.files import AnyPath, files_in_bucket, in_bucket, locate, read_file
 
@@ -110,7 +111,10 @@ class AnnotatedSource:
         summary: number of images, objects and classes, and what was left out.
         max_pixels: that an image may have; see `EncodedImage`.
         rows: of the images in the tables, int64 [N].
+        exif: turn images as their Exif data says; annotations refer to the stored pixels.
     """
+
+    exif = False
 
     def __init__(
         self,
@@ -587,3 +591,26 @@ def _tfds_annotations(data: Any, image: str, classes: Sequence[str]) -> dict[str
             annotations.append(entry)
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(classes)]
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def without_annotations(images: ImageFiles) -> AnnotatedSource:
+    """Return image files as a source without objects or classes; photographs are turned as their Exif data says."""
+    count, sizes = len(images), np.ones((len(images), 2), np.int32)
+    for index in range(count):
+        with contextlib.suppress(Exception):  # a file that cannot be read is reported when it is loaded
+            sizes[index] = EncodedImage(images[index].data, images.max_pixels).size[::-1]
+    none = np.zeros(0)
+    tables = Tables(
+        image_ids=np.arange(count),
+        names=images.names,
+        sizes=sizes,
+        first=np.zeros(count + 1, np.int64),
+        boxes=none.reshape(0, 4).astype(np.float32),
+        labels=none.astype(np.int32),
+        mask_kinds=none.astype(np.uint8),
+        mask_first=np.zeros(1, np.int64),
+        mask_data=none.astype(np.uint8),
+    )
+    source = AnnotatedSource(tables, ImageFolder(images.folder, images.names), {}, {}, "--images", dict)
+    source.exif, source.max_pixels = True, images.max_pixels
+    return source

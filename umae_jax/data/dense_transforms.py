@@ -168,7 +168,7 @@ class LoadForDetection:
             return Sample(arrays)
 
         def decode(data: bytes) -> tuple[np.ndarray, Size]:
-            image = EncodedImage(data, self.source.max_pixels, exif=False)
+            image = EncodedImage(data, self.source.max_pixels, exif=self.source.exif)
             size = image.size[::-1]
             resized = fit(size, self.short_edge, self.long_edge, self.canvas)
             return Placement(size, resized, content=resized).pixels(image), size

@@ -8,18 +8,17 @@ from umae_jax.detection.cascade import CascadeOptions
 from umae_jax.detection.detector import Detector
 from umae_jax.detection.rpn import RpnOptions
 from umae_jax.errors import require
-from umae_jax.models import kernels
 from umae_jax.models.build import build_pyramid
 
 
-def build_detector(config: ConfigDict, rngs: nnx.Rngs) -> Detector:
+def build_model(config: ConfigDict, rngs: nnx.Rngs) -> Detector:
     """Build the detector of a configuration, freshly initialised; a UserError names sizes that do not fit together."""
     model, dtype = config.model, jnp.dtype(config.dtype)
     require(model.classes is not None, "model.classes: write the number of classes")
     require(model.masks is not None, "model.masks: write True, or False for boxes only")
     shared = ("score_threshold", "nms", "nms_threshold", "nms_sigma", "detections")
     parts = ("stages", "masks", "interleaved", "mask_flow", "semantic_classes", "box_convs", "box_hidden", "box_loss")
-    detector = Detector(
+    return Detector(
         build_pyramid(config, dtype, rngs),
         model.classes,
         width=model.pyramid_width,
@@ -28,7 +27,3 @@ def build_detector(config: ConfigDict, rngs: nnx.Rngs) -> Detector:
         dtype=dtype,
         rngs=rngs,
     )
-    detector.set_attributes(
-        kernels.Block, rematerialize=config.rematerialize, fused_attention=config.fused_attention
-    )
-    return detector

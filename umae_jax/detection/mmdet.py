@@ -1,7 +1,7 @@
 """Parameter names and layouts of mmdet's HTC, Cascade and Mask R-CNN (3.x): FPN, RPN and RoI heads.
 
-A detector's weight file has these names. Its backbone has the reference's names (`weights.names`) after "backbone.",
-and the names of this project for what the reference lacks: norms of the maps, and HTC++'s global block.
+A detector's weight file has these names. Its encoder has the reference's names (`weights.names`) after "backbone.".
+What the reference lacks, norms of the maps and HTC++'s global block, has our own names after "pyramid.".
 """
 
 import re
@@ -110,7 +110,7 @@ def to_mmdet(params: nnx.State) -> dict[str, np.ndarray]:
 
 
 def to_tensors(config: ConfigDict, params: nnx.State) -> dict[str, np.ndarray]:
-    """Return the state dict of a whole detector, float32, as `from_tensors` reads it.
+    """Return the state dict of a whole detector, float32.
 
     Args:
         config: of the detector.
@@ -123,7 +123,7 @@ def to_tensors(config: ConfigDict, params: nnx.State) -> dict[str, np.ndarray]:
     }
     for keys, variable in nnx.to_flat_state(backbone):
         if keys[0] != "encoder":
-            tensors[".".join(["backbone", *map(str, keys)])] = np.asarray(variable[...], np.float32)
+            tensors[".".join(["pyramid", *map(str, keys)])] = np.asarray(variable[...], np.float32)
     return tensors | to_mmdet(params)
 
 

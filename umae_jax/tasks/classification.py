@@ -25,7 +25,7 @@ from umae_jax.tasks import labelled, next_steps, probing, splitting, stopping
 from umae_jax.tasks.accuracy import Results, make_evaluator
 from umae_jax.tasks.confusion import CONFUSION_FILE, draw_confusion
 from umae_jax.tasks.initialization import adapt_pretrained, describe_loaded
-from umae_jax.tasks.predicting import predict_images
+from umae_jax.tasks.predicting import check_table, predict_images, write_csv
 from umae_jax.training.finish import warn_on_error
 from umae_jax.training.metrics import metric_history
 from umae_jax.training.task import BaseTask, Batch, Hook, Params, Prediction, RunContext
@@ -274,8 +274,12 @@ class Task(BaseTask):
         line += f"; {accuracy.unreadable} unreadable images do not count" if accuracy.unreadable else ""
         return line, {"step": run.step, **accuracy._asdict(), "classes": results.per_class(source.classes)}
 
-    def predict(self, run: StoredRun, path: Path, mesh: Mesh, batch_size: int) -> Iterator[Prediction]:
-        """Yield the most probable classes of each image and their probabilities."""
+    def predict(
+        self, run: StoredRun, path: Path, mesh: Mesh, batch_size: int, output: AnyPath | None
+    ) -> Iterator[Prediction]:
+        """Yield the most probable classes of each image and their probabilities, or write them to a CSV file."""
+        check_table(output)
         source = open_images(path)
         source.max_pixels = run.config.data.max_pixels
-        return predict_images(run, source, mesh, batch_size)
+        predictions = predict_images(run, source, mesh, batch_size)
+        return predictions if output is None else iter([write_csv(predictions, output)])

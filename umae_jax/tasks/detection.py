@@ -16,7 +16,7 @@ from umae_jax.data.annotations import AnnotatedSource
 from umae_jax.data.dense_transforms import LoadInstances
 from umae_jax.data.on_device import sample_keys
 from umae_jax.data.pipeline import Groups, Sample
-from umae_jax.detection.build import build_detector
+from umae_jax.detection.build import build_model
 from umae_jax.detection.coco import write_results
 from umae_jax.detection.detector import Detector, total_loss
 from umae_jax.detection.mmdet import to_tensors
@@ -59,7 +59,7 @@ class Task(BaseTask):
 
     def build_model(self, rngs: nnx.Rngs) -> nnx.Module:
         """See `BaseTask.build_model`."""
-        return build_detector(self.config, rngs)
+        return build_model(self.config, rngs)
 
     def loss(self, model: Detector, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Return the sum of all losses, and each of them by name; samples are drawn with the key of each image."""
@@ -175,7 +175,7 @@ class Task(BaseTask):
             if step == 0:
                 return {}  # an untrained detector finds nothing
             self.results = measure(params)
-            if picture := draw_examples(self.results.examples, self.class_names, validation.max_pixels):
+            if picture := draw_examples(self.results.examples, self.class_names):
                 context.show(step, PICTURES, picture)
             metrics = {name: value for name, value in self.results.metrics.items() if "/" not in name and value >= 0}
             unreadable = self.results.unreadable

@@ -1,14 +1,15 @@
 """Pictures of detections, in validations and for images without annotations."""
 
 import json
-import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
+from tqdm import tqdm
 
 from umae_jax.annotated import draw_instances, draw_sheet, encode_png
 from umae_jax.console import duration, say, warn
@@ -16,11 +17,89 @@ from umae_jax.data.annotations import AnnotatedSource, without_annotations
 from umae_jax.data.decode import EncodedImage
 from umae_jax.data.sources import open_images
 from umae_jax.detection.coco import paste
-from umae_jax.errors import UserError, printable, require
+from umae_jax.errors import UserError, printable
 from umae_jax.files import AnyPath, write_atomic
 from umae_jax.multihost import is_primary
+from umae_jax.tasks.annotated import eval_batch_size
 from umae_jax.tasks.detecting import Finder, Found
 from umae_jax.training.task import Prediction
 from umae_jax.weights.stored_run import StoredRun
 
 MIN_SCORE = 0.3  # of a detection that is drawn
+MAX_BATCH = 8  # images per device
+
+
+def draw_found(source: AnnotatedSource, found: Found, classes: Sequence[str]) -> np.ndarray:
+    """Draw the detections of an image whose score is at least MIN_SCORE: uint8 [H, W, 3]."""
+    image = EncodedImage(source[found.record].data, source.max_pixels, exif=source.exif)
+    pixels = image.crop((0, 0, *image.size), image.size[::-1], 3, "bilinear")
+    shown = np.flatnonzero(found.scores >= MIN_SCORE)
+    boxes, scores, labels = (array[shown] for array in (found.boxes, found.scores, found.labels))
+    masks = [] if found.masks is None else [paste(found.masks[index], found.boxes[index], *found.size) for index in shown]
+    return draw_instances(pixels, boxes, labels, classes, scores=scores, masks=masks)
+
+
+def draw_examples(examples: Sequence[tuple[AnnotatedSource, Found]], classes: Sequence[str]) -> bytes | None:
+    """Draw the detections of some images on one sheet, PNG; None without images."""
+    if not examples:
+        return None
+    pictures = [draw_found(source, found, classes) for source, found in examples]
+    captions = [f"{source.file_name(found.record)}, scores from {MIN_SCORE}" for source, found in examples]
+    return encode_png(draw_sheet(pictures, captions))
+
+
+def predict_objects(
+    run: StoredRun, path: Path, mesh: Mesh, batch_size: int, folder: AnyPath
+) -> Iterator[Prediction]:
+    """Yield the detections of each image, and draw those of score MIN_SCORE and above.
+
+    The pictures are FOLDER/NAME.png; FOLDER/detections.json holds all detections. Images that cannot be read are named
+    on the terminal, and counted at the end.
+
+    Args:
+        run: of a detector, its parameters replicated on the mesh.
+        path: an image file, or a folder of them.
+        mesh: the devices.
+        batch_size: global.
+        folder: to write to.
+
+    Raises:
+        UserError: at the end, if no image can be read.
+    """
+    images = open_images(path)
+    images.max_pixels = run.config.data.max_pixels
+    source = without_annotations(images)
+    classes = run.classes or tuple(f"class {number}" for number in range(run.config.model.classes))
+    batch_size = eval_batch_size(mesh, min(batch_size, len(source), MAX_BATCH * mesh.size))
+    find = Finder(run.config, run.graph, run.params, source, mesh, batch_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    start, rows = time.monotonic(), []
+    hidden = not (is_primary() and sys.stderr.isatty())
+    with tqdm(total=len(source), unit="image", dynamic_ncols=True, leave=False, disable=hidden) as bar:
+        for view, found in find(run.params):
+            name = view.file_name(found.record)
+            picture = folder / f"{name.replace('/', '_')}.png"
+            write_atomic(picture, encode_png(draw_found(view, found, classes)))
+            row = {"image": name, "picture": str(picture), "objects": _objects(found, classes)}
+            rows.append(row)
+            bar.update()
+            drawn = [one for one in row["objects"] if one["score"] >= MIN_SCORE]
+            line = ", ".join(f"{printable(one['class'])} {one['score']:.1%}" for one in drawn) or "nothing"
+            yield f"{printable(name)}: {line}", row
+    if not rows:
+        raise UserError("--images: none of the images can be read; repair them or name others")
+    if is_primary():
+        write_atomic(folder / "detections.json", json.dumps(rows).encode())
+    seconds = time.monotonic() - start
+    say(f"{len(rows):,} pictures in {folder}, in {duration(seconds)}; scores below {MIN_SCORE} are not drawn")
+    if len(rows) < len(source):
+        warn(f"{len(source) - len(rows):,} of {len(source):,} images cannot be read and are left out")
+
+
+def _objects(found: Found, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the detections of an image: class, score, and box x1 y1 x2 y2 in pixels of the image file."""
+    columns = (found.labels.tolist(), found.scores.tolist(), found.boxes.tolist())
+    return [
+        {"class": classes[label], "score": round(score, 4), "box": [round(side, 1) for side in box]}
+        for label, score, box in zip(*columns, strict=True)
+    ]

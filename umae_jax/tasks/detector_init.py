@@ -46,10 +46,8 @@ def initial_params(config: ConfigDict, abstract: Params) -> Params | None:
 
 def _from_detector(config: ConfigDict, abstract: Params, path: AnyPath) -> Params:
     """Return all parameters of a detector's run that fit."""
-    from umae_jax.detection.build import build_detector
-
     with naming("init"):
-        run = read_run(path, build=build_detector)
+        run = read_run(path)
     theirs = dict(nnx.to_flat_state(jax.device_get(run.params)))
     loaded: dict[Any, Any] = {}
     new = []

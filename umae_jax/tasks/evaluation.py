@@ -60,9 +60,11 @@ def evaluate_run(run: StoredRun, *, probe: str | None = None, batch_size: int = 
     return make_task(run.config).evaluate(run, make_mesh(), batch_size)
 
 
-def predict_run(run: StoredRun, images: Path, *, batch_size: int = 256) -> Iterator[Prediction]:
-    """Predict for an image file or each image of a folder; arguments as for `evaluate_run`."""
-    return make_task(run.config).predict(run, images, make_mesh(), _round_up(batch_size))
+def predict_run(
+    run: StoredRun, images: Path, *, batch_size: int = 256, output: AnyPath | None = None
+) -> Iterator[Prediction]:
+    """Predict for an image file or each image of a folder; see `evaluate_run` and `BaseTask.predict`."""
+    return make_task(run.config).predict(run, images, make_mesh(), _round_up(batch_size), output)
 
 
 def _round_up(batch_size: int) -> int:

@@ -42,6 +42,18 @@ def after_finetuning(config: ConfigDict, workdir: AnyPath) -> dict[str, str]:
     }
 
 
+def after_detection(config: ConfigDict, workdir: AnyPath) -> dict[str, str]:
+    """Return commands that use a detector."""
+    validated = config.validation.source is not None and config.validation.every_epochs > 0
+    best = ("--best",) if validated else ()
+    replace = () if config.validation.source is not None else ("--validation", "coco:ANNOTATIONS.json@IMAGES")
+    return {
+        "measure AP": _command("evaluate", "--workdir", workdir, *best, *replace),
+        "draw the objects of other images": _command("evaluate", "--workdir", workdir, *best, "--images", "IMAGES"),
+        **_weights(workdir, *best),
+    }
+
+
 def _weights(workdir: AnyPath, *options: str) -> dict[str, str]:
     """Return what to do with the weights."""
     output = _beside(workdir, "export/model.safetensors")

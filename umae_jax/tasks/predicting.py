@@ -18,8 +18,8 @@ from umae_jax.console import duration, say, warn
 from umae_jax.data.pipeline import EvalLoader, abstract_batch, readers
 from umae_jax.data.sources import ImageFiles
 from umae_jax.data.transforms import LoadCentralCrop
-from umae_jax.errors import UserError, printable
-from umae_jax.files import AnyPath, write_atomic
+from umae_jax.errors import UserError, printable, require
+from umae_jax.files import AnyPath, in_bucket, write_atomic
 from umae_jax.multihost import is_primary
 from umae_jax.training.sharding import batch_sharding, replicated
 from umae_jax.training.task import Batch, Params, Prediction
@@ -97,8 +97,19 @@ def _read_behind(
         yield jax.device_get(pending)
 
 
-def write_csv(predictions: Iterable[Prediction], path: AnyPath) -> int:
-    """Write a row per image, image, class, probability, class_2, probability_2, ..., and return their number.
+def check_table(path: AnyPath | None) -> None:
+    """Check that a CSV file can be written to this path; None is no file.
+
+    Raises:
+        UserError: if it has another suffix, or its folder does not exist.
+    """
+    if path is not None:
+        require(path.suffix == ".csv", f"--output: {path} must end with .csv")
+        require(in_bucket(path) or path.parent.is_dir(), f"--output: there is no folder {path.parent}")
+
+
+def write_csv(predictions: Iterable[Prediction], path: AnyPath) -> Prediction:
+    """Write a row per image, image, class, probability, class_2, probability_2, ...; return their number.
 
     The file appears once it is complete. Probabilities are fractions.
     """
@@ -115,4 +126,4 @@ def write_csv(predictions: Iterable[Prediction], path: AnyPath) -> int:
         writer.writerow([values["image"], *(cell for pair in pairs for cell in pair)])
     if is_primary():
         write_atomic(path, table.getvalue().encode())
-    return count
+    return f"{count:,} images in {path}", {"images": count, "output": str(path)}

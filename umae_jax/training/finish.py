@@ -13,7 +13,7 @@ from umae_jax.multihost import is_primary
 from umae_jax.training.curves import draw_curves
 from umae_jax.training.sharding import gather
 from umae_jax.training.task import BaseTask, Params
-from umae_jax.weights.encoder_file import ENCODER_FILE, encode_encoder
+from umae_jax.weights.encoder_file import ENCODER_FILE, encode_encoder, encoder_of
 
 CURVES_FILE = "loss.png"
 
@@ -27,7 +27,7 @@ def finish(task: BaseTask, workdir: AnyPath, params: Params, step: int) -> None:
             for name, png in task.pictures(workdir).items():
                 write_atomic(workdir / name, png)
     with warn_on_error(ENCODER_FILE):
-        encoder: Any = gather(params["encoder"]) if "encoder" in params else None
+        encoder: Any = gather(encoder_of(params)) if "encoder" in params or "backbone" in params else None
         if encoder is not None and is_primary():
             write_atomic(workdir / ENCODER_FILE, encode_encoder(task.config, encoder, step))
 

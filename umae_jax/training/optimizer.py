@@ -11,6 +11,9 @@ from ml_collections import ConfigDict
 from umae_jax.training.task import Params
 
 
+DROP = 10  # the rate is divided by it at the steps of `decay_at`
+
+
 def _map_by_name(function: Callable[[str, jax.Array], Any], params: Params) -> Any:  # noqa: ANN401 - a pytree alike
     """Map a function of a dotted path, such as "encoder.stages.0.blocks.1.qkv.kernel", and an array over a pytree."""
 
@@ -76,8 +79,13 @@ def learning_rate_schedule(
 ) -> optax.Schedule:
     """Build the schedule, step -> rate: linear warm-up from 0 to the peak rate, then cosine decay to the final rate.
 
-    The peak rate is proportional to the global batch size. `recipe` is the configuration's `optimizer`.
+    If the recipe has `decay_at`, the rate is instead divided by 10 after each of these parts of the run. The peak rate
+    is proportional to the global batch size. `recipe` is the configuration's `optimizer`.
     """
     peak = recipe.base_learning_rate * batch_size / 256
+    if decay_at := recipe.get("decay_at", None):
+        drops = {max(0, round(part * total_steps) - warmup_steps): 1 / DROP for part in decay_at}
+        warmup = optax.linear_schedule(0.0, peak, warmup_steps)
+        return optax.join_schedules([warmup, optax.piecewise_constant_schedule(peak, drops)], [warmup_steps])
     end = min(recipe.final_learning_rate, peak)
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, max(total_steps, warmup_steps + 1), end)

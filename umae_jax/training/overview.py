@@ -97,12 +97,12 @@ def _table(task: BaseTask, run: AbstractRun, mesh: Mesh, workdir: AnyPath, sched
     rows = {
         "model": f"{size_of(config)}, {config.model.method}; {_parameters(run):,} parameters",
         "images": f"{images:,} in {config.data.source}",
-        **task.overview(),
         "image size": f"{height} x {width} pixels, {channels} channel{'s'[: channels > 1]}",
+        **task.overview(),
         "dtype": config.dtype,
         "batch": f"{config.batch_size:,} images, {per_device:,} per device{parts}",
         "schedule": f"{schedule.total:,} steps = {epochs:,.4g} epochs of {steps_per_epoch:,.4g} steps",
-        "learning rate": f"warm-up of {schedule.warmup:,} steps to {peak:.3g}, then cosine decay",
+        "learning rate": f"warm-up of {schedule.warmup:,} steps to {peak:.3g}, then {_decay(config)}",
         "devices": f"{mesh.size} {kind}" + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""),
         "checkpoints": f"every {schedule.checkpoint_every:,} steps, {disk.phrase}",
         "directory": str(workdir),
@@ -137,6 +137,12 @@ def _length_key(config: ConfigDict) -> str:
     """Return the key that sets the length of the run."""
     keys = ("total_steps", "total_examples", "total_epochs")
     return next(key for key in keys if config[key] is not None)
+
+
+def _decay(config: ConfigDict) -> str:
+    """Return the decay of the learning rate as a phrase."""
+    parts = config.optimizer.get("decay_at", None)
+    return f"a tenth after {', '.join(f'{part:.1%}' for part in parts)}" if parts else "cosine decay"
 
 
 def _parameters(run: AbstractRun) -> int:

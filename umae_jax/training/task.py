@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -15,6 +16,7 @@ from umae_jax.data.sources import Source
 from umae_jax.errors import UserError
 from umae_jax.files import AnyPath
 from umae_jax.models.build import build_model
+from umae_jax.weights.names import to_reference
 from umae_jax.weights.stored_run import StoredRun
 
 Batch = dict[str, Any]  # arrays [B, ...], sharded over their first axis
@@ -214,8 +216,21 @@ class BaseTask(abc.ABC):
         """
         raise UserError(f"model.method: {self.config.model.method} is evaluated by a probe; choose knn or linear")
 
-    def predict(self, run: StoredRun, path: Path, mesh: Mesh, batch_size: int) -> Iterator[Prediction]:
-        """Predict for an image file or each image of a folder; the values are those of a row of a table.
+    def state_dict(self, params: Params) -> dict[str, np.ndarray]:
+        """Return the tensors of a weight file by their names, float32; `params` are on the host."""
+        return to_reference(self.config, params)
+
+    def predict(
+        self, run: StoredRun, path: Path, mesh: Mesh, batch_size: int, output: AnyPath | None
+    ) -> Iterator[Prediction]:
+        """Predict for an image file or each image of a folder.
+
+        Args:
+            run: its parameters are replicated on the mesh.
+            path: of the images.
+            mesh: the devices.
+            batch_size: global.
+            output: file or folder to write to, as the task needs it; None: its default, or the terminal alone.
 
         Raises:
             UserError: if the task has no predictions for images.

@@ -10,6 +10,11 @@ from umae_jax.weights.names import NOT_ENCODER, to_reference
 ENCODER_FILE = "encoder.safetensors"  # in a run's directory
 
 
+def encoder_of(params: nnx.State) -> nnx.State:
+    """Return the encoder's part of a model's parameters."""
+    return params["encoder"] if "encoder" in params else params["backbone"]["encoder"]
+
+
 def encode_encoder(config: ConfigDict, encoder: nnx.State, step: int) -> bytes:
     """Encode the parameters of an encoder as a .safetensors file, with the names of the reference.
 

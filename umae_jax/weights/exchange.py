@@ -1,12 +1,13 @@
 """Models from weight files, and weight files from runs."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 from ml_collections import ConfigDict
 
 from umae_jax import export
@@ -57,7 +58,14 @@ def read_model(path: AnyPath, config: ConfigDict | None = None, *, encoder_only:
     return Model(config or recognize(tensors, str(path), encoder_only=encoder_only), tensors, classes)
 
 
-def export_weights(workdir: AnyPath, output: Path, layout: str = REFERENCE, *, best: bool = False) -> list[Path]:
+def export_weights(
+    workdir: AnyPath,
+    output: Path,
+    layout: str = REFERENCE,
+    *,
+    best: bool = False,
+    state_dict: Callable[[ConfigDict, nnx.State], dict[str, np.ndarray]] = to_reference,
+) -> list[Path]:
     """Export a run's newest checkpoint as a weight file, with a model card and the files that other frameworks need.
 
     Args:
@@ -65,6 +73,7 @@ def export_weights(workdir: AnyPath, output: Path, layout: str = REFERENCE, *, b
         output: the file to write, .safetensors or .pth.
         layout: parameter names, "reference" or a key of `huggingface.LAYOUTS`.
         best: export the checkpoint with the best validation metric instead of the newest.
+        state_dict: converts a configuration and parameters on the host to tensors with the names of layout "reference".
 
     Returns:
         The paths written, `output` first.
@@ -76,13 +85,13 @@ def export_weights(workdir: AnyPath, output: Path, layout: str = REFERENCE, *, b
     with naming("DIR"):
         run = read_run(workdir, best=best)
     config = without_paths(run.config)
-    tensors, fixed = to_reference(config, jax.device_get(run.params)), fixed_tables(config)
+    tensors, fixed = state_dict(config, jax.device_get(run.params)), fixed_tables(config)
     beside: dict[str, bytes] = {}
     if layout != REFERENCE:
         _check_transformers(config, layout, output)
         tensors, fixed = to_huggingface(layout, tensors), to_huggingface(layout, fixed)
         beside = transformers_files(layout, config)
-    elif len(config.model.depths) > 1:  # a pyramid
+    elif len(config.model.depths) > 1 and "backbone" not in run.params:  # a pyramid
         beside[BACKBONE.name] = BACKBONE.read_bytes()
     output.parent.mkdir(parents=True, exist_ok=True)
     readme = output.with_name("README.md")

@@ -8,6 +8,7 @@ DIR/checkpoints_best/STEP       of runs of the first version: the best checkpoin
 
 import asyncio
 import contextlib
+import importlib
 import json
 import logging as std_logging
 import os
@@ -23,10 +24,9 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from umae_jax.config import CONFIG_FILE, old_class_names, read_config
+from umae_jax.config import CONFIG_FILE, METHODS, old_class_names, read_config
 from umae_jax.errors import UserError, require
 from umae_jax.files import AnyPath, absolute, explain, first_line, raised_by_gcsfs
-from umae_jax.models.build import build_model
 from umae_jax.multihost import all_gather_json, broadcast_json
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ def read_run(
     *,
     best: bool = False,
     sharding: jax.sharding.Sharding | None = None,
-    build: Callable[[ConfigDict, nnx.Rngs], nnx.Module] = build_model,
+    build: Callable[[ConfigDict, nnx.Rngs], nnx.Module] | None = None,
 ) -> StoredRun:
     """Read a run and its newest readable checkpoint.
 
@@ -62,7 +62,7 @@ def read_run(
         workdir: the run's directory, which is not changed.
         best: read the checkpoint with the best validation metric instead of the newest.
         sharding: of every parameter; None: replicate them on all devices.
-        build: builds the model.
+        build: builds the model; None: the builder of its method.
 
     Raises:
         UserError: if there is no run, or no such checkpoint.
@@ -71,6 +71,7 @@ def read_run(
     config_file = workdir / CONFIG_FILE
     require(config_file.is_file(), f"{workdir} holds no run: there is no {CONFIG_FILE} in it")
     config = read_config(config_file)
+    build = build or importlib.import_module(METHODS[config.model.method].model).build_model
     graph, params = nnx.split(nnx.eval_shape(lambda: build(config, nnx.Rngs(0))))
     if sharding is None:
         mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
