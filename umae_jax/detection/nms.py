@@ -118,7 +118,7 @@ def _keep(overlapping: jax.Array, scores: jax.Array, valid: jax.Array) -> jax.Ar
     """Suppress by scores [N], given bool [N, N]: the overlaps that suppress the worse box of a pair."""
     row = jnp.arange(len(scores), dtype=jnp.int32)
     better = (scores[:, None] > scores[None]) | ((scores[:, None] == scores[None]) & (row[:, None] < row[None]))
-    suppressing = overlapping & better & valid[:, None]
+    suppressing = overlapping & better
 
     def suppress(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         kept = state[0]
