@@ -18,7 +18,7 @@ _T = TypeVar("_T")
 
 LEVELS = 4
 FIRST_SIDE = 56  # boxes of twice this side and more, in pixels, leave the first level
-# Samples are more than half a cell apart where a bin has several, so that less than 4 of them touch a cell. Two more
+# Samples are more than half a cell apart where a bin has several, so that at most 4 of them touch a cell. Two more
 # allow for rounding.
 MAX_TOUCHING = 6
 
