@@ -42,6 +42,8 @@ def test_blocks_of_gts_change_nothing_and_later_gts_win(pairs, monkeypatch):
     corners.sort(axis=1)
     boxes = np.add(corners, [[0, 0], [1, 1]]).reshape(-1, 4).astype(np.float32)
     priors, gts = boxes[:100], boxes[100:]
+    gts[0] = gts[9] = priors[0] = [0, 0, 7, 7]  # the low-quality rule gives the last of equal gts the best prior,
+    priors[1] = [0, 0, 6, 7]  # and a prior above the threshold goes to the first
     valid = np.arange(10) != 4
     rule = RULES["rpn"] | {"min_positive": 0.2}
     iou = np.array(pairwise_iou(gts, priors)) * valid[:, None]
@@ -53,4 +55,5 @@ def test_blocks_of_gts_change_nothing_and_later_gts_win(pairs, monkeypatch):
     monkeypatch.setattr(assignment, "MAX_PAIRS", pairs)
     result = jax.jit(lambda *arrays: assign(*arrays, **rule))(priors, gts, valid)
     np.testing.assert_array_equal(result.gt_index, expected)
+    assert expected[:2].tolist() == [10, 1]
     assert len(set(expected.tolist())) > 6

@@ -99,20 +99,20 @@ def test_hard_selection_equals_sequential_loops_per_class_under_vmap():
     rng = np.random.default_rng(1)
     images = [clustered(rng, 70) for _ in range(2)]
     boxes, _, _, valid = (np.stack(arrays) for arrays in zip(*images, strict=True))
-    scores = (rng.integers(0, 30, (2, 70, 4)) / 30).astype(np.float32)
-    rule = {"score_threshold": 0.1, "threshold": 0.5, "count": 400, "method": "hard"}  # more places than pairs
+    scores = (rng.integers(0, 30, (2, 70, 20)) / 30).astype(np.float32)
+    rule = {"score_threshold": 0.1, "threshold": 0.5, "count": 1500, "method": "hard"}  # more places than pairs
     select = jax.jit(jax.vmap(lambda *arrays: select_detections(*arrays, **rule)))
     result = jax.tree.map(np.asarray, select(boxes, scores, valid))
     for image in range(2):
         candidates = valid[image][:, None] & (scores[image] > 0.1)
-        columns = [greedy(boxes[image], scores[image, :, c], np.zeros(70), candidates[:, c], 0.5) for c in range(4)]
+        columns = [greedy(boxes[image], scores[image, :, c], np.zeros(70), candidates[:, c], 0.5) for c in range(20)]
         flat = np.where(np.stack(columns, -1), scores[image], -1).reshape(-1)
         order = np.argsort(-flat, kind="stable")[: (flat > 0).sum()]
         found = result.valid[image]
-        np.testing.assert_array_equal(found, np.arange(400) < len(order))
-        np.testing.assert_array_equal((4 * result.index + result.labels)[image, found], order)
+        np.testing.assert_array_equal(found, np.arange(1500) < len(order))
+        np.testing.assert_array_equal((20 * result.index + result.labels)[image, found], order)
         np.testing.assert_array_equal(result.scores[image, found], flat[order])
-        np.testing.assert_array_equal(result.boxes[image, found], boxes[image, order // 4])
+        np.testing.assert_array_equal(result.boxes[image, found], boxes[image, order // 20])
         assert not any(array[image, ~found].any() for array in result)
 
 

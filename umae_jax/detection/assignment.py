@@ -51,10 +51,10 @@ def assign(
     numbers = 1 + jnp.arange(gt_count + padding, dtype=jnp.int32).reshape(-1, block)
 
     def add_gts(
-        carry: tuple[jax.Array, jax.Array, jax.Array], some: tuple[jax.Array, jax.Array, jax.Array]
+        carry: tuple[jax.Array, jax.Array, jax.Array], group: tuple[jax.Array, jax.Array, jax.Array]
     ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
         max_iou, best, low = carry
-        gts, valid, numbers = some
+        gts, valid, numbers = group
         # The barrier keeps XLA from computing an IoU twice with different rounding: the rule needs equality.
         iou = lax.optimization_barrier(jnp.where(valid[:, None], pairwise_iou(gts, priors), -1))
         block_max = iou.max(0)

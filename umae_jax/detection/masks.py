@@ -36,8 +36,8 @@ def aligned_masks(crops: jax.Array, gt_boxes: jax.Array, boxes: jax.Array, size:
         scale = (cells - 2) / jnp.maximum(side, EPSILON)
         first, last = (1 + scale * (boxes[:, corner] - low) for corner in (axis, axis + 2))
         samples = box_axis(first, last, jnp.full(len(boxes), cells, jnp.float32), size)
-        places = jnp.arange(cells, dtype=jnp.float32)
-        weights.append(jax.vmap(axis_weights, in_axes=(0, None, None))(samples, places, size))
+        positions = jnp.arange(cells, dtype=jnp.float32)
+        weights.append(jax.vmap(axis_weights, in_axes=(0, None, None))(samples, positions, size))
     # Low precision would move borders.
     return jnp.einsum("pih,phw,pjw->pij", weights[0], crops, weights[1], precision=lax.Precision.HIGHEST)
 
@@ -59,9 +59,9 @@ def paste(probabilities: jax.Array, boxes: jax.Array, height: int, width: int) -
         cells = probabilities.shape[-2:][1 - axis]
         low, high = boxes[..., axis, None], boxes[..., axis + 2, None]
         center = jnp.broadcast_to(jnp.arange(pixels, dtype=jnp.float32) + 0.5, (*boxes.shape[:-1], pixels))
-        place = (center - low) / jnp.maximum(high - low, EPSILON) * cells - 0.5
-        cell = jnp.broadcast_to(jnp.arange(cells, dtype=jnp.float32), (*place.shape, cells))
-        return jnp.maximum(1 - jnp.abs(place[..., None] - cell), 0)
+        position = (center - low) / jnp.maximum(high - low, EPSILON) * cells - 0.5
+        cell = jnp.broadcast_to(jnp.arange(cells, dtype=jnp.float32), (*position.shape, cells))
+        return jnp.maximum(1 - jnp.abs(position[..., None] - cell), 0)
 
     rows, columns = weights(1, height), weights(0, width)
     return jnp.einsum("...hi,...ij,...wj->...hw", rows, probabilities, columns, precision=lax.Precision.HIGHEST)
@@ -87,8 +87,8 @@ def paste_on_host(probabilities: np.ndarray, box: np.ndarray, height: int, width
         part = slice(max(int(low) - 1, 0), min(int(high) + 2, pixels))
         center = np.arange(part.start, part.stop, dtype=np.float32) + np.float32(0.5)
         side = max(box[axis + 2] - box[axis], np.float32(EPSILON))
-        place = (center - box[axis]) / side * cells - np.float32(0.5)
-        weights.append(np.maximum(1 - np.abs(place[:, None] - np.arange(cells, dtype=np.float32)), 0))
+        position = (center - box[axis]) / side * cells - np.float32(0.5)
+        weights.append(np.maximum(1 - np.abs(position[:, None] - np.arange(cells, dtype=np.float32)), 0))
         slices.append(part)
     mask[slices[0], slices[1]] = weights[0] @ probabilities @ weights[1].T >= THRESHOLD
     return mask

@@ -8,9 +8,11 @@ from jax import lax
 
 from umae_jax.detection.boxes import pairwise_iou
 
+CLASSES_AT_A_TIME = 16  # a matrix of N x N flags each
+
 
 class Detections(NamedTuple):
-    """Boxes of an image in the order of their scores, then unused places, which hold zeros."""
+    """Boxes of an image in the order of their scores, then unused slots, which hold zeros."""
 
     boxes: jax.Array  # float32 [count, 4]
     scores: jax.Array  # float32 [count], decayed by soft-NMS
@@ -67,7 +69,7 @@ def soft_nms(
         threshold: min IoU that decays; not of "gaussian".
         sigma: width of "gaussian".
         min_score: candidates below this score, before or after decay, are dropped.
-        count: places of the result. The picks do not depend on it.
+        count: slots of the result. The picks do not depend on it.
     """
     return _soft_nms(
         boxes, scores[:, None], labels[:, None], valid[:, None], method, threshold, sigma, min_score, count
@@ -105,17 +107,18 @@ def select_detections(
         return _soft_nms(boxes, scores, labels, candidates, method, threshold, sigma, min_score, count)
     # The overlaps are those of all classes; only the order of the boxes differs. So no candidate needs to be left out.
     overlapping = pairwise_iou(boxes, boxes) > threshold
-    kept = lax.map(lambda columns: _keep(overlapping, *columns), (scores.T, candidates.T)).T
-    flat = jnp.where(kept, scores, -jnp.inf).reshape(-1)
-    best, place = lax.top_k(jnp.pad(flat, (0, max(count - flat.size, 0)), constant_values=-jnp.inf), count)
-    return _detections(boxes, labels, best, place, best > -jnp.inf)
+    columns = (scores.T, candidates.T)
+    kept = lax.map(lambda column: _keep(overlapping, *column), columns, batch_size=CLASSES_AT_A_TIME).T
+    pairs = jnp.where(kept, scores, -jnp.inf).reshape(-1)
+    best, flat_index = lax.top_k(jnp.pad(pairs, (0, max(count - pairs.size, 0)), constant_values=-jnp.inf), count)
+    return _detections(boxes, labels, best, flat_index, best > -jnp.inf)
 
 
 def _keep(overlapping: jax.Array, scores: jax.Array, valid: jax.Array) -> jax.Array:
     """Suppress by scores [N], given bool [N, N]: the overlaps that suppress the worse box of a pair."""
     row = jnp.arange(len(scores), dtype=jnp.int32)
     better = (scores[:, None] > scores[None]) | ((scores[:, None] == scores[None]) & (row[:, None] < row[None]))
-    suppressing = overlapping & better & valid[:, None]
+    suppressing = overlapping & better
 
     def suppress(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         kept = state[0]
@@ -139,32 +142,32 @@ def _soft_nms(
     """Run `soft_nms` on M candidates of each box: scores, labels and valid are [N, M]."""
 
     def pick(remaining: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        place = remaining.argmax().astype(jnp.int32)
-        best = remaining.reshape(-1)[place]
-        iou = pairwise_iou(boxes, boxes[place // labels.shape[1]][None])
+        flat_index = remaining.argmax().astype(jnp.int32)
+        best = remaining.reshape(-1)[flat_index]
+        iou = pairwise_iou(boxes, boxes[flat_index // labels.shape[1]][None])
         if method == "linear":
             decay = jnp.where(iou >= threshold, 1 - iou, 1)
         else:
             decay = jnp.exp(-(iou**2) / sigma)
-        remaining = jnp.where(labels == labels.reshape(-1)[place], remaining * decay, remaining)
+        remaining = jnp.where(labels == labels.reshape(-1)[flat_index], remaining * decay, remaining)
         remaining = jnp.where(remaining >= min_score, remaining, -jnp.inf)
-        return remaining.reshape(-1).at[place].set(-jnp.inf).reshape(scores.shape), (best, place)
+        return remaining.reshape(-1).at[flat_index].set(-jnp.inf).reshape(scores.shape), (best, flat_index)
 
     remaining = jnp.where(valid & (scores >= min_score), scores, -jnp.inf)
-    _, (best, place) = lax.scan(pick, remaining, None, length=count)
-    return _detections(boxes, labels, best, place, best > -jnp.inf)
+    _, (best, flat_index) = lax.scan(pick, remaining, None, length=count)
+    return _detections(boxes, labels, best, flat_index, best > -jnp.inf)
 
 
 def _detections(
-    boxes: jax.Array, labels: jax.Array, scores: jax.Array, place: jax.Array, valid: jax.Array
+    boxes: jax.Array, labels: jax.Array, scores: jax.Array, flat_index: jax.Array, valid: jax.Array
 ) -> Detections:
-    """Gather detections by their place in the flattened labels, [N, M]."""
-    place = jnp.where(valid, place, 0)
-    index = place // labels.shape[1]
+    """Gather detections by their position in the flattened labels, [N, M]."""
+    flat_index = jnp.where(valid, flat_index, 0)
+    index = flat_index // labels.shape[1]
     return Detections(
         boxes=jnp.where(valid[:, None], boxes[index], 0),
         scores=jnp.where(valid, scores, 0),
-        labels=jnp.where(valid, labels.reshape(-1)[place], 0),
+        labels=jnp.where(valid, labels.reshape(-1)[flat_index], 0),
         index=index,
         valid=valid,
     )

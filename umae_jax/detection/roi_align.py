@@ -18,7 +18,7 @@ _T = TypeVar("_T")
 
 LEVELS = 4
 FIRST_SIDE = 56  # boxes of twice this side and more, in pixels, leave the first level
-# Samples are more than half a cell apart where a bin has several, so that less than 4 of them touch a cell. Two more
+# Samples are more than half a cell apart where a bin has several, so that at most 4 of them touch a cell. Two more
 # allow for rounding.
 MAX_TOUCHING = 6
 
@@ -83,7 +83,7 @@ class _Layout:
 
     @property
     def origins(self) -> tuple[tuple[int, int], ...]:
-        """Place of each map's first cell in the atlas."""
+        """Position of each map's first cell in the atlas."""
         heights = [shape[0] for shape in self.shapes[1:]]
         return (0, 0), *((sum(heights[:k]), self.shapes[0][1]) for k in range(len(heights)))
 
@@ -102,14 +102,14 @@ class _Layout:
 
     def unpack(self, atlas: jax.Array) -> tuple[jax.Array, ...]:
         """Invert `pack`."""
-        places = zip(self.origins, self.shapes, strict=True)
-        return tuple(atlas[row : row + height, column : column + width] for (row, column), (height, width) in places)
+        regions = zip(self.origins, self.shapes, strict=True)
+        return tuple(atlas[row : row + height, column : column + width] for (row, column), (height, width) in regions)
 
 
 class BoxAxis(NamedTuple):
     """The samples of boxes along one axis of their maps, in cells; the arrays have one number per box."""
 
-    start: jax.Array  # float32, coordinate of the box's begin; cell centers are integers
+    start: jax.Array  # float32, coordinate where the box begins; cell centers are integers
     bin_size: jax.Array  # float32
     samples: jax.Array  # float32, samples per bin; 0 for empty boxes
     limit: jax.Array  # float32, cells of the map
@@ -141,15 +141,15 @@ def axis_weights(axis: BoxAxis, cells: jax.Array, size: int) -> jax.Array:
     total = jnp.zeros_like(lowest)
     for offset in range(MAX_TOUCHING):
         sample = lowest + offset
-        place = first + spacing * sample
-        counts = (sample < axis.samples) & (place >= -1) & (place <= axis.limit)
-        weight = jnp.maximum(1 - jnp.abs(jnp.clip(place, 0, axis.limit - 1) - cells), 0)
+        position = first + spacing * sample
+        counts = (sample < axis.samples) & (position >= -1) & (position <= axis.limit)
+        weight = jnp.maximum(1 - jnp.abs(jnp.clip(position, 0, axis.limit - 1) - cells), 0)
         total += jnp.where(counts, weight, 0)
     return total / jnp.maximum(axis.samples, 1)
 
 
 class _Boxes(NamedTuple):
-    """Boxes with their places in the atlas."""
+    """Boxes with their position in the atlas."""
 
     rows: BoxAxis
     columns: BoxAxis
@@ -239,8 +239,8 @@ _roi_align.defvjp(_forward, _backward)
 def _batch_natively(compute: Callable[[_Boxes, jax.Array], jax.Array]) -> Callable[[_Boxes, jax.Array], jax.Array]:
     """Return a function of one image that under `jax.vmap` calls `compute`, which is one of a batch.
 
-    The rule of JAX for a loop of traced length selects the old or the new value for each image in every turn. That
-    would copy the gradient of the atlas, and let the devices of a sharded batch agree on the end in every turn.
+    The rule of JAX for a loop of traced length selects the old or the new value for each image in every iteration.
+    That would copy the gradient of the atlas, and make the devices of a sharded batch agree on the end each time.
     """
 
     @jax.custom_batching.custom_vmap
@@ -261,35 +261,37 @@ def _batch_natively(compute: Callable[[_Boxes, jax.Array], jax.Array]) -> Callab
 
 def _features(layout: _Layout, boxes: _Boxes, atlas: jax.Array) -> jax.Array:
     """Compute the features of boxes [B, R] in atlases [B, rows, columns, C]: [B, R, size, size, C]."""
-    chunk, turns = _chunks(layout, boxes)
+    chunk, iterations = _chunks(layout, boxes)
     batch, channels = atlas.shape[0], atlas.shape[-1]
     features = jax.vmap(jax.vmap(partial(_tile_features, layout), in_axes=(None, 0, None)), in_axes=(0, 0, None))
 
     def compute(number: jax.Array) -> jax.Array:
-        some = _take(boxes, number, chunk)
+        chunk_boxes = _take(boxes, number, chunk)
         zeros = jnp.zeros((batch, chunk, layout.size, layout.size, channels), jnp.float32)
-        total = lax.fori_loop(0, turns[number], lambda tile, total: total + features(atlas, some, tile), zeros)
+        total = lax.fori_loop(
+            0, iterations[number], lambda tile, total: total + features(atlas, chunk_boxes, tile), zeros
+        )
         return total.astype(atlas.dtype)
 
-    aligned = lax.map(compute, jnp.arange(len(turns), dtype=jnp.int32))
+    aligned = lax.map(compute, jnp.arange(len(iterations), dtype=jnp.int32))
     return jnp.moveaxis(aligned, 0, 1).reshape(batch, -1, layout.size, layout.size, channels)
 
 
 def _atlas_gradient(layout: _Layout, boxes: _Boxes, gradient: jax.Array) -> jax.Array:
     """Add up the gradients of boxes [B, R, size, size, C] in those of atlases, float32 [B, rows, columns, C]."""
-    chunk, turns = _chunks(layout, boxes)
+    chunk, iterations = _chunks(layout, boxes)
     tile_gradients = jax.vmap(jax.vmap(partial(_tile_gradients, layout), in_axes=(0, 0, None)), in_axes=(0, 0, None))
 
     def add_chunk(number: jax.Array, atlas: jax.Array) -> jax.Array:
-        some, some_gradient = _take((boxes, gradient), number, chunk)
+        chunk_boxes, chunk_gradient = _take((boxes, gradient), number, chunk)
 
         def add_tile(tile: jax.Array, atlas: jax.Array) -> jax.Array:
-            return jax.vmap(_add_windows)(atlas, *tile_gradients(some_gradient, some, tile))
+            return jax.vmap(_add_windows)(atlas, *tile_gradients(chunk_gradient, chunk_boxes, tile))
 
-        return lax.fori_loop(0, turns[number], add_tile, atlas)
+        return lax.fori_loop(0, iterations[number], add_tile, atlas)
 
     zeros = jnp.zeros((len(gradient), *layout.atlas, gradient.shape[-1]), jnp.float32)
-    return lax.fori_loop(0, len(turns), add_chunk, zeros)
+    return lax.fori_loop(0, len(iterations), add_chunk, zeros)
 
 
 def _chunks(layout: _Layout, boxes: _Boxes) -> tuple[int, jax.Array]:

@@ -9,7 +9,7 @@ from jax import lax
 
 
 class Sample(NamedTuple):
-    """Sampled rows of an array of boxes: positives, then negatives, each in ascending order, then unused places."""
+    """Sampled rows of an array of boxes: positives, then negatives, each in ascending order, then unused slots."""
 
     index: jax.Array  # type: ignore[assignment]  # int32 [count]; 0 where not valid
     positive: jax.Array  # bool [count]
@@ -17,13 +17,13 @@ class Sample(NamedTuple):
 
 
 def sample(key: jax.Array, gt_index: jax.Array, candidates: jax.Array, *, count: int, max_positive: int) -> Sample:
-    """Draw positives, and negatives for the remaining places, uniformly without replacement.
+    """Draw positives, and negatives for the remaining slots, uniformly without replacement.
 
     Args:
         key: random key of the image.
         gt_index: `Assignment.gt_index`, int32 [N]: positive if > 0, negative if 0.
         candidates: rows to draw from, bool [N].
-        count: places of the sample.
+        count: slots of the sample.
         max_positive: max positives, at most `count`.
     """
     total = len(gt_index)
@@ -40,16 +40,16 @@ def sample(key: jax.Array, gt_index: jax.Array, candidates: jax.Array, *, count:
     remaining = count - positive_valid.sum(dtype=jnp.int32)
     negative_valid &= jnp.arange(len(negatives), dtype=jnp.int32) < remaining
     unused = 2 * total
-    places = jnp.concatenate(
+    slots = jnp.concatenate(
         [
             jnp.where(positive_valid, positives, unused),
             jnp.where(negative_valid, total + negatives, unused),
             jnp.full(count, unused, jnp.int32),
         ]
     )
-    places = jnp.sort(places)[:count]
-    valid = places < unused
-    return Sample(jnp.where(valid, places % max(total, 1), 0), places < total, valid)
+    slots = jnp.sort(slots)[:count]
+    valid = slots < unused
+    return Sample(jnp.where(valid, slots % max(total, 1), 0), slots < total, valid)
 
 
 def sample_images(

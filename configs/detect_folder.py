@@ -1,0 +1,38 @@
+"""Cascade Mask R-CNN with Swin-T for your own annotations, on one GPU or in Colab.
+
+    python -m umae_jax.detect --config detect_folder --workdir DIR --config.init=PRETRAINED \
+        --config.data.source=coco:FOLDER --config.validation.source=coco:FOLDER
+
+FOLDER holds images/, annotations_train.json and annotations_val.json; or write coco:ANNOTATIONS.json@IMAGES.
+`python -m umae_jax.inspect_data --source coco:FOLDER` tells what it holds. There is no published result to compare with.
+"""
+
+from ml_collections import ConfigDict
+
+from umae_jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config("swin_tiny", "detector")
+    config.image_size = (640, 640)
+    config.batch_size = 4
+    config.total_epochs = 50.0
+    config.rematerialize = "blocks"
+    config.model.global_block = False
+    config.model.interleaved = False
+    config.model.mask_flow = False
+    config.model.train_proposals = 1000
+    config.model.score_threshold = 0.05
+    config.model.nms = "hard"
+    config.model.nms_threshold = 0.5
+    config.data.source = "coco:annotated"
+    config.data.canvas_heights = (640,)
+    config.data.canvas_widths = (640,)
+    config.data.short_edge = (400, 640)
+    config.data.threads = 4
+    config.validation.source = "coco:annotated"
+    config.validation.short_edge = 640
+    config.validation.every_epochs = 5.0
+    config.optimizer.clip_norm = 10.0
+    config.log_every = 10
+    return config
