@@ -1,0 +1,1 @@
+"""Object detection and instance segmentation: components of two-stage detectors, and COCO's metrics."""
