@@ -8,7 +8,9 @@ from faster_coco_eval.core import mask as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from umae_jax.data.instances import Polygons, encode, rasterize, window
+from tests import annotated_images
+from umae_jax.data.annotations import open_annotated
+from umae_jax.data.instances import Polygons, crop_mask, encode, rasterize, window
 from umae_jax.detection import coco
 from umae_jax.detection.coco import KINDS, METRICS, evaluate, paste, to_detections, write_results
 from umae_jax.errors import UserError
@@ -121,6 +123,22 @@ def test_a_sure_mask_fills_its_box_but_for_corners(seed):
     assert shown[
         inside & (away_x | away_y) & (np.minimum(left, right) > 1e-3) & (np.minimum(upper, lower) > 1e-3)
     ].all()
+
+
+def test_crops_of_the_annotated_masks_pasted_back_are_perfect_detections(tmp_path):
+    source = open_annotated(annotated_images.write(tmp_path, annotated_images.coco()))
+    detections = []
+    for index in range(len(source)):
+        (boxes, labels, masks), size = source.instances(index), source.sizes[index].tolist()
+        crops = [crop_mask(rasterize(mask, *size), box, *size, 28) for mask, box in zip(masks, boxes, strict=True)]
+        ids, scores = source.category_ids[labels], np.ones(len(boxes))
+        detections += to_detections(
+            source.image_ids[index], size, boxes, scores, ids, np.stack(crops) / np.float32(255)
+        )
+    metrics = evaluate(source.ground_truth(), detections)
+    assert metrics["box_ap"] == pytest.approx(1)
+    assert metrics["mask_ap75"] == pytest.approx(1)
+    assert metrics["mask_ap"] > 0.9
 
 
 def test_results_are_written_as_coco_reads_them(tmp_path):
