@@ -11,7 +11,7 @@ from umae_jax.benchmark import PEERS as NAMED_PEERS
 from umae_jax.config import bundled_configs, flat, load_config
 
 COMMANDS = ("benchmark", "config", "convert", "data.prepare", "doctor", "evaluate", "finetune", "models", "plan")
-COMMANDS += ("pretrain", "visualize")
+COMMANDS += ("inspect_data", "pretrain", "visualize")
 
 
 def imported(module, *arguments):

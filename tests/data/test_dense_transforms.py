@@ -1,4 +1,5 @@
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -80,6 +81,13 @@ def test_boxes_and_masks_follow_the_pixels(source, jitter, copy_paste):
         assert counts == [3] * 40
     else:
         assert len(set(counts)) > 1
+
+
+def test_a_worker_process_loads_the_same(source):
+    load = LoadInstances(source, **OPTIONS, jitter=(0.3, 2.0), copy_paste=0.5)
+    expected = load(7, 0).arrays
+    found = pickle.loads(pickle.dumps(load))(7, 0).arrays
+    assert all((found[name] == expected[name]).all() for name in expected)
 
 
 def test_samples_of_a_batch_share_a_canvas_and_differ_otherwise(source):

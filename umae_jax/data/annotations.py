@@ -11,7 +11,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from pathlib import PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -484,7 +483,7 @@ def _images(entries: list[dict[str, Any]], file: str) -> tuple[list[int], list[s
         if not isinstance(height, int | float) or not isinstance(width, int | float) or not min(height, width) >= 1:
             raise UserError(f"{file}: image {number} needs height and width in pixels, not {height!r} and {width!r}")
         ids[number] = None
-        names.append(str(PurePosixPath(name)))
+        names.append(name)
         sizes.append((int(height), int(width)))
     return [*ids], names, sizes
 

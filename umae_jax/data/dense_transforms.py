@@ -134,7 +134,8 @@ class LoadInstances:
     def _semantic(self, record_index: int, placement: Placement) -> np.ndarray:
         """Read the upper left pixel of every block of 8 x 8 pixels of a semantic map, uint8."""
         name = os.path.splitext(self.source.file_name(record_index))[0] + ".png"
-        labels = np.asarray(Image.open(io.BytesIO(read_file(os.path.join(str(self.semantic_folder), name)))))
+        data = read_file(os.path.join(str(self.semantic_folder), name))
+        labels = np.asarray(Image.open(io.BytesIO(data), formats=["PNG"]))
         if labels.shape != placement.source or labels.dtype != np.uint8:
             shape, wanted = list(labels.shape), list(placement.source)
             raise ValueError(f"its semantic map is {shape}, {labels.dtype}, not {wanted}, uint8")

@@ -141,10 +141,10 @@ def encode(region: Region, height: int, width: int) -> dict[str, Any]:
     """
     rows, columns = region.pixels.shape
     # A zero above and below every column makes its runs begin and end inside it.
-    padded = np.zeros((columns, rows + 2), np.int8)
+    padded = np.zeros((columns, rows + 2), np.uint8)
     padded[:, 1:-1] = region.pixels.T
-    steps = np.diff(padded, axis=1)
-    column, row = np.nonzero(steps)  # starts and ends in turn
+    flat = padded.ravel()
+    column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), rows + 2)  # starts and ends in turn
     edges = (column + region.left) * height + row + region.top
     if rows == height:  # runs may continue in the next column
         joined = np.flatnonzero(edges[1:-1:2] == edges[2::2]) * 2 + 1
