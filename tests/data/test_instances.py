@@ -10,7 +10,7 @@ from umae_jax.data import instances
 from umae_jax.data.instances import Polygons, Region, RunLengths, crop_mask, encode, rasterize, window
 from umae_jax.errors import UserError
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "detection"
+GOLDEN = Path(__file__).parents[1] / "golden_numbers" / "detection"
 
 
 def draw_mask(seed, height, width):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from umae_jax.data.instances import Region, window
 from umae_jax.data.placement import Placement, choose_canvas, fit, keep_ratio_size, oriented
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "detection"
+GOLDEN = Path(__file__).parents[1] / "golden_numbers" / "detection"
 CANVASES = ((1120, 1600), (1408, 1600), (1600, 1600))
 sides = st.integers(1, 3000)
 

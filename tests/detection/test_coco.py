@@ -15,7 +15,7 @@ from umae_jax.detection import coco
 from umae_jax.detection.coco import KINDS, METRICS, evaluate, paste, to_detections, write_results
 from umae_jax.errors import UserError
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "detection"
+GOLDEN = Path(__file__).parents[1] / "golden_numbers" / "detection"
 SETS = ("fruitnuts18_instances", "nuclei150_instances")
 
 

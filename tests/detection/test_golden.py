@@ -12,22 +12,36 @@ from umae_jax.detection.cascade import CascadeOptions, RoiHeads
 from umae_jax.detection.detector import total_loss
 from umae_jax.detection.fpn import Fpn
 from umae_jax.detection.masks import paste
+from umae_jax.detection.mmdet import from_mmdet, to_mmdet
 from umae_jax.detection.rpn import Proposals, Rpn, RpnOptions
 from umae_jax.detection.sampling import Sample
 from umae_jax.detection.targets import Targets
 from umae_jax.errors import UserError
-from umae_jax.detection.mmdet import from_mmdet, to_mmdet
 
 CLASSES, WIDTH, HIDDEN = 5, 16, 24
 RPN = RpnOptions(anchor_scale=4, samples=48, train_proposals=400, test_proposals=150)
 OPTIONS = {
     "htc": CascadeOptions(
-        semantic_classes=7, box_convs=0, box_hidden=HIDDEN, box_loss="smooth_l1", samples=32, score_threshold=0.05,
-        nms="hard", nms_threshold=0.5, detections=12,
+        semantic_classes=7,
+        box_convs=0,
+        box_hidden=HIDDEN,
+        box_loss="smooth_l1",
+        samples=32,
+        score_threshold=0.05,
+        nms="hard",
+        nms_threshold=0.5,
+        detections=12,
     ),
     "htcpp": CascadeOptions(
-        semantic_classes=7, box_convs=4, box_hidden=HIDDEN, box_loss="giou", samples=32, score_threshold=0.05,
-        nms="linear", nms_threshold=0.3, detections=12,
+        semantic_classes=7,
+        box_convs=4,
+        box_hidden=HIDDEN,
+        box_loss="giou",
+        samples=32,
+        score_threshold=0.05,
+        nms="linear",
+        nms_threshold=0.3,
+        detections=12,
     ),
 }
 OBJECTS, CROP = 4, 112
@@ -284,5 +298,7 @@ def test_tensors_that_do_not_fit_are_listed():
     tensors = {key[2:]: array for key, array in numbers("htc", "params").items()}
     tensors["neck.extra.weight"] = tensors.pop("rpn_head.rpn_cls.bias")
     tensors["rpn_head.rpn_reg.bias"] = np.zeros(3, np.float32)
-    with pytest.raises(UserError, match=r"rpn_reg.bias is \[3\], not \[12\].*rpn_cls.bias is missing.*neck.extra.weight"):
+    with pytest.raises(
+        UserError, match=r"rpn_reg.bias is \[3\], not \[12\].*rpn_cls.bias is missing.*neck.extra.weight"
+    ):
         from_mmdet(params, tensors, name="file")

@@ -21,7 +21,7 @@ from umae_jax.models.pyramid import STRIDES
 from umae_jax.models.windows import make_dense_windows, make_windows
 from umae_jax.weights.names import LEAVES, SAME, TRANSPOSED, reference_entry
 
-FOLDER = Path(__file__).parents[1] / "golden" / "detection"
+FOLDER = Path(__file__).parents[1] / "golden_numbers" / "detection"
 SIZES = {
     "swin": {
         "widths": (4, 8, 16, 32),

@@ -9,7 +9,9 @@ _SIDE = integer(32, 16384)
 _SIDES = sequence(_SIDE, (736, 1408))
 
 _KEYS = {
-    "model.classes": Key(None, "number of classes; None: as many as the training data has", optional(integer(1, 2**16))),
+    "model.classes": Key(
+        None, "number of classes; None: as many as the training data has", optional(integer(1, 2**16))
+    ),
     "model.drop_path": Key(0.2, "drop path rate of the last block", number("[0, 1)")),
     "model.global_block": Key(True, "HTC++: a block of global attention after the last stage", BOOLEAN),
     "model.pyramid_width": Key(256, "channels of the feature pyramid and of all heads", integer(1, MAX_WIDTH)),

@@ -171,13 +171,14 @@ class RoiHeads(nnx.Module):
 
         def assign_image(boxes: jax.Array, gts: jax.Array, gt_valid: jax.Array) -> jax.Array:
             own = jnp.where(gt_valid, jnp.arange(objects) + 1, 0)  # the boxes of objects are their own
-            rule_of_proposals = {
-                "positive": rule.threshold,
-                "negative": rule.threshold,
-                "low_quality": self.options.interleaved,
-                "min_positive": rule.threshold,
-            }
-            return jnp.concatenate([own, assign(boxes[objects:], gts, gt_valid, **rule_of_proposals).gt_index])
+            found = assign(
+                *(boxes[objects:], gts, gt_valid),
+                positive=rule.threshold,
+                negative=rule.threshold,
+                low_quality=self.options.interleaved,
+                min_positive=rule.threshold,
+            )
+            return jnp.concatenate([own, found.gt_index])
 
         masked = jnp.where(valid[..., None], boxes, 0)  # invalid boxes overlap with nothing
         gt_index = jax.vmap(assign_image)(masked, targets.boxes, targets.valid)
@@ -340,4 +341,8 @@ def target_masks(targets: Targets, index: jax.Array, boxes: jax.Array) -> jax.Ar
 
 def _decode(boxes: jax.Array, deltas: jax.Array, rule: StageRule, image_size: jax.Array) -> jax.Array:
     """Refine boxes [B, R, 4], and clip them to their images."""
-    return jax.vmap(lambda *one: decode(*one[:2], rule.std, one[2]))(boxes, deltas, image_size)
+
+    def of_image(boxes: jax.Array, deltas: jax.Array, size: jax.Array) -> jax.Array:
+        return decode(boxes, deltas, rule.std, size)
+
+    return jax.vmap(of_image)(boxes, deltas, image_size)

@@ -63,16 +63,16 @@ def _entry(path: str) -> _Entry:
     raise KeyError(path)
 
 
-def _layout(
-    name: str, leaf: str
-) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]:
+def _layout(name: str, leaf: str) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]:
     """Return the conversions of an array to our layout and to mmdet's."""
     if leaf != "kernel":
         return (lambda array: array), (lambda array: array)
     if _FLATTENED.fullmatch(name):
         return (
             lambda weight: weight.reshape(len(weight), -1, SIDE, SIDE).transpose(2, 3, 1, 0).reshape(-1, len(weight)),
-            lambda kernel: kernel.reshape(SIDE, SIDE, -1, kernel.shape[1]).transpose(3, 2, 0, 1).reshape(kernel.shape[::-1]),
+            lambda kernel: (
+                kernel.reshape(SIDE, SIDE, -1, kernel.shape[1]).transpose(3, 2, 0, 1).reshape(kernel.shape[::-1])
+            ),
         )
     if name.endswith(_UPSAMPLE):  # [in, out, 2, 2] there, [in, 2 * 2 * out] here
         return (

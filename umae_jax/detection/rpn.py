@@ -105,8 +105,10 @@ class Rpn(nnx.Module):
         def assign_image(boxes: jax.Array, valid: jax.Array, usable: jax.Array) -> jax.Array:
             outside = jnp.zeros_like(anchors)  # overlaps with nothing, so it is nobody's best anchor
             priors = jnp.where(usable[:, None], anchors, outside)
-            rule = {"positive": POSITIVE, "negative": NEGATIVE, "low_quality": True, "min_positive": NEGATIVE}
-            return assign(priors, boxes, valid, **rule).gt_index
+            found = assign(
+                *(priors, boxes, valid), positive=POSITIVE, negative=NEGATIVE, low_quality=True, min_positive=NEGATIVE
+            )
+            return found.gt_index
 
         gt_index = jax.vmap(assign_image)(targets.boxes, targets.valid, candidates)
         count = self.options.samples
@@ -147,13 +149,14 @@ class Rpn(nnx.Module):
             return boxes, jnp.where(keep, logits, -jnp.inf)
 
         boxes, scores = [], []
-        for anchors, *predicted in zip(self.anchors(pyramid), logits, deltas, strict=True):
-            level = jax.vmap(level_proposals, (None, 0, 0, 0))(jnp.asarray(anchors), *predicted, image_size)
-            boxes.append(level[0])
-            scores.append(level[1])
+        propose = jax.vmap(level_proposals, (None, 0, 0, 0))
+        for level_anchors, level_logits, level_deltas in zip(self.anchors(pyramid), logits, deltas, strict=True):
+            found = propose(jnp.asarray(level_anchors), level_logits, level_deltas, image_size)
+            boxes.append(found[0])
+            scores.append(found[1])
         merged = jnp.concatenate(scores, 1)
         best, index = jax.lax.top_k(merged, min(count, merged.shape[1]))
-        found = jnp.take_along_axis(jnp.concatenate(boxes, 1), index[..., None], 1)
+        chosen = jnp.take_along_axis(jnp.concatenate(boxes, 1), index[..., None], 1)
         valid = best > -jnp.inf
-        proposals = Proposals(jnp.where(valid[..., None], found, 0), jax.nn.sigmoid(best), valid)
+        proposals = Proposals(jnp.where(valid[..., None], chosen, 0), jax.nn.sigmoid(best), valid)
         return jax.tree.map(jax.lax.stop_gradient, proposals)

@@ -18,7 +18,6 @@ from umae_jax.tasks import annotated
 from umae_jax.training.sharding import batch_sharding, local_rows
 from umae_jax.training.task import Batch, Params
 
-
 MAX_ROWS = 20  # of the table of classes
 
 
@@ -110,15 +109,15 @@ class Finder:
 
 def _to_host(found: Detected, batch: dict[str, jax.Array]) -> Iterator[Found]:
     """Yield the detections of the valid images of a batch that this process holds."""
-    found, batch = jax.tree.map(local_rows, (found, batch))
-    for row in np.flatnonzero(batch["valid"]):
-        height, width = batch["original_size"][row].tolist()
-        scale = np.array([height, width], np.float32) / batch["image_size"][row]
-        boxes = found.boxes[row] * np.tile(scale[::-1], 2).astype(np.float32)
-        kept = found.valid[row]
-        masks = None if found.masks is None else found.masks[row][kept]
-        arrays = boxes[kept], found.scores[row][kept], found.labels[row][kept]
-        yield Found(int(batch["record"][row]), (height, width), *arrays, masks)
+    results, rows = jax.tree.map(local_rows, (found, batch))
+    for row in np.flatnonzero(rows["valid"]):
+        height, width = rows["original_size"][row].tolist()
+        scale = np.array([height, width], np.float32) / rows["image_size"][row]
+        kept = results.valid[row]
+        boxes = results.boxes[row][kept] * np.tile(scale[::-1], 2).astype(np.float32)
+        masks = None if results.masks is None else results.masks[row][kept]
+        scores, labels = results.scores[row][kept], results.labels[row][kept]
+        yield Found(int(rows["record"][row]), (height, width), boxes, scores, labels, masks)
 
 
 def make_evaluator(

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from umae_jax import console
-from umae_jax.config import share_of_run, steps_of_epochs
+from umae_jax.config import steps_of_epochs
 from umae_jax.data.annotations import AnnotatedSource
 from umae_jax.data.dense_transforms import LoadInstances
 from umae_jax.data.on_device import sample_keys
@@ -55,7 +55,9 @@ class Task(BaseTask):
 
     def batches(self) -> Sequence[dict[str, jax.ShapeDtypeStruct]]:
         """See `BaseTask.batches`: landscape and portrait canvases of each size."""
-        return [annotated.training_arrays(self.config, size) for size in annotated.shapes(annotated.canvases(self.config))]
+        return [
+            annotated.training_arrays(self.config, size) for size in annotated.shapes(annotated.canvases(self.config))
+        ]
 
     def build_model(self, rngs: nnx.Rngs) -> nnx.Module:
         """See `BaseTask.build_model`."""
@@ -65,7 +67,12 @@ class Task(BaseTask):
         """Return the sum of all losses, and each of them by name; samples are drawn with the key of each image."""
         keys = sample_keys(self.config.seed, batch["sample_index"])
         targets = Targets(
-            *(batch[key] for key in ("boxes", "labels", "box_valid", "masks", "mask_valid")), batch.get("semantic")
+            boxes=batch["boxes"],
+            labels=batch["labels"],
+            valid=batch["box_valid"],
+            masks=batch["masks"],
+            mask_valid=batch["mask_valid"],
+            semantic=batch.get("semantic"),
         )
         losses = model.losses(batch["image"], batch["image_size"], targets, keys)
         return total_loss(losses), losses
@@ -137,7 +144,9 @@ class Task(BaseTask):
         edges = f"large-scale jitter of {config.augment.jitter}" if config.augment.jitter else f"{low} to {high} pixels"
         return {
             "objects": f"{counts.sum():,} of {len(self.source.classes):,} classes, up to {counts.max():,} per image",
-            "validation": f"{len(self.validation):,} images in {config.validation.source}" if self.validation else "none",
+            "validation": f"{len(self.validation):,} images in {config.validation.source}"
+            if self.validation
+            else "none",
             "canvases": f"{canvases} and transposed for portrait images; shorter edge: {edges}",
         }
 

@@ -35,7 +35,9 @@ def draw_found(source: AnnotatedSource, found: Found, classes: Sequence[str]) ->
     pixels = image.crop((0, 0, *image.size), image.size[::-1], 3, "bilinear")
     shown = np.flatnonzero(found.scores >= MIN_SCORE)
     boxes, scores, labels = (array[shown] for array in (found.boxes, found.scores, found.labels))
-    masks = [] if found.masks is None else [paste(found.masks[index], found.boxes[index], *found.size) for index in shown]
+    masks = (
+        [] if found.masks is None else [paste(found.masks[index], found.boxes[index], *found.size) for index in shown]
+    )
     return draw_instances(pixels, boxes, labels, classes, scores=scores, masks=masks)
 
 
@@ -48,9 +50,7 @@ def draw_examples(examples: Sequence[tuple[AnnotatedSource, Found]], classes: Se
     return encode_png(draw_sheet(pictures, captions))
 
 
-def predict_objects(
-    run: StoredRun, path: Path, mesh: Mesh, batch_size: int, folder: AnyPath
-) -> Iterator[Prediction]:
+def predict_objects(run: StoredRun, path: Path, mesh: Mesh, batch_size: int, folder: AnyPath) -> Iterator[Prediction]:
     """Yield the detections of each image, and draw those of score MIN_SCORE and above.
 
     The pictures are FOLDER/NAME.png; FOLDER/detections.json holds all detections. Images that cannot be read are named
@@ -80,12 +80,12 @@ def predict_objects(
             name = view.file_name(found.record)
             picture = folder / f"{name.replace('/', '_')}.png"
             write_atomic(picture, encode_png(draw_found(view, found, classes)))
-            row = {"image": name, "picture": str(picture), "objects": _objects(found, classes)}
-            rows.append(row)
+            objects = _objects(found, classes)
+            rows.append({"image": name, "picture": str(picture), "objects": objects})
             bar.update()
-            drawn = [one for one in row["objects"] if one["score"] >= MIN_SCORE]
+            drawn = [one for one in objects if one["score"] >= MIN_SCORE]
             line = ", ".join(f"{printable(one['class'])} {one['score']:.1%}" for one in drawn) or "nothing"
-            yield f"{printable(name)}: {line}", row
+            yield f"{printable(name)}: {line}", rows[-1]
     if not rows:
         raise UserError("--images: none of the images can be read; repair them or name others")
     if is_primary():

@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 
 from umae_jax.training.task import Params
 
-
 DROP = 10  # the rate is divided by it at the steps of `decay_at`
 
 
