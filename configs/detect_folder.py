@@ -4,7 +4,7 @@
         --config.data.source=coco:FOLDER --config.validation.source=coco:FOLDER
 
 FOLDER holds images/, annotations_train.json and annotations_val.json; or write coco:ANNOTATIONS.json@IMAGES.
-`python -m umae_jax.inspect_data --source coco:FOLDER` tells what it holds. There is no published result to compare with.
+`python -m umae_jax.inspect_data --source coco:FOLDER` tells what it holds. There is no published result.
 """
 
 from ml_collections import ConfigDict

@@ -294,7 +294,7 @@ def test_inference(name):
 
 
 def test_tensors_that_do_not_fit_are_listed():
-    graph, params = nnx.split(nnx.eval_shape(lambda: Heads(OPTIONS["htc"], nnx.Rngs(0))))
+    _, params = nnx.split(nnx.eval_shape(lambda: Heads(OPTIONS["htc"], nnx.Rngs(0))))
     tensors = {key[2:]: array for key, array in numbers("htc", "params").items()}
     tensors["neck.extra.weight"] = tensors.pop("rpn_head.rpn_cls.bias")
     tensors["rpn_head.rpn_reg.bias"] = np.zeros(3, np.float32)
