@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from umae_jax.errors import UserError
-from umae_jax.tasks import labelled, make_task
+from umae_jax.tasks import make_task
 from umae_jax.training.run import build_step, global_batch
 from umae_jax.training.state import AbstractRun, TrainState, abstract_run, initialize
 from umae_jax.training.step import TrainStep, lower_step
@@ -65,7 +65,7 @@ def count_images(config: ConfigDict) -> int | None:
     config.unlock()
     task = make_task(config)
     try:
-        labelled.open_training(config)
+        task.open_images()
     except UserError:
         task.assume_classes(IMAGENET_CLASSES)
         return None
