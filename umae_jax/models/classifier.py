@@ -1,23 +1,21 @@
 """The classifier (SPEC 8): the encoder on the whole image, the mean of its tokens, a norm and a linear head."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
 from umae_jax.models import layers
-from umae_jax.models.encoder import Encoder
+from umae_jax.models.encoder import Encoder, EncoderModel
 from umae_jax.models.sizes import check_image_size
 
 HEAD_STD = 2e-5
-_EMBEDDING = re.compile(r"encoder\.(patch_embed|patch_norm|positions|class_token)(\.|$)")
-_BLOCK = re.compile(r"encoder\.(?:stages\.(?P<stage>\d+)\.)?(?:merge|blocks\.(?P<block>\d+))\.")
 
 
-class Classifier(nnx.Module):
+class Classifier(EncoderModel):
     """Classifies whole images with any encoder that has no final norm."""
+
+    HEAD = ("head_norm", "head")
 
     def __init__(
         self, encoder: Encoder, *, image_size: tuple[int, int], classes: int, dtype: DTypeLike, rngs: nnx.Rngs
@@ -37,25 +35,3 @@ class Classifier(nnx.Module):
         x = self.encoder(self.encoder.embed(images), drop_keys=drop_keys).maps[-1]
         x = x.astype(jnp.float32).mean((1, 2))  # [B, C]
         return self.head(self.head_norm(x)).astype(jnp.float32)
-
-    @property
-    def num_layers(self) -> int:
-        """Index of the head's layer, the last one: the number of blocks + 1 (SPEC 10)."""
-        return sum(self.encoder.depths) + 1
-
-    def layer_index(self, name: str) -> int:
-        """Return the layer of a parameter, such as "encoder.stages.0.blocks.1.qkv.kernel", for layer decay (SPEC 10).
-
-        Embeddings are layer 0, block k is layer k + 1, and the head is the last layer. A merge belongs to the first
-        block of its stage. An unknown name raises a ValueError.
-        """
-        if name.partition(".")[0] in ("head", "head_norm"):
-            return self.num_layers
-        if _EMBEDDING.match(name):
-            return 0
-        if match := _BLOCK.match(name):
-            depths = self.encoder.depths
-            stage, block = int(match["stage"] or 0), int(match["block"] or 0)
-            if stage < len(depths) and block < depths[stage]:
-                return sum(depths[:stage]) + block + 1
-        raise ValueError(f"{name} is not a parameter of a classifier with depths {self.encoder.depths}")

@@ -1,6 +1,7 @@
 """The interface of all encoders: from patches to one map per stage (SPEC 3 to 5)."""
 
-from typing import NamedTuple
+import re
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from umae_jax.masking import Mask, UniformMask, expand
-from umae_jax.models import layers
+from umae_jax.models import kernels, layers
 from umae_jax.models.sizes import Sizes
 from umae_jax.patches import patchify
+
+_EMBEDDING = re.compile(r"encoder\.(patch_embed|patch_norm|positions|class_token)(\.|$)")
+_BLOCK = re.compile(r"encoder\.(?:stages\.(?P<stage>\d+)\.)?(?:merge|blocks\.(?P<block>\d+))\.")
 
 
 class Features(NamedTuple):
@@ -21,7 +25,7 @@ class Features(NamedTuple):
     class_token: jax.Array | None = None  # [B, 1, C], normed like the last map; None if the encoder has none
 
 
-class Encoder(nnx.Module):
+class Encoder(kernels.Stages):
     """Base class of all encoders. The same object encodes compact grids (with a mask) and whole images.
 
     Stage i has width `widths[i]` and half the resolution of the stage before. The compact grid has half the side of the
@@ -29,21 +33,23 @@ class Encoder(nnx.Module):
 
     Args:
         sizes: checked here; a size that does not fit raises a UserError.
-        patch_norm: whether a layer norm follows the patch embedding.
+        patch_norm: epsilon of the layer norm that follows the patch embedding; None: no norm.
         final_norm: whether a layer norm follows the last stage; classifiers norm its mean instead (SPEC 8).
         dtype: dtype that linear layers compute in.
     """
 
-    def __init__(self, sizes: Sizes, *, patch_norm: bool, final_norm: bool, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, sizes: Sizes, *, patch_norm: float | None, final_norm: bool, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
         sizes.check()
         width = sizes.widths[0]
         self.channels = sizes.channels
         self.patch = sizes.patch
-        self.widths, self.depths = tuple(sizes.widths), tuple(sizes.depths)
+        self.widths, self.depths, self.heads = tuple(sizes.widths), tuple(sizes.depths), tuple(sizes.heads)
         self.mean, self.std = tuple(sizes.mean), tuple(sizes.std)
         self.dtype = dtype
         self.patch_embed = layers.linear(sizes.patch**2 * sizes.channels, width, dtype=dtype, rngs=rngs)
-        self.patch_norm = layers.layer_norm(width, rngs=rngs) if patch_norm else None
+        self.patch_norm = None if patch_norm is None else layers.layer_norm(width, epsilon=patch_norm, rngs=rngs)
         self.norm = layers.layer_norm(self.widths[-1], rngs=rngs) if final_norm else None
 
     @property
@@ -91,6 +97,35 @@ class Encoder(nnx.Module):
             drop_keys: [B], one key per image for drop path in training; None drops nothing.
         """
         raise NotImplementedError
+
+
+class EncoderModel(nnx.Module):
+    """Base class of models with a head on top of an encoder; numbers parameters for layer decay (SPEC 10)."""
+
+    HEAD: ClassVar[tuple[str, ...]]  # attributes of the model that hold the parameters of the last layer
+    encoder: Encoder
+
+    @property
+    def num_layers(self) -> int:
+        """Index of the head's layer, the last one: the number of blocks + 1."""
+        return sum(self.encoder.depths) + 1
+
+    def layer_index(self, name: str) -> int:
+        """Return the layer of a parameter, such as "encoder.stages.0.blocks.1.qkv.kernel".
+
+        Embeddings are layer 0, block k is layer k + 1, and the head is the last layer. A merge belongs to the first
+        block of its stage. An unknown name raises a ValueError.
+        """
+        if name.partition(".")[0] in self.HEAD:
+            return self.num_layers
+        if _EMBEDDING.match(name):
+            return 0
+        if match := _BLOCK.match(name):
+            depths = self.encoder.depths
+            stage, block = int(match["stage"] or 0), int(match["block"] or 0)
+            if stage < len(depths) and block < depths[stage]:
+                return sum(depths[:stage]) + block + 1
+        raise ValueError(f"{name} is not a parameter of a {type(self).__name__} with depths {self.encoder.depths}")
 
 
 def require_uniform(mask: Mask) -> UniformMask:

@@ -37,6 +37,11 @@ def layer_norm(width: int, *, epsilon: float = NORM_EPSILON, rngs: nnx.Rngs) -> 
     return nnx.LayerNorm(width, epsilon=epsilon, dtype=jnp.float32, rngs=rngs)
 
 
+def crop_to_multiple(x: jax.Array, side: int) -> jax.Array:
+    """Drop the last rows and columns of [B, H, W, C] that make H or W no multiple of `side`."""
+    return x[:, : x.shape[1] // side * side, : x.shape[2] // side * side]
+
+
 def token(width: int, *, rngs: nnx.Rngs) -> nnx.Param[jax.Array]:
     """Build a learned token [1, 1, width]: not one-dimensional, so that it takes weight decay as in the reference."""
     return nnx.Param(TOKEN_STD * jax.random.normal(rngs.params(), (1, 1, width), jnp.float32))

@@ -24,6 +24,31 @@ def resize_positions(table: jax.Array, old: tuple[int, int], new: tuple[int, int
     return jnp.concatenate([table[:, :leading], resized.reshape(1, -1, width)], axis=1)
 
 
+def interpolate_positions(table: jax.Array, new: tuple[int, int]) -> jax.Array:
+    """Resize position embeddings as the reference does for dense prediction, [1, rows, columns, C] -> [1, *new, C].
+
+    Bicubic with coefficient -0.75, pixel centres at +0.5 and repeated borders, without antialiasing.
+    """
+    old = table.shape[1:3]
+    if old == new:
+        return table
+    rows, columns = (jnp.asarray(_bicubic(*sizes)) for sizes in zip(old, new, strict=True))
+    return jnp.einsum("rh,bhwc,sw->brsc", rows, table, columns, precision="highest")
+
+
+def _bicubic(old: int, new: int) -> np.ndarray:
+    """Return the matrix that interpolates an axis, float32 [new, old]."""
+    centers = (np.arange(new)[:, None] + 0.5) * old / new - 0.5
+    taps = np.floor(centers) + np.arange(-1, 3)  # [new, 4]
+    distance = np.abs(centers - taps)
+    near = 1.25 * distance**3 - 2.25 * distance**2 + 1
+    far = -0.75 * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+    matrix = np.zeros((new, old), np.float32)
+    taps = np.clip(taps, 0, old - 1).astype(int)
+    np.add.at(matrix, (np.arange(new)[:, None], taps), np.where(distance <= 1, near, far).astype(np.float32))
+    return matrix
+
+
 def fixed_positions(width: int, grid: tuple[int, int], leading: int) -> np.ndarray:
     """Return `leading` rows of zeros and the sin-cos table of a grid, float32 [1, leading + places, width]."""
     return np.pad(sincos_table(width, grid).reshape(-1, width), ((leading, 0), (0, 0)))[None]
@@ -37,11 +62,21 @@ class PositionTable(nnx.Module):
         grid: rows and columns of the full grid; the table is resized for other grids.
         class_token: reserve position 0 for a class token.
         learned: make the table a parameter, [1, class token and patches, width].
+        dense: resize the table by `interpolate_positions`, not `resize_positions`.
     """
 
-    def __init__(self, width: int, grid: tuple[int, int], *, class_token: bool = False, learned: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        grid: tuple[int, int],
+        *,
+        class_token: bool = False,
+        learned: bool = False,
+        dense: bool = False,
+    ) -> None:
         self.width = width
         self.grid = grid
+        self.dense = dense
         self.leading = int(class_token)
         self.table = nnx.Param(jnp.asarray(fixed_positions(width, grid, self.leading))) if learned else None
 
@@ -60,6 +95,9 @@ class PositionTable(nnx.Module):
         On the compact grid each token keeps the embedding of its place in the full grid.
         """
         rows, columns = (size * (1 if mask is None else 2) for size in tokens.shape[1:3])
-        table = resize_positions(self._values()[:, self.leading :], self.grid, (rows, columns))
-        table = table.reshape(1, rows, columns, self.width)
+        table = self._values()[:, self.leading :]
+        if self.dense:
+            table = interpolate_positions(table.reshape(1, *self.grid, self.width), (rows, columns))
+        else:
+            table = resize_positions(table, self.grid, (rows, columns)).reshape(1, rows, columns, self.width)
         return (table if mask is None else mask.compact(table)).astype(tokens.dtype)

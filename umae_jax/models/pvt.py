@@ -28,10 +28,11 @@ class PooledAttention(nnx.Module):
         self.proj = layers.linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, sr_ratio: int) -> jax.Array:
-        """Attend, [B, H, W, C] -> [B, H, W, C], to H / sr_ratio x W / sr_ratio keys and values."""
+        """Attend, [B, H, W, C] -> [B, H, W, C], to H // sr_ratio x W // sr_ratio keys and values."""
         batch, height, width, channels = x.shape
         (q,) = split_heads(self.q, x.reshape(batch, -1, channels), 1, self.heads)  # [B, heads, d, Q]
-        pooled = x.reshape(batch, height // sr_ratio, sr_ratio, width // sr_ratio, sr_ratio, channels)
+        pooled = layers.crop_to_multiple(x, sr_ratio)
+        pooled = pooled.reshape(batch, height // sr_ratio, sr_ratio, width // sr_ratio, sr_ratio, channels)
         pooled = self.norm(self.reduce(pooled.mean((2, 4)))).reshape(batch, -1, channels)
         k, v = split_heads(self.kv, pooled, 2, self.heads)  # [B, heads, d, K]
         return merge_heads(self.proj, kernels.attend(q, k, v)).reshape(x.shape)
@@ -65,10 +66,10 @@ class PvtStage(nnx.Module):
         self.blocks = nnx.List(PvtBlock(stage, drop, dtype=dtype, rngs=rngs) for drop in stage.drops)
 
     def __call__(self, x: jax.Array, sr_ratio: int, drop_keys: jax.Array | None) -> jax.Array:
-        """Apply the stage, [B, H, W, C] -> [B, H', W', C']; a convolution halves the height and width."""
+        """Apply the stage, [B, H, W, C] -> [B, H', W', C']; a convolution halves the height and width, rounded down."""
         if self.merge is not None:
             with jax.named_scope("merge"):
-                x = self.merge(patchify(x, 2))
+                x = self.merge(patchify(layers.crop_to_multiple(x, 2), 2))
         for block in self.blocks:
             x = block(x, sr_ratio, drop_keys)
         return x
@@ -80,7 +81,8 @@ class Pvt(Encoder):
     Args:
         sr_ratios: for each stage, the side in tokens of the squares that keys and values are pooled over on a whole
             image. It is halved on the compact grid, but at least 1.
-        grid, learned_positions: arguments of `PositionTable`.
+        grid, learned_positions, dense: arguments of `PositionTable`. In dense prediction, sr_ratios need not divide the
+            maps: the last rows and columns that fill no square are no keys and values.
     """
 
     def __init__(
@@ -90,28 +92,31 @@ class Pvt(Encoder):
         grid: tuple[int, int],
         sr_ratios: Sequence[int],
         learned_positions: bool,
+        dense: bool = False,
         final_norm: bool,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
-        super().__init__(sizes, patch_norm=False, final_norm=final_norm, dtype=dtype, rngs=rngs)
+        super().__init__(sizes, patch_norm=None, final_norm=final_norm, dtype=dtype, rngs=rngs)
         count, stages = len(sr_ratios), len(sizes.depths)
         require(count == stages, f"model.sr_ratios has {count} number(s), model.depths {stages}; write one per stage")
         self.sr_ratios = tuple(sr_ratios)
-        self.positions = PositionTable(sizes.widths[0], grid, learned=learned_positions)
+        self.dense = dense
+        self.positions = PositionTable(sizes.widths[0], grid, learned=learned_positions, dense=dense)
         self.stages = nnx.List(PvtStage(stage, dtype=dtype, rngs=rngs) for stage in sizes.stages())
 
     def _sr_ratios(self, compact: bool) -> tuple[int, ...]:
         return tuple(max(1, sr_ratio // 2) for sr_ratio in self.sr_ratios) if compact else self.sr_ratios
 
     def check_grid(self, grid: tuple[int, int], *, compact: bool) -> None:
-        """Raise a UserError unless sr_ratios divide the grid at every stage."""
+        """Raise a UserError unless sr_ratios divide the grid at every stage, in dense prediction unless they fit in."""
         for stage, sr_ratio in enumerate(self._sr_ratios(compact)):
             rows, columns = (size // 2**stage for size in grid)
             location = f"stage {stage + 1}{' on the compact grid (half of model.sr_ratios)' if compact else ''}"
             message = f"model.sr_ratios: {sr_ratio} does not divide the {rows} x {columns} tokens of {location}"
             valid = tuple(2**exponent for exponent in reversed(range(len(self.widths))))
-            require(rows % sr_ratio == columns % sr_ratio == 0, f"{message}; choose {valid}")
+            fits = min(rows, columns) >= sr_ratio if self.dense else rows % sr_ratio == columns % sr_ratio == 0
+            require(fits, f"{message}; choose {valid}")
 
     def __call__(self, tokens: jax.Array, mask: Mask | None = None, drop_keys: jax.Array | None = None) -> Features:
         """See `Encoder.__call__`."""
@@ -121,7 +126,7 @@ class Pvt(Encoder):
         sr_ratios = self._sr_ratios(mask is not None)
         for number, (stage, sr_ratio) in enumerate(zip(self.stages, sr_ratios, strict=True), 1):
             with jax.named_scope(f"stage_{number}"):
-                x = stage(x, sr_ratio, drop_keys)
+                x = self.apply_stage(stage, x, sr_ratio, drop_keys)
             maps.append(x)
         if self.norm is not None:
             maps[-1] = self.norm(maps[-1])

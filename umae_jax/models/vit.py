@@ -16,7 +16,7 @@ from umae_jax.models.sizes import Sizes
 class Vit(Encoder):
     """ViT with sin-cos positions. Its tokens need no neighbours, so it takes random masks as well as uniform ones.
 
-    `grid` and `learned_positions` are arguments of `PositionTable`.
+    `grid`, `learned_positions` and `dense` are arguments of `PositionTable`.
     """
 
     def __init__(
@@ -25,15 +25,16 @@ class Vit(Encoder):
         *,
         grid: tuple[int, int],
         learned_positions: bool,
+        dense: bool = False,
         final_norm: bool,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
-        super().__init__(sizes, patch_norm=False, final_norm=final_norm, dtype=dtype, rngs=rngs)
+        super().__init__(sizes, patch_norm=None, final_norm=final_norm, dtype=dtype, rngs=rngs)
         require(len(self.depths) == 1, f"model.depths: a ViT has one stage, such as (12,), not {self.depths}")
         (stage,) = sizes.stages()
         self.class_token = layers.token(stage.width, rngs=rngs)
-        self.positions = PositionTable(stage.width, grid, class_token=True, learned=learned_positions)
+        self.positions = PositionTable(stage.width, grid, class_token=True, learned=learned_positions, dense=dense)
         self.blocks = nnx.List(
             layers.TransformerBlock(stage.width, stage.heads, stage.mlp_ratio, drop=drop, dtype=dtype, rngs=rngs)
             for drop in stage.drops
@@ -47,8 +48,12 @@ class Vit(Encoder):
         class_token = jnp.broadcast_to(class_token.astype(x.dtype), (batch, 1, width))
         x = jnp.concatenate([class_token, x], axis=1)  # [B, 1 + N, C]
         with jax.named_scope("stage_1"):
-            for block in self.blocks:
-                x = block(x, drop_keys=drop_keys)
+            x = self.apply_stage(self._apply_blocks, x, drop_keys)
         if self.norm is not None:
             x = self.norm(x)
         return Features((x[:, 1:].reshape(batch, rows, columns, width),), x[:, :1])
+
+    def _apply_blocks(self, x: jax.Array, drop_keys: jax.Array | None) -> jax.Array:
+        for block in self.blocks:
+            x = block(x, drop_keys=drop_keys)
+        return x

@@ -21,20 +21,22 @@ class Windows:
 
     size: tuple[int, int]  # rows and columns of tokens in a window
     shift: tuple[int, int]  # rows and columns by which the grid is rolled towards the origin before partitioning
-    padding: tuple[int, int]  # rows and columns added at the bottom and right for windows to tile the grid; masked
+    padding: tuple[int, int]  # rows and columns of zeros added at the bottom and right for windows to tile the grid
     differences: np.ndarray  # float32 [9 or 1, 1 or windows, N keys, N queries, 2], see `positions.window_differences`
-    # The region of the map that each token comes from, int [windows, N]. Tokens of different regions do not attend to
-    # each other. None without shift and padding.
+    # The region of the map that each token comes from, int8 [windows, N]. Tokens of different regions do not attend to
+    # each other. None if there is one region only.
     regions: np.ndarray | None
     offsets: jax.Array | None  # int8 [B, windows, 2, N], (dy, dx) of each token's mask unit; None on a whole image
 
     @property
-    def mask(self) -> np.ndarray | None:
+    def mask(self) -> jax.Array | None:
         """Return float32 [windows, N, N]: MASK_VALUE for pairs of different regions, else 0; None without regions."""
         if self.regions is None:
             return None
-        same_region = self.regions[:, :, None] == self.regions[:, None, :]
-        return np.where(same_region, 0, MASK_VALUE).astype(np.float32)
+        regions = jnp.asarray(
+            self.regions
+        )  # compared on the device: a mask of large maps is no constant of the program
+        return jnp.where(regions[:, :, None] == regions[:, None, :], jnp.float32(0), jnp.float32(MASK_VALUE))
 
     @property
     def offset_differences(self) -> tuple[jax.Array, jax.Array] | None:
@@ -82,11 +84,38 @@ def _axis_regions(size: int, shift: int, padding: int) -> np.ndarray:
     return np.where((position + shift) % (size + padding) >= size, 2, wrapped)
 
 
+def _regions(
+    grid: tuple[int, int], size: tuple[int, int], shift: tuple[int, int], padding: tuple[int, int]
+) -> np.ndarray:
+    """Return `Windows.regions` of shifted or padded windows."""
+    (rows, columns), (by_row, by_column) = size, (_axis_regions(grid[i], shift[i], padding[i]) for i in (0, 1))
+    message = f"image_size: a mask for {grid[0]} x {grid[1]} tokens in windows of {rows} x {columns} is too large"
+    fits = len(by_row) * len(by_column) * rows * columns <= MAX_MASK
+    require(fits, f"{message}; choose smaller images or a smaller model.window")
+    region = (3 * by_row[:, None] + by_column[None, :]).astype(np.int8)
+    region = region.reshape(len(by_row) // rows, rows, len(by_column) // columns, columns)
+    return region.transpose(0, 2, 1, 3).reshape(-1, rows * columns)
+
+
+def make_dense_windows(grid: tuple[int, int], window: int, *, shifted: bool) -> Windows:
+    """Build the windows of `window` x `window` tokens for a map of any size in dense prediction (DET 1.2).
+
+    The map is padded until windows tile it, and padded tokens take part in attention like all others. Windows are
+    shifted along both axes by half their side, also along an axis of one window.
+    """
+    size = (window, window)
+    padding = (-grid[0] % window, -grid[1] % window)
+    padded = (grid[0] + padding[0], grid[1] + padding[1])
+    shift = 2 * (window // 2 if shifted else 0,)
+    regions = _regions(padded, size, shift, (0, 0)) if shifted else None
+    return Windows(size, shift, padding, window_differences(size, size, (0, 0), None), regions, None)
+
+
 def make_windows(grid: tuple[int, int], window: int, *, shifted: bool, offset: jax.Array | None) -> Windows:
     """Build the windows of `window` x `window` tokens for a grid.
 
     If the grid is no larger than `window` along an axis, one unshifted window spans that axis. The grid of a whole
-    image is padded if windows do not tile it.
+    image is padded if windows do not tile it; no token attends to the padding.
 
     Args:
         grid: rows and columns of tokens; on the compact grid, each is a multiple of `window` or at most `window`.
@@ -98,15 +127,7 @@ def make_windows(grid: tuple[int, int], window: int, *, shifted: bool, offset: j
     half = window // 2 if shifted else 0
     shift = (half if grid[0] > window else 0, half if grid[1] > window else 0)
     padding = (-grid[0] % rows, -grid[1] % columns)
-    regions = None
-    if any(shift) or any(padding):
-        message = f"image_size: a mask for {grid[0]} x {grid[1]} tokens in windows of {rows} x {columns} is too large"
-        fits = (grid[0] + padding[0]) * (grid[1] + padding[1]) * rows * columns <= MAX_MASK
-        require(fits, f"{message}; choose smaller images or a smaller model.window")
-        by_row, by_column = (_axis_regions(grid[axis], shift[axis], padding[axis]) for axis in (0, 1))
-        region = 3 * by_row[:, None] + by_column[None, :]
-        region = region.reshape(len(by_row) // rows, rows, len(by_column) // columns, columns)
-        regions = region.transpose(0, 2, 1, 3).reshape(-1, rows * columns)
+    regions = _regions(grid, size, shift, padding) if any(shift) or any(padding) else None
     if offset is None:  # all windows have the same differences
         return Windows(size, shift, padding, window_differences(size, size, (0, 0), None), regions, None)
     unit_side = grid[0] / offset.shape[1]

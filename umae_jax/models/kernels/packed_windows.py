@@ -66,7 +66,7 @@ def _pair_bias(tables: jax.Array, windows: Windows, packed: int) -> jax.Array:
         select = _select_offset_case_on_cpu if tracing_for("cpu") else select_offset_case
         bias = select(bias, row_step, column_step)
     if windows.mask is not None:
-        bias = bias + _pack(jnp.asarray(windows.mask), 0, packed)[None, :, None]
+        bias = bias + _pack(windows.mask, 0, packed)[None, :, None]
     return bias
 
 
