@@ -87,7 +87,6 @@ def build_pyramid(config: ConfigDict, dtype: DTypeLike, rngs: nnx.Rngs) -> Pyram
         build_encoder(config, dtype, rngs, final_norm=False, dense=True),
         output_width=config.model.get("output_width", None),
         global_block=config.model.get("global_block", False),
-        dtype=dtype,
         rngs=rngs,
     )
     _set_kernels(pyramid, config)
@@ -95,4 +94,5 @@ def build_pyramid(config: ConfigDict, dtype: DTypeLike, rngs: nnx.Rngs) -> Pyram
 
 
 def _set_kernels(model: nnx.Module, config: ConfigDict) -> None:
-    model.set_attributes(kernels.Block, rematerialize=config.rematerialize, fused_attention=config.fused_attention)
+    chosen = {"rematerialize": config.rematerialize, "fused_attention": config.fused_attention}
+    model.set_attributes(kernels.Block, kernels.Stages, **chosen)

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from umae_jax.masking import Mask, UniformMask, expand
-from umae_jax.models import layers
+from umae_jax.models import kernels, layers
 from umae_jax.models.sizes import Sizes
 from umae_jax.patches import patchify
 
@@ -25,7 +25,7 @@ class Features(NamedTuple):
     class_token: jax.Array | None = None  # [B, 1, C], normed like the last map; None if the encoder has none
 
 
-class Encoder(nnx.Module):
+class Encoder(kernels.Stages):
     """Base class of all encoders. The same object encodes compact grids (with a mask) and whole images.
 
     Stage i has width `widths[i]` and half the resolution of the stage before. The compact grid has half the side of the

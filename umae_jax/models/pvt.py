@@ -126,7 +126,7 @@ class Pvt(Encoder):
         sr_ratios = self._sr_ratios(mask is not None)
         for number, (stage, sr_ratio) in enumerate(zip(self.stages, sr_ratios, strict=True), 1):
             with jax.named_scope(f"stage_{number}"):
-                x = kernels.apply_stage(stage, stage.blocks, x, sr_ratio, drop_keys)
+                x = self.apply_stage(stage, x, sr_ratio, drop_keys)
             maps.append(x)
         if self.norm is not None:
             maps[-1] = self.norm(maps[-1])

@@ -52,15 +52,16 @@ class Pyramid(EncoderModel):
             `SimplePyramid`; built for dense prediction.
         output_width: width of a linear layer after the norm of each map; None: no such layers.
         global_block: add a transformer block over all tokens of the last map before its norm (HTC++).
-        dtype: dtype that linear layers compute in, and of the maps.
+
+    Linear layers compute in the encoder's dtype, which is that of the maps.
     """
 
     HEAD = ("simple", "global_block", "norms", "projections")
 
     def __init__(
-        self, encoder: Encoder, *, output_width: int | None, global_block: bool, dtype: DTypeLike, rngs: nnx.Rngs
+        self, encoder: Encoder, *, output_width: int | None = None, global_block: bool = False, rngs: nnx.Rngs
     ) -> None:
-        stages = len(encoder.widths)
+        stages, dtype = len(encoder.widths), encoder.dtype
         message = f"model.depths: dense prediction needs four stages, or a ViT, not {stages} stages"
         require(stages in (1, len(STRIDES)), message)
         patch = STRIDES[2] if stages == 1 else STRIDES[0]
@@ -97,19 +98,24 @@ class Pyramid(EncoderModel):
         Returns:
             Four maps [B, H / stride, W / stride, width], of `STRIDES` and `widths`.
         """
-        if image_size is not None:
-            images = _zero_padding(self.encoder.normalize(images), image_size)
-        maps = list(self.encoder(self.encoder.embed(images), drop_keys=drop_keys).maps)
+        tokens = self.encoder.apply_stage(self._embed, images, image_size)
+        maps = list(self.encoder(tokens, drop_keys=drop_keys).maps)
         with jax.named_scope("pyramid"):
             if self.simple is not None:
                 maps = list(self.simple(maps[0]))
             if self.global_block is not None:
                 batch, _, _, width = maps[-1].shape
                 maps[-1] = self.global_block(maps[-1].reshape(batch, -1, width)).reshape(maps[-1].shape)
-            maps = [norm(x).astype(self.encoder.dtype) for norm, x in zip(self.norms, maps, strict=True)]
-            if self.projections is not None:
-                maps = [linear(x) for linear, x in zip(self.projections, maps, strict=True)]
-        return tuple(maps)
+            return tuple(self.encoder.apply_stage(self._output, x, stage) for stage, x in enumerate(maps))
+
+    def _embed(self, images: jax.Array, image_size: jax.Array | None) -> jax.Array:
+        if image_size is not None:
+            images = _zero_padding(self.encoder.normalize(images), image_size)
+        return self.encoder.embed(images)
+
+    def _output(self, x: jax.Array, stage: int) -> jax.Array:
+        x = self.norms[stage](x).astype(self.encoder.dtype)
+        return x if self.projections is None else self.projections[stage](x)
 
 
 def _zero_padding(pixels: jax.Array, image_size: jax.Array) -> jax.Array:

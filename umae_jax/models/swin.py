@@ -118,7 +118,7 @@ class Swin(Encoder):
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
-        # The reference's epsilon differs between its files.
+        # The reference's code for detection has another epsilon than that for pre-training.
         epsilon = layers.NORM_EPSILON if dense_grid is None else layers.PYRAMID_EPSILON
         super().__init__(sizes, patch_norm=epsilon, final_norm=final_norm, dtype=dtype, rngs=rngs)
         message = f"model.window must be an even number of tokens from 4 (half of it on the compact grid), not {window}"
@@ -162,7 +162,7 @@ class Swin(Encoder):
         for number, stage in enumerate(self.stages):
             windows = self._windows((rows // 2**number, columns // 2**number), number, mask)
             with jax.named_scope(f"stage_{number + 1}"):
-                tokens = kernels.apply_stage(stage, stage.blocks, tokens, windows, drop_keys)
+                tokens = self.apply_stage(stage, tokens, windows, drop_keys)
             maps.append(tokens)
         if self.norm is not None:
             maps[-1] = self.norm(maps[-1])

@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 
 from umae_jax.errors import require
 from umae_jax.masking import Mask
-from umae_jax.models import kernels, layers
+from umae_jax.models import layers
 from umae_jax.models.encoder import Encoder, Features
 from umae_jax.models.positions_table import PositionTable
 from umae_jax.models.sizes import Sizes
@@ -48,7 +48,7 @@ class Vit(Encoder):
         class_token = jnp.broadcast_to(class_token.astype(x.dtype), (batch, 1, width))
         x = jnp.concatenate([class_token, x], axis=1)  # [B, 1 + N, C]
         with jax.named_scope("stage_1"):
-            x = kernels.apply_stage(self._apply_blocks, self.blocks, x, drop_keys)
+            x = self.apply_stage(self._apply_blocks, x, drop_keys)
         if self.norm is not None:
             x = self.norm(x)
         return Features((x[:, 1:].reshape(batch, rows, columns, width),), x[:, :1])

@@ -3,7 +3,7 @@
 `models/attention.py` shows the computation; `softmax`, `packed_windows` and `pallas_tpu` are its fast forms.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ REMATERIALIZE = {  # the activations of a block that are saved for its backward 
     "none": None,  # all that the backward pass needs
     "pairs": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # the outputs of linear layers
     "blocks": jax.checkpoint_policies.nothing_saveable,  # the block's input alone
-    "stages": jax.checkpoint_policies.nothing_saveable,  # likewise, but only while the stage is recomputed
+    "stages": jax.checkpoint_policies.nothing_saveable,  # likewise, while its stage is recomputed; see `Stages`
 }
 
 
@@ -44,13 +44,18 @@ class Block(nnx.Module):
         return forward(x) if policy is None else jax.checkpoint(forward, policy=policy)(x)
 
 
-def apply_stage(stage: Callable[..., jax.Array], blocks: Sequence[Block], x: jax.Array, *args: Any) -> jax.Array:  # noqa: ANN401
-    """Return `stage(x, *args)`; if its blocks rematerialize `stages`, the backward pass recomputes it from `x`."""
+class Stages(nnx.Module):
+    """A module that applies stages, each of several blocks."""
 
-    def forward(x: jax.Array) -> jax.Array:
-        return stage(x, *args)
+    rematerialize = "none"  # a key of `REMATERIALIZE`
 
-    return jax.checkpoint(forward)(x) if blocks[0].rematerialize == "stages" else forward(x)
+    def apply_stage(self, stage: Callable[..., jax.Array], x: jax.Array, *args: Any) -> jax.Array:  # noqa: ANN401
+        """Compute `stage(x, *args)`; if `rematerialize` is "stages", the backward pass recomputes it from `x`."""
+
+        def forward(x: jax.Array) -> jax.Array:
+            return stage(x, *args)
+
+        return jax.checkpoint(forward)(x) if self.rematerialize == "stages" else forward(x)
 
 
 def check_platform(device: jax.Device, *, fused: bool) -> None:
