@@ -220,7 +220,7 @@ def test_missing_and_foreign_keys_are_named():
         ("grad_accum_steps", 3, "multiple of 24"),
         ("mesh.fsdp", 3, "3 .* 8 devices"),
         ("dtype", "float16", "float32, bfloat16"),
-        ("rematerialize", "all", "none, pairs, blocks"),
+        ("rematerialize", "all", "none, pairs, blocks, stages"),
         ("fused_attention", None, "True or False"),
         ("image_size", (64,), "height and width"),
         ("image_size", (32.0, 32.0), "integer from 1"),

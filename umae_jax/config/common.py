@@ -10,7 +10,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_SEED = 2**32 - 1
 TRACKERS = ("none", "wandb", "mlflow")
 MAX_BATCH, MAX_WIDTH, MAX_DEPTH, MAX_HEADS = 2**20, 2**16, 128, 1024
-REMATERIALIZE = ("none", "pairs", "blocks")
+REMATERIALIZE = ("none", "pairs", "blocks", "stages")
 
 # Upper bounds exclude typos: values that would take hours to build, more memory than any machine has, or overflow.
 _MAYBE_COUNT = optional(integer(0, 10**12))
@@ -41,7 +41,7 @@ COMMON: Keys = {
     "rematerialize": Key(
         "none",
         "activations recomputed in the backward pass, to save memory: `pairs` for attention and GELU, `blocks` for "
-        "whole blocks",
+        "whole blocks, `stages` for whole stages, block by block",
         choice(*REMATERIALIZE),
     ),
     # Off by default: not yet timed on a TPU, and the compiler's cost estimate does not cover Pallas kernels.

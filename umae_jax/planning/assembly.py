@@ -13,8 +13,6 @@ from umae_jax.training.state import AbstractRun, TrainState, abstract_run, initi
 from umae_jax.training.step import TrainStep, lower_step
 from umae_jax.training.task import BaseTask, Batch
 
-IMAGENET_IMAGES, IMAGENET_CLASSES = 1_281_167, 1000  # of ImageNet-1K's training set
-
 
 class Built(NamedTuple):
     """A training step and its inputs.
@@ -54,10 +52,10 @@ def build(config: ConfigDict, mesh: Mesh) -> Built:
     return Built(task, run, step, global_batch(task, mesh), mesh)
 
 
-def count_images(config: ConfigDict) -> int | None:
-    """Return the number of training images, or None if the data are not on this machine.
+def count_images(config: ConfigDict) -> tuple[int, bool]:
+    """Return the number of training images, and whether the data are on this machine.
 
-    A task with classes also completes `config`, from the data or with the classes of ImageNet.
+    A task with classes also completes `config`, from the data or from those that it assumes.
 
     Raises:
         UserError: if the data do not match the configuration.
@@ -67,7 +65,6 @@ def count_images(config: ConfigDict) -> int | None:
     try:
         task.open_images()
     except UserError:
-        task.assume_classes(IMAGENET_CLASSES)
-        return None
+        return task.assume_data(), False
     task.open()
-    return task.num_samples
+    return task.num_samples, True

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from umae_jax import console
 from umae_jax.files import locate_local, write_atomic
 from umae_jax.planning import growth, growth_report
-from umae_jax.planning.assembly import IMAGENET_IMAGES, count_images
+from umae_jax.planning.assembly import count_images
 from umae_jax.planning.flops import count_flops, matmul_flops_by_scope
 from umae_jax.planning.plan import make_plan, part_tables, table
 from umae_jax.planning.targets import Target
@@ -17,10 +17,10 @@ from umae_jax.training.metrics import duration
 
 
 def resolve_num_images(config: ConfigDict, given: int | None) -> int:
-    """Return the images per epoch: --num_images, else those of the data, else those of ImageNet."""
-    count = count_images(config)  # also completes the configuration
-    num_images = given or count or IMAGENET_IMAGES
-    if count is None:
+    """Return the images per epoch: --num_images, else those of the data, else those that the task assumes."""
+    count, found = count_images(config)  # also completes the configuration
+    num_images = given or count
+    if not found:
         console.say(f"{config.data.source} is not on this machine: assuming {num_images:,} images (see --num_images)")
     return num_images
 

@@ -28,9 +28,10 @@ from umae_jax.tasks.initialization import adapt_pretrained, describe_loaded
 from umae_jax.tasks.predicting import check_table, predict_images, write_csv
 from umae_jax.training.finish import warn_on_error
 from umae_jax.training.metrics import metric_history
-from umae_jax.training.task import BaseTask, Batch, Hook, Params, Prediction, RunContext
+from umae_jax.training.task import IMAGENET_IMAGES, BaseTask, Batch, Hook, Params, Prediction, RunContext
 from umae_jax.weights.stored_run import StoredRun, best_checkpoint
 
+IMAGENET_CLASSES = 1000
 TOP1 = "validation_top1"
 KNN = "knn_top1"
 
@@ -69,10 +70,11 @@ class Task(BaseTask):
         images, targets = mix(images, targets, mixing, mixup=augment.mixup, cutmix=augment.cutmix)
         return optax.softmax_cross_entropy(model(images, drop), targets).mean(), {}
 
-    def assume_classes(self, classes: int) -> None:
-        """See `BaseTask.assume_classes`."""
+    def assume_data(self) -> int:
+        """See `BaseTask.assume_data`: ImageNet-1K."""
         if self.config.model.classes is None:
-            self.config.model.classes = classes
+            self.config.model.classes = IMAGENET_CLASSES
+        return IMAGENET_IMAGES
 
     def resume(self, stored: ConfigDict) -> None:
         """Keep the split: no image that the run has trained on may validate now, and none that validated may train."""

@@ -31,6 +31,7 @@ from umae_jax.tasks.detector_init import initial_params
 from umae_jax.training.task import BaseTask, Batch, Hook, Params, Prediction, RunContext
 from umae_jax.weights.stored_run import StoredRun, best_checkpoint
 
+COCO_IMAGES, COCO_CLASSES = 117_266, 80  # images with objects of train2017
 BOX_AP, MASK_AP = "box_ap", "mask_ap"
 DETECTIONS_FILE = "detections.json"
 PICTURES = "detections"  # folder in a run's directory
@@ -83,11 +84,12 @@ class Task(BaseTask):
         part, _, rest = name.partition(".")
         return (model.backbone.layer_index(rest), last) if part == "backbone" else (last, last)
 
-    def assume_classes(self, classes: int) -> None:
-        """See `BaseTask.assume_classes`."""
+    def assume_data(self) -> int:
+        """See `BaseTask.assume_data`: COCO."""
         model = self.config.model
-        model.classes = classes if model.classes is None else model.classes
+        model.classes = COCO_CLASSES if model.classes is None else model.classes
         model.masks = True if model.masks is None else model.masks
+        return COCO_IMAGES
 
     def open(self) -> None:
         """See `BaseTask.open`; `model.classes` and `model.masks` are completed from the data."""

@@ -19,6 +19,8 @@ from umae_jax.models.build import build_model
 from umae_jax.weights.names import to_reference
 from umae_jax.weights.stored_run import StoredRun
 
+IMAGENET_IMAGES = 1_281_167  # ImageNet-1K's training set
+
 Batch = dict[str, Any]  # arrays [B, ...], sharded over their first axis
 Params = Any  # a pytree of float32 arrays
 Prediction = tuple[str, dict[str, Any]]  # a summary in one line, and the same values by name
@@ -125,8 +127,9 @@ class BaseTask(abc.ABC):
         """
         return model.layer_index(name), model.num_layers
 
-    def assume_classes(self, classes: int) -> None:  # noqa: B027 - a task without classes has nothing to assume
-        """Set the number of classes, for a plan without the data set."""
+    def assume_data(self) -> int:
+        """Complete the configuration for a plan without the data set; return the number of training images."""
+        return IMAGENET_IMAGES
 
     # With data, for a training run.
 

@@ -124,7 +124,7 @@ def fixed_tables(config: ConfigDict) -> dict[str, np.ndarray]:
         return np.pad(flat, ((0, 0), (class_tokens, 0), (0, 0)))
 
     tables = {}
-    if "window" not in model and "classes" not in model:
+    if "window" not in model and "drop_path" not in model:  # learned after pre-training
         tables["pos_embed"] = table(model.widths[0], model.patch)
     if "decoder_width" in model:
         unit = model.patch * 2 ** (len(model.depths) - 1) // model.decoder_factor
