@@ -31,7 +31,7 @@ from umae_jax.config.common import REMATERIALIZE
 from umae_jax.config.load import explain_key
 from umae_jax.errors import UserError
 from umae_jax.models import kernels
-from umae_jax.models.build import build_model
+from umae_jax.tasks import make_task
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path for path in ROOT.glob("configs/**/*.py") if "def get_config" in path.read_text())
@@ -43,9 +43,9 @@ def test_every_bundled_configuration_loads_by_name_builds_and_survives_json(path
     name = str(path.relative_to(ROOT / "configs").with_suffix(""))
     config = load_config(name)
     check(config)
-    if config.model.method == "classifier":
-        config.model.classes = config.model.classes or 2
-    nnx.eval_shape(lambda: build_model(config, ConstantRngs()))
+    task = make_task(config.copy_and_resolve_references().unlock())
+    task.assume_data()
+    nnx.eval_shape(lambda: task.build_model(ConstantRngs()))
     assert from_json(to_json(config)).to_dict() == config.to_dict()
     assert re.search(rf"--config {name}\b", path.read_text())
 
