@@ -229,19 +229,12 @@ class RoiHeads(nnx.Module):
 
     def _roi_features(self, features: Features, boxes: jax.Array, side: int) -> jax.Array:
         """Return the features of RoIs [B, R, 4], [B, R, side, side, width]; the semantic ones are added."""
-
-        def align(pyramid: Sequence[jax.Array], boxes: jax.Array) -> jax.Array:
-            return roi_align(pyramid, boxes, roi_levels(boxes), size=side, strides=STRIDES[:4])
-
-        def align_semantic(semantic: jax.Array, boxes: jax.Array) -> jax.Array:
-            levels = jnp.zeros(len(boxes), jnp.int32)
-            return roi_align([semantic], boxes, levels, size=mask_head.SIDE, strides=[SEMANTIC_STRIDE])
-
         with jax.named_scope("roi_align"):
-            x = jax.vmap(align)(list(features.pyramid[:4]), boxes)
+            x = roi_align(features.pyramid[:4], boxes, roi_levels(boxes), size=side, strides=STRIDES[:4])
             if features.semantic is None:
                 return x
-            semantic = jax.vmap(align_semantic)(features.semantic, boxes)
+            levels = jnp.zeros(boxes.shape[:2], jnp.int32)
+            semantic = roi_align([features.semantic], boxes, levels, size=mask_head.SIDE, strides=[SEMANTIC_STRIDE])
             if side != mask_head.SIDE:
                 semantic = semantic.reshape(*semantic.shape[:2], side, 2, side, 2, -1).mean((3, 5))
             return x + semantic

@@ -1,26 +1,25 @@
 """RoIAlign with aligned corners and an adaptive number of samples (DET 1.6).
 
 The features of a box are `rows @ map @ columns.T`: a bin averages samples of a bilinear interpolation, which separates
-into two matrices of weights. Each box reads one window of cells at its start, and more of them if it is larger, so
-that the work does not depend on the size of the maps, and the result is exact for all boxes.
+into two matrices of weights. They are computed in one of two ways, which give the same numbers for every box. By
+windows, each box reads the cells under it only, and more windows if it is larger than one. By whole maps, the matrices
+multiply all cells; a TPU does this faster for all but the largest maps, because it needs no reads at traced places.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-_T = TypeVar("_T")
-
 LEVELS = 4
 FIRST_SIDE = 56  # boxes of twice this side and more, in pixels, leave the first level
-# Samples are more than half a cell apart where a bin has several, so that at most 4 of them touch a cell. Two more
+# Samples are more than half a cell apart where a bin has several, so that less than 4 of them touch a cell. Two more
 # allow for rounding.
 MAX_TOUCHING = 6
+MAX_WHOLE = 2**16  # cells of a map that a TPU multiplies as a whole
 
 
 def roi_levels(boxes: jax.Array) -> jax.Array:
@@ -40,70 +39,28 @@ def roi_align(
     window: int = 32,
     chunk: int = 32,
 ) -> jax.Array:
-    """Return the features of boxes of one image.
+    """Return the features of boxes.
 
     Samples more than a cell outside a map count as 0. Empty boxes have features 0. No gradient flows to the boxes.
 
     Args:
-        maps: features of each level, [H_l, W_l, C]. The sums are float32 for each dtype.
-        boxes: float32 [R, 4].
-        levels: map of each box, int32 [R].
+        maps: features of each level, [B, H_l, W_l, C]. The sums are float32 for each dtype.
+        boxes: float32 [B, R, 4].
+        levels: map of each box, int32 [B, R].
         size: rows and columns of the result.
         strides: pixels per cell of each map.
         window: rows and columns of cells that are read at a time; changes only speed and memory.
         chunk: boxes that are computed at a time; changes only speed and memory.
 
     Returns:
-        [R, size, size, C] of the maps' dtype.
+        [B, R, size, size, C] of the maps' dtype.
     """
-    shapes = tuple((level.shape[0], level.shape[1]) for level in maps)
-    layout = _Layout(shapes, tuple(strides), size, window, chunk)
-    return _roi_align(layout, tuple(maps), lax.stop_gradient(boxes), levels)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Static sizes. The atlas is one array of all maps: the first left, the others in a column on its right."""
-
-    shapes: tuple[tuple[int, int], ...]
-    strides: tuple[int, ...]
-    size: int
-    max_window: int
-    chunk: int
-
-    @property
-    def atlas(self) -> tuple[int, int]:
-        (height, width), others = self.shapes[0], self.shapes[1:]
-        side = max((other[1] for other in others), default=0)
-        return max(height, sum(other[0] for other in others)), width + side
-
-    @property
-    def window(self) -> tuple[int, int]:
-        return min(self.max_window, self.atlas[0]), min(self.max_window, self.atlas[1])
-
-    @property
-    def origins(self) -> tuple[tuple[int, int], ...]:
-        """Position of each map's first cell in the atlas."""
-        heights = [shape[0] for shape in self.shapes[1:]]
-        return (0, 0), *((sum(heights[:k]), self.shapes[0][1]) for k in range(len(heights)))
-
-    def pack(self, maps: Sequence[jax.Array]) -> jax.Array:
-        """Build the atlas, [rows, columns, C]."""
-        if len(maps) == 1:
-            return maps[0]
-
-        def pad(x: jax.Array, height: int, width: int) -> jax.Array:
-            return jnp.pad(x, ((0, height - x.shape[0]), (0, width - x.shape[1]), (0, 0)))
-
-        height, width = self.atlas
-        width -= self.shapes[0][1]
-        column = jnp.concatenate([pad(level, level.shape[0], width) for level in maps[1:]])
-        return jnp.concatenate([pad(maps[0], height, self.shapes[0][1]), pad(column, height, width)], axis=1)
-
-    def unpack(self, atlas: jax.Array) -> tuple[jax.Array, ...]:
-        """Invert `pack`."""
-        regions = zip(self.origins, self.shapes, strict=True)
-        return tuple(atlas[row : row + height, column : column + width] for (row, column), (height, width) in regions)
+    boxes = lax.stop_gradient(boxes)
+    aligned = []
+    for number, (level, stride) in enumerate(zip(maps, strides, strict=True)):
+        options = _Options(stride, size, window, min(chunk, boxes.shape[1]))
+        aligned.append(_align(options, level, boxes, levels == number))
+    return sum(aligned[1:], start=aligned[0]).astype(maps[0].dtype)  # each box is 0 on all levels but one
 
 
 class BoxAxis(NamedTuple):
@@ -148,165 +105,222 @@ def axis_weights(axis: BoxAxis, cells: jax.Array, size: int) -> jax.Array:
     return total / jnp.maximum(axis.samples, 1)
 
 
+class _Options(NamedTuple):
+    """Static numbers of one map."""
+
+    stride: int
+    size: int
+    window: int
+    chunk: int
+
+
 class _Boxes(NamedTuple):
-    """Boxes with their position in the atlas."""
+    """Boxes [B, R] on a map."""
 
     rows: BoxAxis
     columns: BoxAxis
-    origin: jax.Array  # int32 [R, 2], first cell of the box's map in the atlas
-    tiles: jax.Array  # int32 [R, 2], windows that cover the box, by axis
+    tiles: jax.Array  # int32 [B, R, 2], windows that cover the box, by axis; 0 for boxes of other maps
 
 
-def _locate(layout: _Layout, boxes: jax.Array, levels: jax.Array) -> _Boxes:
-    boxes = boxes / jnp.asarray(layout.strides, boxes.dtype)[levels][:, None]
-    limits = jnp.asarray(layout.shapes, boxes.dtype)[levels]
-    axes = [box_axis(boxes[:, 1 - k], boxes[:, 3 - k], limits[:, k], layout.size) for k in (0, 1)]
-    tiles = [1 + (axis.last - axis.first) // side for axis, side in zip(axes, layout.window, strict=True)]
-    return _Boxes(axes[0], axes[1], jnp.asarray(layout.origins, jnp.int32)[levels], jnp.stack(tiles, axis=-1))
+def _locate(options: _Options, shape: tuple[int, ...], boxes: jax.Array, chosen: jax.Array) -> _Boxes:
+    """Describe boxes on a map of a shape [B, H, W, C]; `chosen` are those that read it, bool [B, R]."""
+    boxes = boxes / jnp.float32(options.stride)
+    axes = [
+        box_axis(boxes[..., 1 - k], boxes[..., 3 - k], jnp.full(boxes.shape[:2], float(shape[1 + k])), options.size)
+        for k in (0, 1)
+    ]
+    chosen &= (axes[0].samples > 0) & (axes[1].samples > 0)
+    axes = [axis._replace(samples=jnp.where(chosen, axis.samples, 0)) for axis in axes]
+    sides = _window(options, shape)
+    tiles = [1 + (axis.last - axis.first) // side for axis, side in zip(axes, sides, strict=True)]
+    return _Boxes(*axes, jnp.where(chosen[..., None], jnp.stack(tiles, axis=-1), 0))
 
 
-def _tile(layout: _Layout, box: _Boxes, number: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the start of a box's tile in the atlas, [2], and the weights of rows and columns, [size, window]."""
-    tile = jnp.stack([number // box.tiles[1], number % box.tiles[1]])
+def _window(options: _Options, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return rows and columns of a window on a map of a shape [B, H, W, C]."""
+    return min(options.window, shape[1]), min(options.window, shape[2])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _align(options: _Options, level: jax.Array, boxes: jax.Array, chosen: jax.Array) -> jax.Array:
+    """Return the features of the chosen boxes, float32 [B, R, size, size, C], and 0 for the others."""
+    located = _locate(options, level.shape, boxes, chosen)
+    by_windows = partial(_read_windows, options)
+    if level.shape[1] * level.shape[2] > MAX_WHOLE:
+        return by_windows(level, located)
+    return lax.platform_dependent(level, located, tpu=partial(_read_whole, options), default=by_windows)
+
+
+def _forward(
+    options: _Options, level: jax.Array, boxes: jax.Array, chosen: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    empty = jnp.zeros((0, *level.shape), level.dtype)  # carries shape and dtype
+    return _align(options, level, boxes, chosen), (empty, boxes, chosen)
+
+
+def _backward(
+    options: _Options, saved: tuple[jax.Array, jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, None, None]:
+    empty, boxes, chosen = saved
+    shape = empty.shape[1:]
+    located = _locate(options, shape, boxes, chosen)
+    by_windows = partial(_add_windows, options, shape)
+    if shape[1] * shape[2] > MAX_WHOLE:
+        total = by_windows(gradient, located)
+    else:
+        by_whole = partial(_add_whole, options, shape)
+        total = lax.platform_dependent(gradient, located, tpu=by_whole, default=by_windows)
+    return total.astype(empty.dtype), None, None
+
+
+_align.defvjp(_forward, _backward)
+
+
+# By whole maps.
+
+
+def _split_chunks(options: _Options, count: int) -> tuple[int, int]:
+    """Return the number of chunks of a count of boxes, and the boxes to add for whole chunks."""
+    chunks = -(-count // options.chunk)
+    return chunks, chunks * options.chunk - count
+
+
+def _chunks(options: _Options, x: jax.Array) -> jax.Array:
+    """Pad and split [B, R, ...] into chunks, [chunks, B, chunk, ...]."""
+    chunks, padding = _split_chunks(options, x.shape[1])
+    x = jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
+    return x.reshape(x.shape[0], chunks, options.chunk, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _whole_weights(options: _Options, axis: BoxAxis, cells: int) -> jax.Array:
+    """Return the weights of all cells of an axis, float32 [B, R, size, cells]; 0 for boxes without samples."""
+    places = jnp.arange(cells, dtype=jnp.float32)
+    return jax.vmap(jax.vmap(lambda one: axis_weights(one, places, options.size)))(axis)
+
+
+def _read_whole(options: _Options, level: jax.Array, located: _Boxes) -> jax.Array:
+    """See `_align`."""
+
+    def read(some: _Boxes) -> jax.Array:
+        rows = _whole_weights(options, some.rows, level.shape[1]).astype(level.dtype)
+        columns = _whole_weights(options, some.columns, level.shape[2]).astype(level.dtype)
+        half = jnp.einsum("brph,bhwc->brpwc", rows, level)
+        return jnp.einsum("brqw,brpwc->brpqc", columns, half, preferred_element_type=jnp.float32)
+
+    aligned = lax.map(read, jax.tree.map(partial(_chunks, options), located)).swapaxes(0, 1)
+    aligned = aligned.reshape(aligned.shape[0], -1, *aligned.shape[3:])
+    return aligned[:, : located.tiles.shape[1]]
+
+
+def _add_whole(options: _Options, shape: tuple[int, ...], gradient: jax.Array, located: _Boxes) -> jax.Array:
+    """Return the gradient of a map, float32 [B, H, W, C]."""
+
+    def add(total: jax.Array, some: tuple[jax.Array, _Boxes]) -> tuple[jax.Array, None]:
+        gradient, boxes = some
+        rows = _whole_weights(options, boxes.rows, shape[1])
+        columns = _whole_weights(options, boxes.columns, shape[2])
+        half = jnp.einsum("brqw,brpqc->brpwc", columns, gradient)
+        return total + jnp.einsum("brph,brpwc->bhwc", rows, half, preferred_element_type=jnp.float32), None
+
+    chunks = jax.tree.map(partial(_chunks, options), (gradient, located))
+    return lax.scan(add, jnp.zeros(shape, jnp.float32), chunks)[0]
+
+
+# By windows.
+
+
+class _Queue(NamedTuple):
+    """Boxes ordered by their number of windows, the largest first: a chunk takes as long as its largest box."""
+
+    boxes: _Boxes  # [B, chunks * chunk]
+    order: jax.Array  # int32 [B, chunks * chunk], rows of these boxes before, with those that were added
+    turns: jax.Array  # int32 [chunks], windows of the largest box of each chunk, over all images
+
+
+def _enqueue(options: _Options, located: _Boxes) -> _Queue:
+    chunks, padding = _split_chunks(options, located.tiles.shape[1])
+    padded = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))), located)
+    count = padded.tiles.prod(-1)
+    order = jnp.argsort(-count, axis=1)
+    queued = jax.tree.map(partial(_take, order), padded)
+    turns = jnp.take_along_axis(count, order, 1).reshape(-1, chunks, options.chunk).max((0, 2))
+    return _Queue(queued, order, turns)
+
+
+def _take(order: jax.Array, x: jax.Array) -> jax.Array:
+    """Return rows of [B, R, ...] in an order, int32 [B, R]."""
+    return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), 1)
+
+
+def _tile(
+    options: _Options, shape: tuple[int, ...], box: _Boxes, number: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the start of a window of one box, [2], and the weights of its rows and columns, [size, window]."""
+    across = jnp.maximum(box.tiles[1], 1)
+    tile = (number // across, number % across)
     starts, weights = [], []
-    for k, axis in enumerate((box.rows, box.columns)):
-        first = axis.first + tile[k] * layout.window[k]
-        # A window that would leave the atlas is moved back. Its cells before the tile belong to another one.
-        start = jnp.minimum(box.origin[k] + first, layout.atlas[k] - layout.window[k])
-        cells = start - box.origin[k] + jnp.arange(layout.window[k], dtype=jnp.int32)
-        weight = axis_weights(axis, cells.astype(jnp.float32), layout.size)
+    for k, (axis, side) in enumerate(zip((box.rows, box.columns), _window(options, shape), strict=True)):
+        first = axis.first + tile[k] * side
+        # A window that would leave the map is moved back. Its cells before the tile belong to another one.
+        start = jnp.minimum(first, shape[1 + k] - side)
+        cells = start + jnp.arange(side, dtype=jnp.int32)
+        weight = axis_weights(axis, cells.astype(jnp.float32), options.size)
         weights.append(jnp.where((cells >= first)[None], weight, 0))
         starts.append(start)
     return jnp.stack(starts), weights[0], weights[1]
 
 
-def _tile_features(layout: _Layout, atlas: jax.Array, box: _Boxes, number: jax.Array) -> jax.Array:
-    """Return what one tile adds to a box's features, float32 [size, size, C]."""
-    start, rows, columns = _tile(layout, box, number)
-    cells = lax.dynamic_slice(atlas, (start[0], start[1], jnp.int32(0)), (*layout.window, atlas.shape[-1]))
-    half = jnp.einsum("ph,hwc->pwc", rows, cells.astype(jnp.float32))
-    return jnp.einsum("qw,pwc->pqc", columns, half)
+def _read_windows(options: _Options, level: jax.Array, located: _Boxes) -> jax.Array:
+    """See `_align`."""
+    queue = _enqueue(options, located)
+    batch, channels, chunk = level.shape[0], level.shape[3], options.chunk
+
+    def read(cells: jax.Array, box: _Boxes, number: jax.Array) -> jax.Array:
+        start, rows, columns = _tile(options, level.shape, box, number)
+        place = (start[0], start[1], jnp.int32(0))
+        seen = lax.dynamic_slice(cells, place, (*_window(options, level.shape), channels)).astype(jnp.float32)
+        return jnp.einsum("qw,pwc->pqc", columns, jnp.einsum("ph,hwc->pwc", rows, seen))
+
+    read_all = jax.vmap(jax.vmap(read, (None, 0, None)), (0, 0, None))
+
+    def read_chunk(number: jax.Array, aligned: jax.Array) -> jax.Array:
+        some = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, number * chunk, chunk, 1), queue.boxes)
+        zeros = jnp.zeros((batch, chunk, options.size, options.size, channels), jnp.float32)
+        total = lax.fori_loop(0, queue.turns[number], lambda turn, total: total + read_all(level, some, turn), zeros)
+        return lax.dynamic_update_slice_in_dim(aligned, total, number * chunk, 1)
+
+    aligned = jnp.zeros((batch, queue.order.shape[1], options.size, options.size, channels), jnp.float32)
+    aligned = lax.fori_loop(0, (queue.turns > 0).sum(), read_chunk, aligned)
+    return _take(jnp.argsort(queue.order, axis=1)[:, : located.tiles.shape[1]], aligned)
 
 
-def _tile_gradients(
-    layout: _Layout, gradient: jax.Array, box: _Boxes, number: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return the start of a box's tile, [2], and the gradient of its cells, float32 [*window, C]."""
-    start, rows, columns = _tile(layout, box, number)
-    half = jnp.einsum("qw,pqc->pwc", columns, gradient.astype(jnp.float32))
-    return start, jnp.einsum("ph,pwc->hwc", rows, half)
+def _add_windows(options: _Options, shape: tuple[int, ...], gradient: jax.Array, located: _Boxes) -> jax.Array:
+    """Return the gradient of a map, float32 [B, H, W, C]."""
+    queue, chunk = _enqueue(options, located), options.chunk
+    padding = queue.order.shape[1] - gradient.shape[1]
+    gradient = _take(queue.order, jnp.pad(gradient, ((0, 0), (0, padding), (0, 0), (0, 0), (0, 0))))
+
+    def spread(gradient: jax.Array, box: _Boxes, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        start, rows, columns = _tile(options, shape, box, number)
+        return start, jnp.einsum("ph,pwc->hwc", rows, jnp.einsum("qw,pqc->pwc", columns, gradient))
+
+    spread_all = jax.vmap(jax.vmap(spread, (0, 0, None)), (0, 0, None))
+
+    def add_chunk(number: jax.Array, total: jax.Array) -> jax.Array:
+        def take(x: jax.Array) -> jax.Array:
+            return lax.dynamic_slice_in_dim(x, number * chunk, chunk, 1)
+
+        some, some_gradient = jax.tree.map(take, (queue.boxes, gradient))
+
+        def add_turn(turn: jax.Array, total: jax.Array) -> jax.Array:
+            return jax.vmap(_scatter_add)(total, *spread_all(some_gradient, some, turn))
+
+        return lax.fori_loop(0, queue.turns[number], add_turn, total)
+
+    return lax.fori_loop(0, (queue.turns > 0).sum(), add_chunk, jnp.zeros(shape, jnp.float32))
 
 
-def _sort_and_pad(layout: _Layout, boxes: jax.Array, levels: jax.Array) -> tuple[_Boxes, jax.Array]:
-    """Return boxes ordered by number of tiles, since a chunk takes as long as its largest, and that order, int32 [R].
-
-    Empty boxes are added for whole chunks.
-    """
-    chunk = min(layout.chunk, len(boxes))
-    padding = -len(boxes) % chunk
-    boxes, levels = jnp.pad(boxes, ((0, padding), (0, 0))), jnp.pad(levels, (0, padding))
-    located = _locate(layout, boxes, levels)
-    order = jnp.argsort(located.tiles.prod(-1))
-    return jax.tree.map(lambda x: x[order], located), order
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _roi_align(layout: _Layout, maps: tuple[jax.Array, ...], boxes: jax.Array, levels: jax.Array) -> jax.Array:
-    located, order = _sort_and_pad(layout, boxes, levels)
-    aligned = _batch_natively(partial(_features, layout))(located, layout.pack(maps))
-    return aligned[jnp.argsort(order)[: len(boxes)]]
-
-
-def _forward(
-    layout: _Layout, maps: tuple[jax.Array, ...], boxes: jax.Array, levels: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _roi_align(layout, maps, boxes, levels), (boxes, levels)
-
-
-def _backward(
-    layout: _Layout, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
-) -> tuple[tuple[jax.Array, ...], None, None]:
-    located, order = _sort_and_pad(layout, *saved)
-    padding = len(order) - len(gradient)
-    padded = jnp.pad(gradient, ((0, padding), (0, 0), (0, 0), (0, 0)))[order]
-    atlas = _batch_natively(partial(_atlas_gradient, layout))(located, padded)
-    return tuple(level.astype(gradient.dtype) for level in layout.unpack(atlas)), None, None
-
-
-_roi_align.defvjp(_forward, _backward)
-
-
-def _batch_natively(compute: Callable[[_Boxes, jax.Array], jax.Array]) -> Callable[[_Boxes, jax.Array], jax.Array]:
-    """Return a function of one image that under `jax.vmap` calls `compute`, which is one of a batch.
-
-    The rule of JAX for a loop of traced length selects the old or the new value for each image in every iteration.
-    That would copy the gradient of the atlas, and make the devices of a sharded batch agree on the end each time.
-    """
-
-    @jax.custom_batching.custom_vmap
-    def single(boxes: _Boxes, x: jax.Array) -> jax.Array:
-        return compute(*jax.tree.map(lambda array: array[None], (boxes, x)))[0]
-
-    @single.def_vmap
-    def _batched(
-        axis_size: int, in_batched: tuple[_Boxes, bool], boxes: _Boxes, x: jax.Array
-    ) -> tuple[jax.Array, bool]:
-        def add_batch(array: jax.Array, batched: bool) -> jax.Array:
-            return array if batched else jnp.broadcast_to(array[None], (axis_size, *array.shape))
-
-        return compute(*jax.tree.map(add_batch, (boxes, x), tuple(in_batched))), True
-
-    return single
-
-
-def _features(layout: _Layout, boxes: _Boxes, atlas: jax.Array) -> jax.Array:
-    """Compute the features of boxes [B, R] in atlases [B, rows, columns, C]: [B, R, size, size, C]."""
-    chunk, iterations = _chunks(layout, boxes)
-    batch, channels = atlas.shape[0], atlas.shape[-1]
-    features = jax.vmap(jax.vmap(partial(_tile_features, layout), in_axes=(None, 0, None)), in_axes=(0, 0, None))
-
-    def compute(number: jax.Array) -> jax.Array:
-        chunk_boxes = _take(boxes, number, chunk)
-        zeros = jnp.zeros((batch, chunk, layout.size, layout.size, channels), jnp.float32)
-        total = lax.fori_loop(
-            0, iterations[number], lambda tile, total: total + features(atlas, chunk_boxes, tile), zeros
-        )
-        return total.astype(atlas.dtype)
-
-    aligned = lax.map(compute, jnp.arange(len(iterations), dtype=jnp.int32))
-    return jnp.moveaxis(aligned, 0, 1).reshape(batch, -1, layout.size, layout.size, channels)
-
-
-def _atlas_gradient(layout: _Layout, boxes: _Boxes, gradient: jax.Array) -> jax.Array:
-    """Add up the gradients of boxes [B, R, size, size, C] in those of atlases, float32 [B, rows, columns, C]."""
-    chunk, iterations = _chunks(layout, boxes)
-    tile_gradients = jax.vmap(jax.vmap(partial(_tile_gradients, layout), in_axes=(0, 0, None)), in_axes=(0, 0, None))
-
-    def add_chunk(number: jax.Array, atlas: jax.Array) -> jax.Array:
-        chunk_boxes, chunk_gradient = _take((boxes, gradient), number, chunk)
-
-        def add_tile(tile: jax.Array, atlas: jax.Array) -> jax.Array:
-            return jax.vmap(_add_windows)(atlas, *tile_gradients(chunk_gradient, chunk_boxes, tile))
-
-        return lax.fori_loop(0, iterations[number], add_tile, atlas)
-
-    zeros = jnp.zeros((len(gradient), *layout.atlas, gradient.shape[-1]), jnp.float32)
-    return lax.fori_loop(0, len(iterations), add_chunk, zeros)
-
-
-def _chunks(layout: _Layout, boxes: _Boxes) -> tuple[int, jax.Array]:
-    """Return the boxes per chunk, and the max tiles of a box in each chunk of a batch, int32 [chunks]."""
-    tiles = boxes.tiles.prod(-1)
-    chunk = min(layout.chunk, tiles.shape[1])
-    return chunk, tiles.reshape(len(tiles), -1, chunk).max((0, 2))
-
-
-def _take(arrays: _T, number: jax.Array, chunk: int) -> _T:
-    """Return a chunk of arrays [B, R, ...]."""
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, number * chunk, chunk, axis=1), arrays)
-
-
-def _add_windows(atlas: jax.Array, starts: jax.Array, windows: jax.Array) -> jax.Array:
+def _scatter_add(total: jax.Array, starts: jax.Array, windows: jax.Array) -> jax.Array:
     """Add windows [n, rows, columns, C] to an array at their starts, [n, 2]."""
     dimensions = lax.ScatterDimensionNumbers((1, 2, 3), (), (0, 1))
-    return lax.scatter_add(atlas, starts, windows, dimensions, mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+    return lax.scatter_add(total, starts, windows, dimensions, mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS)
