@@ -1,9 +1,10 @@
-"""Cascade Mask R-CNN with PVT-S on COCO, the schedule of 36 epochs (3x).
+"""Cascade Mask R-CNN with PVT-S on COCO, boxes and masks, 36 epochs (3x).
 
     python -m umae_jax.detect --config detect_cascade_pvt_small --workdir DIR --config.init=PRETRAINED \
         --config.data.source=coco:FOLDER --config.validation.source=coco:FOLDER
 
-`--config detect_cascade_pvt_small:12` is the 1x schedule. There is no published result with this detector.
+FOLDER has COCO's layout. `--config detect_cascade_pvt_small:12` trains 12 epochs (1x). Neither AP nor hours have been
+published for this detector with PVT-S.
 """
 
 from ml_collections import ConfigDict

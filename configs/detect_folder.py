@@ -3,8 +3,10 @@
     python -m umae_jax.detect --config detect_folder --workdir DIR --config.init=PRETRAINED \
         --config.data.source=coco:FOLDER --config.validation.source=coco:FOLDER
 
-FOLDER holds images/, annotations_train.json and annotations_val.json; or write coco:ANNOTATIONS.json@IMAGES.
-`python -m umae_jax.inspect_data --source coco:FOLDER` tells what it holds. There is no published result.
+FOLDER holds images/, annotations_train.json and annotations_val.json, or has COCO's layout; or write
+coco:ANNOTATIONS.json@IMAGES. `python -m umae_jax.inspect_data --source coco:FOLDER` shows what it holds. PRETRAINED is
+a run of pretrain_folder; without init, training starts from scratch. The recipe is ours: there are no published
+numbers.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,10 @@
-"""A small Mask R-CNN cascade for your own annotations, from scratch or from the quickstart: minutes on two CPU cores.
+"""A small HTC without semantic branch for your own annotations: minutes on two CPU cores.
 
     python -m umae_jax.detect --config detect_tiny --workdir DIR --config.data.source=coco:FOLDER \
         --config.validation.source=coco:FOLDER
 
-FOLDER holds images/, annotations_train.json and annotations_val.json. There is no published result to compare with.
+FOLDER is that of detect_folder. Training starts from scratch, or with --config.init from a pre-training of the same
+sizes, for which docs/detection.md has the command. The recipe is ours: there are no published numbers.
 """
 
 from ml_collections import ConfigDict
