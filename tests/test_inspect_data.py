@@ -5,7 +5,7 @@ from PIL import Image
 
 from tests import annotated_images, commands
 from tests.annotated_images import annotation, coco, disc
-from umae_jax import inspect_data
+from umae_jax import inspection
 from umae_jax.data.annotations import open_annotated
 from umae_jax.errors import UserError
 
@@ -47,12 +47,12 @@ def test_a_wrong_source_is_one_sentence():
 def test_images_that_cannot_be_read_are_named(tmp_path, capsys):
     source = open_annotated(annotated_images.write(tmp_path, coco()))
     (tmp_path / "images" / "1.png").write_bytes(b"nothing")
-    assert inspect_data.draw(source).any()
+    assert inspection.draw(source).any()
     assert capsys.readouterr().err.count("1.png") == 1
     for path in (tmp_path / "images").iterdir():
         path.write_bytes(b"nothing")
     with pytest.raises(UserError, match="--source: none of"):
-        inspect_data.draw(source)
+        inspection.draw(source)
 
 
 def test_a_source_without_objects_cannot_train(tmp_path):
@@ -61,4 +61,4 @@ def test_a_source_without_objects_cannot_train(tmp_path):
     source = open_annotated(annotated_images.write(tmp_path, content))
     lines = []
     with pytest.raises(UserError, match="none of its 4 images can train"):
-        lines.extend(inspect_data.describe(source))
+        lines.extend(inspection.describe(source))

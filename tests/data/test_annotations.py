@@ -1,4 +1,7 @@
+import contextlib
+import copy
 import json
+import math
 import pickle
 
 import numpy as np
@@ -112,7 +115,7 @@ DROPPED = {
     "boxes without area or with sides below 1 pixel": {"bbox": [5, 5, 20, 0.9]},
     "boxes outside of their image": {"bbox": [120, 5, 20, 20]},
     "boxes that are not finite": {"bbox": [5, float("nan"), 20, 20]},
-    "polygons without three points": {"segmentation": [[1, 2, 3, 4]]},
+    "polygons with too few, odd or impossible numbers": {"segmentation": [[1, 2, 3, 4]]},
 }
 
 
@@ -143,7 +146,7 @@ def test_bad_polygons_of_an_object_with_good_ones_are_left_out(tmp_path):
     (tmp_path / "annotations_train.json").write_text(json.dumps(content))
     source = open_annotated(name)
     assert len(source.instances(0).masks[0].parts) == 1
-    assert source.left_out == {"polygons without three points": (3, "annotation 1")}
+    assert source.left_out == {"polygons with too few, odd or impossible numbers": (3, "annotation 1")}
 
 
 def test_images_that_cannot_train_are_left_out_for_training_only(tmp_path):
@@ -211,7 +214,7 @@ WRONG = {
     r"annotation 2 has RLE of size \[5, 6\].*\[90, 120\]": lambda content: content["annotations"][1].update(
         segmentation=RLE
     ),
-    "annotation 2 has RLE of 7 pixels": lambda content: content["annotations"][1].update(
+    "annotation 2 has RLE of other than 10800 pixels": lambda content: content["annotations"][1].update(
         segmentation={"size": [90, 120], "counts": [3, 4]}
     ),
     "annotation 2 has RLE without": lambda content: content["annotations"][1].update(segmentation={"size": [90, 120]}),
@@ -321,3 +324,35 @@ def test_the_digest_changes_with_the_annotations(tmp_path):
     assert opened(tmp_path, content).digest == first
     content["annotations"][0]["bbox"][0] += 1
     assert opened(tmp_path, content).digest != first
+
+
+JUNK = (None, "", "\ud800", [], [1], {}, math.nan, math.inf, -1, 0, 1e30, 2**70, 10**400, True, [[None] * 6], 1.5)
+
+
+def places(value, path=()):
+    """Yield the path of every part of a structure, of lists only the first two."""
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    for name, part in items:
+        yield from places(part, (*path, name))
+
+
+def test_junk_anywhere_is_left_out_or_named(tmp_path):
+    content = coco(objects=2)
+    name = annotated_images.write(tmp_path, content)
+    content["annotations"][1]["segmentation"] = {"size": [90, 120], "counts": [100, 50, 90 * 120 - 150]}
+    for path in places(content):
+        for junk in JUNK:
+            changed = copy.deepcopy(content)
+            part = changed
+            for step in path[:-1]:
+                part = part[step]
+            part[path[-1]] = junk
+            (tmp_path / "annotations_train.json").write_text(json.dumps(changed))
+            with contextlib.suppress(UserError):
+                source = open_annotated(name)
+                for index in range(len(source)):
+                    for mask in source.instances(index).masks:
+                        if mask is not None:
+                            rasterize(mask, *source.sizes[index].tolist())

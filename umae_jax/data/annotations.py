@@ -7,42 +7,28 @@ import contextlib
 import copy
 import functools
 import hashlib
-import json
-import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from umae_jax.data.coco_json import LeftOut, Tables, check, parse, read_coco
 from umae_jax.data.decode import EncodedImage
-from umae_jax.data.instances import Instances, Mask, Polygons, RunLengths, mask_api
+from umae_jax.data.instances import Instances
 from umae_jax.data.sources import FILE_NAME, NO_LABEL, ImageFiles, Record, open_source
-from umae_jax.errors import UserError, printable, require, shorten
+from umae_jax.errors import UserError, printable, require
 from umae_jax.files import AnyPath, files_in_bucket, in_bucket, locate, read_file
 
 MIN_IMAGE_SIDE = 32  # pixels; smaller images do not train
-MIN_POLYGON = 6  # numbers, which are three points
 SPLITS = ("train", "val")
 KINDS = "coco:FOLDER, coco:ANNOTATIONS.json@IMAGES or tfds:NAME"
 TFDS_FILE_NAME = "image/filename"
 
-# Reasons for leaving something out.
-CROWD = "crowd regions"
-IGNORED = "objects marked as ignored"
-NO_AREA = "boxes without area or with sides below 1 pixel"
-NOT_FINITE = "boxes that are not finite"
-OUTSIDE = "boxes outside of their image"
-POLYGON = "polygons without three points"
-UNKNOWN_CATEGORY = "objects of unknown categories"
-UNKNOWN_IMAGE = "objects of unknown images"
+# Reasons for leaving an image out.
 MISSING = "images that do not exist"
 EMPTY = "images without objects"
 SMALL = f"images below {MIN_IMAGE_SIDE} pixels"
-
-_NO_MASK, _POLYGONS, _RUN_LENGTHS = range(3)
-
-LeftOut = dict[str, tuple[int, str]]  # number and first example, by reason
 
 
 class Files(Protocol):
@@ -53,20 +39,6 @@ class Files(Protocol):
 
     def read(self, row: int) -> bytes:
         """Return the contents of an image file."""
-
-
-class Tables(NamedTuple):
-    """Images and their objects as arrays: the objects of image i are rows first[i] to first[i + 1]."""
-
-    image_ids: np.ndarray  # of the file, int64 [images]
-    names: np.ndarray  # of the image files, bytes [images]
-    sizes: np.ndarray  # height and width by the annotations, int32 [images, 2]
-    first: np.ndarray  # int64 [images + 1]
-    boxes: np.ndarray  # x1 y1 x2 y2 in pixels, float32 [objects, 4]
-    labels: np.ndarray  # indices of classes, int32 [objects]
-    mask_kinds: np.ndarray  # uint8 [objects]
-    mask_first: np.ndarray  # offsets into `mask_data`, int64 [objects + 1]
-    mask_data: np.ndarray  # uint8 [bytes]
 
 
 class ImageFolder(NamedTuple):
@@ -147,20 +119,7 @@ class AnnotatedSource:
         """Return the objects of an image, without decoding their masks."""
         tables, row = self._tables, self.rows[index]
         objects = slice(int(tables.first[row]), int(tables.first[row + 1]))
-        masks = tuple(map(self._mask, range(objects.start, objects.stop)))
-        return Instances(tables.boxes[objects], tables.labels[objects], masks)
-
-    def _mask(self, number: int) -> Mask | None:
-        tables = self._tables
-        data = tables.mask_data[tables.mask_first[number] : tables.mask_first[number + 1]]
-        if tables.mask_kinds[number] == _NO_MASK:
-            return None
-        if tables.mask_kinds[number] == _RUN_LENGTHS:
-            return RunLengths(data.tobytes())
-        words = data.view(np.int32)
-        lengths = words[1 : 1 + words[0]]
-        points = data.view(np.float32)[1 + words[0] :]
-        return Polygons(tuple(np.split(points, np.cumsum(lengths)[:-1])))
+        return Instances(tables.boxes[objects], tables.labels[objects], tuple(tables.masks(objects)))
 
     @property
     def image_ids(self) -> np.ndarray:
@@ -180,7 +139,7 @@ class AnnotatedSource:
     @property
     def has_masks(self) -> bool:
         """Whether any object has a mask."""
-        return bool(self._tables.mask_kinds.any())
+        return self._tables.has_masks
 
     @property
     def object_counts(self) -> np.ndarray:
@@ -251,14 +210,13 @@ class AnnotatedSource:
         return chosen
 
     def ground_truth(self) -> dict[str, Any]:
-        """Return the images, annotations and categories of COCO's format for evaluation, crowd regions included.
+        """Return images, annotations and categories in COCO's format for evaluation, crowd regions included.
 
         They are read anew, because only evaluation needs them.
         """
         annotations = self._read_annotations()
         ids = set(self.image_ids.tolist())
         return {
-            "info": {},
             "images": [image for image in annotations["images"] if image["id"] in ids],
             "annotations": [entry for entry in annotations["annotations"] if entry["image_id"] in ids],
             "categories": annotations["categories"],
@@ -290,8 +248,8 @@ def open_annotated(
         return _open_tfds(rest, split, prefix, data_dir, max_pixels)
     require(kind == "coco" and bool(rest), f"{key}: unknown source {name!r}; write {KINDS}")
     annotations, images = _find(rest, split, prefix)
-    read = functools.partial(_read_json, str(annotations), key)
-    found = _parse(read(), str(annotations), key)
+    read = functools.partial(read_coco, str(annotations), key)
+    found = parse(read(), str(annotations), key)
     names = found.tables.names
     exists = _existing(images, [os.fsdecode(name) for name in names])
     if not exists.all():
@@ -351,198 +309,6 @@ def _existing(folder: AnyPath, names: Sequence[str]) -> np.ndarray:
     return exists
 
 
-def _read_json(path: str, key: str) -> dict[str, Any]:
-    """Read a file of COCO annotations and check its outermost structure."""
-    try:
-        read = json.loads(read_file(path))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise UserError(f"{key}: {printable(path)} is not JSON ({error}); choose COCO annotations") from None
-    return _check(read, path, key)
-
-
-def _check(read: Any, path: str, key: str) -> dict[str, Any]:  # noqa: ANN401 - any JSON
-    parts = ("images", "annotations", "categories")
-    for part in parts:
-        good = isinstance(read, dict) and isinstance(read.get(part), list)
-        require(good and all(isinstance(entry, dict) for entry in read[part]), f"{_wrong(path, key)} no list {part!r}")
-    require(bool(read["images"]), f"{_wrong(path, key)} no images")
-    require(bool(read["categories"]), f"{_wrong(path, key)} no categories")
-    return read
-
-
-def _wrong(path: str, key: str) -> str:
-    """Return the beginning of a message about annotations."""
-    return f"{key}: {printable(path)} holds no COCO annotations of instances, as it has"
-
-
-class Parsed(NamedTuple):
-    """What a file of annotations holds."""
-
-    tables: Tables
-    categories: dict[int, str]  # names by ascending id
-    left_out: LeftOut
-
-
-def _parse(read: dict[str, Any], path: str, key: str) -> Parsed:
-    """Turn COCO annotations into arrays; see `open_annotated` for errors."""
-    file = f"{key}: {printable(path)}"
-    categories = _categories(read["categories"], file)
-    labels = {category: label for label, category in enumerate(categories)}
-    ids, names, sizes = _images(read["images"], file)
-    rows = {image_id: row for row, image_id in enumerate(ids)}
-    left_out: LeftOut = {}
-
-    def leave_out(reason: str, name: object) -> None:
-        count, first = left_out.get(reason, (0, f"annotation {name}"))
-        left_out[reason] = (count + 1, first)
-
-    image_rows: list[int] = []
-    boxes: list[tuple[float, float, float, float]] = []
-    object_labels, kinds, mask_sizes, masks = [], bytearray(), [0], bytearray()
-    for position, entry in enumerate(read["annotations"]):
-        name = entry.get("id", f"at position {position}")
-        try:
-            row = rows.get(entry["image_id"])
-            label = labels.get(entry["category_id"])
-            x, y, width, height = map(float, entry["bbox"])
-            area = float(entry.get("area", width * height))
-        except KeyError as error:
-            raise UserError(f"{file}: annotation {name} has no {error}; add it or choose other annotations") from None
-        except (TypeError, ValueError):
-            raise UserError(
-                f"{file}: annotation {name} has the bbox {shorten(entry['bbox'])} and the area "
-                f"{shorten(entry.get('area'))}; write bbox as x, y, width, height, and area as a number"
-            ) from None
-        if row is None or label is None:
-            leave_out(UNKNOWN_IMAGE if row is None else UNKNOWN_CATEGORY, name)
-            continue
-        if reason := _unusable(entry, (x, y, width, height, area), sizes[row]):
-            leave_out(reason, name)
-            continue
-        segmentation = entry.get("segmentation")
-        try:
-            kind, data, bad = _pack(segmentation, sizes[row])
-        except ValueError as error:
-            raise UserError(f"{file}: annotation {name} {error}") from None
-        for _ in range(bad):
-            leave_out(POLYGON, name)
-        if bad and not data:  # an object that has lost its whole mask
-            continue
-        image_rows.append(row)
-        boxes.append((x, y, x + width, y + height))
-        object_labels.append(label)
-        kinds.append(kind)
-        masks += data
-        mask_sizes.append(len(data))
-    if _POLYGONS in kinds:
-        mask_api()  # fails now, not for every image
-    # Sort the objects by image; masks move with them.
-    order = np.argsort(image_rows, kind="stable") if image_rows else np.zeros(0, np.int64)
-    lengths = np.array(mask_sizes[1:], np.int64)
-    starts = np.cumsum(lengths) - lengths
-    first = np.concatenate([[0], np.cumsum(np.bincount(np.array(image_rows, np.int64), minlength=len(ids)))])
-    view = memoryview(masks)
-    data = b"".join(view[starts[number] : starts[number] + lengths[number]] for number in order)
-    tables = Tables(
-        image_ids=np.array(ids, np.int64),
-        names=np.array([os.fsencode(name) for name in names]),
-        sizes=np.array(sizes, np.int32),
-        first=first.astype(np.int64),
-        boxes=np.array(boxes, np.float32).reshape(-1, 4)[order],
-        labels=np.array(object_labels, np.int32)[order],
-        mask_kinds=np.frombuffer(bytes(kinds), np.uint8)[order],
-        mask_first=np.concatenate([[0], np.cumsum(lengths[order])]).astype(np.int64),
-        mask_data=np.frombuffer(data, np.uint8),
-    )
-    return Parsed(tables, categories, left_out)
-
-
-def _categories(entries: list[dict[str, Any]], file: str) -> dict[int, str]:
-    """Return the names of the categories by ascending id."""
-    found: dict[int, str] = {}
-    for entry in entries:
-        number, name = entry.get("id"), entry.get("name")
-        if not isinstance(number, int) or not isinstance(name, str):
-            raise UserError(f"{file}: the category {shorten(entry)} needs a name, and an id that is a whole number")
-        require(number not in found, f"{file}: two categories have the id {number}; give each its own")
-        found[number] = name
-    return dict(sorted(found.items()))
-
-
-def _images(entries: list[dict[str, Any]], file: str) -> tuple[list[int], list[str], list[tuple[int, int]]]:
-    """Return ids, file names, and sizes (height and width) of the images."""
-    ids: dict[int, None] = {}
-    names, sizes = [], []
-    for entry in entries:
-        number, name, height, width = (entry.get(key) for key in ("id", "file_name", "height", "width"))
-        if not isinstance(number, int):
-            raise UserError(f"{file}: the image {shorten(entry)} needs an id that is a whole number")
-        require(number not in ids, f"{file}: two images have the id {number}; give each its own")
-        if not isinstance(name, str) or not name:
-            raise UserError(f"{file}: image {number} has no file_name; add it or remove the image")
-        if not isinstance(height, int | float) or not isinstance(width, int | float) or not min(height, width) >= 1:
-            raise UserError(f"{file}: image {number} needs height and width in pixels, not {height!r} and {width!r}")
-        ids[number] = None
-        names.append(name)
-        sizes.append((int(height), int(width)))
-    return [*ids], names, sizes
-
-
-def _unusable(entry: dict[str, Any], values: tuple[float, ...], size: tuple[int, int]) -> str:
-    """Return the reason why an object does not count, "" if it does (DET 1.1)."""
-    x, y, width, height, area = values
-    if not all(map(math.isfinite, values)):
-        return NOT_FINITE
-    if entry.get("ignore"):
-        return IGNORED
-    if entry.get("iscrowd"):
-        return CROWD
-    if area <= 0 or width < 1 or height < 1:
-        return NO_AREA
-    overlaps = min(x + width, size[1]) > max(x, 0) and min(y + height, size[0]) > max(y, 0)
-    return "" if overlaps else OUTSIDE
-
-
-def _pack(segmentation: Any, size: tuple[int, int]) -> tuple[int, bytes, int]:  # noqa: ANN401 - any JSON
-    """Return the kind and the bytes of a mask, and the number of polygons left out.
-
-    Raises:
-        ValueError: with a phrase about the annotation.
-    """
-    if not segmentation:
-        return _NO_MASK, b"", 0
-    if isinstance(segmentation, dict):
-        return _RUN_LENGTHS, _run_lengths(segmentation, size), 0
-    try:
-        parts = [np.asarray(part, np.float32) for part in segmentation]
-    except (TypeError, ValueError):
-        parts = [np.zeros((), np.float32)]
-    if any(part.ndim != 1 for part in parts):
-        raise ValueError(
-            f"has the segmentation {shorten(segmentation)}; write a list of polygons, each a list of numbers, or RLE"
-        )
-    good = [part for part in parts if len(part) >= MIN_POLYGON and len(part) % 2 == 0 and np.isfinite(part).all()]
-    if not good:
-        return _NO_MASK, b"", len(parts)
-    header = np.array([len(good), *map(len, good)], np.int32)
-    return _POLYGONS, header.tobytes() + np.concatenate(good).tobytes(), len(parts) - len(good)
-
-
-def _run_lengths(segmentation: dict[str, Any], size: tuple[int, int]) -> bytes:
-    """Return compressed run lengths; errors as for `_pack`."""
-    counts, given = segmentation.get("counts"), segmentation.get("size")
-    if not isinstance(counts, str | bytes | list) or not isinstance(given, list):
-        raise ValueError("has RLE without counts or size; write both")
-    if tuple(given) != size:
-        raise ValueError(f"has RLE of size {shorten(given)}, but its image has {[*size]}; write height and width of it")
-    if isinstance(counts, list):
-        total = sum(counts)
-        if total != size[0] * size[1]:
-            raise ValueError(f"has RLE of {total} pixels, but its image has {size[0] * size[1]}")
-        counts = mask_api().frPyObjects({"size": given, "counts": counts}, *size)["counts"]
-    return counts.encode() if isinstance(counts, str) else counts
-
-
 def _open_tfds(name: str, split: str, prefix: str, data_dir: str | None, max_pixels: int | None) -> AnnotatedSource:
     """Open a TFDS data set with the features of coco/2017; its records are read once for sizes and boxes."""
     split = {"val": "validation"}.get(split, split)
@@ -556,7 +322,7 @@ def _open_tfds(name: str, split: str, prefix: str, data_dir: str | None, max_pix
     require("bbox" in objects and names is not None, message)
     read = functools.partial(_tfds_annotations, images.data, images.image, tuple(names or ()))
     annotations = read()
-    found = _parse(_check(annotations, name, key), name, key)
+    found = parse(check(annotations, name, key), name, key)
     place = f"{key}: tfds:{name} (TFDS stores no masks)"
     files = TfdsFiles(images.data, images.image, found.tables.names)
     return AnnotatedSource(found.tables, files, found.categories, found.left_out, place, read, max_pixels)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from umae_jax.data.coco_json import usable_polygons
 from umae_jax.data.instances import Polygons, Region, encode, parse_counts, rasterize
 from umae_jax.errors import UserError
 from umae_jax.files import AnyPath, write_atomic
@@ -65,26 +66,39 @@ def evaluate(
 def _clean(ground_truth: dict[str, Any], kind: str, image_ids: Collection[int] | None) -> dict[str, Any]:
     """Return the ground truth of some images, completed, as new objects."""
     wanted = None if image_ids is None else set(image_ids)
-    images = [image for image in ground_truth["images"] if wanted is None or image["id"] in wanted]
+    images = [
+        {"id": image["id"], "height": int(image["height"]), "width": int(image["width"])}
+        for image in ground_truth["images"]
+        if wanted is None or image["id"] in wanted
+    ]
     sizes = {image["id"]: (image["height"], image["width"]) for image in images}
+    categories = {category["id"] for category in ground_truth["categories"]}
     annotations: list[dict[str, Any]] = []
     for entry in ground_truth["annotations"]:
-        if entry["image_id"] not in sizes or not all(map(math.isfinite, entry["bbox"])):
+        if entry["image_id"] not in sizes or entry["category_id"] not in categories:
             continue
-        if kind == "segm" and not entry.get("segmentation"):
+        if not all(map(math.isfinite, entry["bbox"])):
             continue
-        entry = {"iscrowd": 0, **entry, "id": len(annotations) + 1}  # unique, and not 0, which means no match
-        if "area" not in entry:
-            entry["area"] = _area(entry, *sizes[entry["image_id"]])
-        annotations.append(entry)
+        segmentation = entry.get("segmentation")
+        if segmentation and not isinstance(segmentation, dict):
+            segmentation = [part.astype(float).tolist() for part in usable_polygons(segmentation)]
+        if kind == "segm" and not segmentation:
+            continue
+        chosen = {name: entry[name] for name in ("image_id", "category_id", "bbox")}
+        chosen["id"] = len(annotations) + 1  # unique, and not 0, which means no match
+        chosen["iscrowd"] = int(bool(entry.get("iscrowd")))
+        size = sizes[entry["image_id"]]
+        chosen["area"] = entry["area"] if "area" in entry else _area(entry["bbox"], segmentation, *size)
+        if kind == "segm":
+            chosen["segmentation"] = segmentation
+        annotations.append(chosen)
     return {"info": {}, "images": images, "annotations": annotations, "categories": ground_truth["categories"]}
 
 
-def _area(entry: dict[str, Any], height: int, width: int) -> float:
+def _area(bbox: Sequence[float], segmentation: Any, height: int, width: int) -> float:  # noqa: ANN401 - any of COCO's
     """Return the area of a mask, or of the box of an object without one."""
-    segmentation = entry.get("segmentation")
     if not segmentation:
-        return entry["bbox"][2] * entry["bbox"][3]
+        return bbox[2] * bbox[3]
     if isinstance(segmentation, dict):
         counts = segmentation["counts"]
         return float(sum((parse_counts(counts.encode()) if isinstance(counts, str) else counts)[1::2]))
