@@ -24,7 +24,6 @@ def get_config(epochs: str = "36") -> ConfigDict:
     config.model.mask_flow = False
     config.model.score_threshold = 0.05
     config.model.nms = "hard"
-    config.model.nms_threshold = 0.5
     config.data.canvas_heights = (608, 800)
     config.data.canvas_widths = (928, 1344)
     config.data.short_edge = (480, 800)

@@ -26,7 +26,6 @@ def get_config() -> ConfigDict:
     config.model.train_proposals = 1000
     config.model.score_threshold = 0.05
     config.model.nms = "hard"
-    config.model.nms_threshold = 0.5
     config.data.source = "coco:annotated"
     config.data.canvas_heights = (640,)
     config.data.canvas_widths = (640,)

@@ -80,7 +80,7 @@ def targets_of(train):
         valid.append(np.arange(OBJECTS) < count)
     valid = jnp.asarray(np.stack(valid))
     masks = jnp.zeros((2, OBJECTS, CROP, CROP), jnp.uint8)
-    semantic = jnp.asarray(train["in/sem"][:, 0, ::8, ::8])
+    semantic = jnp.asarray(train["in/sem"][:, 0])
     return Targets(jnp.asarray(boxes), jnp.asarray(labels), valid, masks, valid, semantic)
 
 

@@ -2,11 +2,21 @@
 
 from typing import Any
 
-from umae_jax.config.base import BOOLEAN, METHODS, TEXT, Key, Method, choice, integer, number, optional, sequence
+from umae_jax.config.base import BOOLEAN, METHODS, TEXT, Check, Key, Method, choice, integer, number, optional, sequence
 from umae_jax.config.common import MAX_WIDTH
 
 _SIDE = integer(32, 16384)
 _SIDES = sequence(_SIDE, (736, 1408))
+
+
+def _range(item: Check, example: tuple[float, float]) -> Check:
+    """Accept two numbers, the smaller first."""
+
+    def accepts(value: Any) -> bool:  # noqa: ANN401
+        return isinstance(value, tuple) and len(value) == 2 and all(map(item.accepts, value)) and value[0] <= value[1]
+
+    return Check(tuple, f"a minimum and a maximum, such as {example}, each {item.wording}", accepts)
+
 
 _KEYS = {
     "model.classes": Key(
@@ -32,19 +42,23 @@ _KEYS = {
     "model.roi_samples": Key(512, "RoIs per image in the loss of each stage", integer(4, 2**14)),
     "model.score_threshold": Key(0.001, "minimum score of a detection", number("[0, 1)")),
     "model.nms": Key("linear", "hard NMS, or linear or Gaussian soft-NMS", choice("hard", "linear", "gaussian")),
-    "model.nms_threshold": Key(0.3, "IoU of NMS; 0.5 for hard NMS", number("(0, 1]")),
+    "model.nms_threshold": Key(
+        None, "IoU of NMS; None: 0.5 for hard NMS, 0.3 for linear soft-NMS", optional(number("(0, 1]"))
+    ),
     "model.nms_sigma": Key(0.5, "sigma of Gaussian soft-NMS", number("(0, 100]")),
     "model.detections": Key(100, "maximum detections per image", integer(1, 1000)),
     "data.canvas_heights": Key(
         (736, 1088, 1408), "heights of the canvases of landscape images, ascending; one program for each", _SIDES
     ),
     "data.canvas_widths": Key((1120, 1600, 1600), "their widths; portrait images have them transposed", _SIDES),
-    "data.short_edge": Key((400, 1400), "range that an image's shorter edge is drawn from, in pixels", _SIDES),
+    "data.short_edge": Key(
+        (400, 1400), "range that an image's shorter edge is drawn from, in pixels", _range(_SIDE, (400, 1400))
+    ),
     "data.semantic": Key(None, "folder of semantic maps, a PNG per image; 255 is ignored", optional(TEXT)),
     "augment.jitter": Key(
         None,
         "range of large-scale jitter, as a part of the canvas, such as (0.1, 2.0); None: off",
-        optional(sequence(number("[0.01, 10]"), (0.1, 2.0))),
+        optional(_range(number("[0.01, 10]"), (0.1, 2.0))),
     ),
     "augment.copy_paste": Key(0.5, "probability of Simple Copy-Paste per image; 0: off", number("[0, 1]")),
     "validation.short_edge": Key(1400, "length that the shorter edge of images is resized to, in pixels", _SIDE),

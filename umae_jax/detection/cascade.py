@@ -279,10 +279,20 @@ class RoiHeads(nnx.Module):
         """
         features = self.features(pyramid)
         boxes, logits = self.refine(features, proposals, image_size)
-        options = self.options
-        scores = jnp.where(proposals.valid[..., None], jax.nn.softmax(logits)[..., :-1], 0)
+        detections = self.select(boxes, jax.nn.softmax(logits), proposals.valid)
+        return detections, self.segment(features, detections.boxes, detections.labels) if self.mask_heads else None
 
-        def select(boxes: jax.Array, scores: jax.Array, valid: jax.Array) -> Detections:
+    def select(self, boxes: jax.Array, scores: jax.Array, valid: jax.Array) -> Detections:
+        """Return the detections of each image after NMS per class.
+
+        Args:
+            boxes: float32 [B, P, 4].
+            scores: probabilities, the background last, float32 [B, P, classes + 1].
+            valid: bool [B, P].
+        """
+        options = self.options
+
+        def select_image(boxes: jax.Array, scores: jax.Array, valid: jax.Array) -> Detections:
             return select_detections(
                 *(boxes, scores, valid),
                 score_threshold=options.score_threshold,
@@ -293,8 +303,7 @@ class RoiHeads(nnx.Module):
             )
 
         with jax.named_scope("nms"):
-            detections = jax.vmap(select)(boxes, scores, proposals.valid)
-        return detections, self.segment(features, detections.boxes, detections.labels) if self.mask_heads else None
+            return jax.vmap(select_image)(boxes, scores[..., :-1], valid)
 
     def features(self, pyramid: Sequence[jax.Array]) -> Features:
         """Return the maps that RoI features come from."""

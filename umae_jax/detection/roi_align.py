@@ -125,15 +125,15 @@ class _Boxes(NamedTuple):
 def _locate(options: _Options, shape: tuple[int, ...], boxes: jax.Array, chosen: jax.Array) -> _Boxes:
     """Describe boxes on a map of a shape [B, H, W, C]; `chosen` are those that read it, bool [B, R]."""
     boxes = boxes / jnp.float32(options.stride)
-    axes = [
+    rows, columns = (
         box_axis(boxes[..., 1 - k], boxes[..., 3 - k], jnp.full(boxes.shape[:2], float(shape[1 + k])), options.size)
         for k in (0, 1)
-    ]
-    chosen &= (axes[0].samples > 0) & (axes[1].samples > 0)
-    axes = [axis._replace(samples=jnp.where(chosen, axis.samples, 0)) for axis in axes]
-    sides = _window(options, shape)
-    tiles = [1 + (axis.last - axis.first) // side for axis, side in zip(axes, sides, strict=True)]
-    return _Boxes(*axes, jnp.where(chosen[..., None], jnp.stack(tiles, axis=-1), 0))
+    )
+    chosen &= (rows.samples > 0) & (columns.samples > 0)
+    rows, columns = (axis._replace(samples=jnp.where(chosen, axis.samples, 0)) for axis in (rows, columns))
+    height, width = _window(options, shape)
+    tiles = jnp.stack([1 + (rows.last - rows.first) // height, 1 + (columns.last - columns.first) // width], axis=-1)
+    return _Boxes(rows, columns, jnp.where(chosen[..., None], tiles, 0))
 
 
 def _window(options: _Options, shape: tuple[int, ...]) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from umae_jax.detection.layers import conv
 from umae_jax.detection.losses import smooth_l1
 from umae_jax.detection.nms import nms
 from umae_jax.detection.targets import Targets
+from umae_jax.detection.top_k import top_k
 
 ANCHORS = 3  # per cell
 STD = (1.0, 1.0, 1.0, 1.0)
@@ -112,7 +113,8 @@ class Rpn(nnx.Module):
 
         gt_index = jax.vmap(assign_image)(targets.boxes, targets.valid, candidates)
         count = self.options.samples
-        chosen = sampling.sample_images(keys, gt_index, candidates, count=count, max_positive=count // 2)
+        with jax.named_scope("sampling"):
+            chosen = sampling.sample_images(keys, gt_index, candidates, count=count, max_positive=count // 2)
         box_index = jnp.maximum(jnp.take_along_axis(gt_index, chosen.index, 1) - 1, 0)
         gts = jnp.take_along_axis(targets.boxes, box_index[..., None], 1)
         wanted = encode(anchors[chosen.index], gts, STD)
@@ -138,25 +140,29 @@ class Rpn(nnx.Module):
         """Return the best boxes of each image after NMS per level; gradients stop here. Arguments as for `losses`."""
         count = self.options.train_proposals if train else self.options.test_proposals
 
-        def level_proposals(
+        def best_of_level(
             anchors: jax.Array, logits: jax.Array, deltas: jax.Array, size: jax.Array
         ) -> tuple[jax.Array, jax.Array]:
-            """Return boxes [P, 4] of one level and image and their logits [P], -inf for those to drop."""
-            logits, index = jax.lax.top_k(logits, min(count, len(logits)))
+            """Return boxes [count, 4] of one level and image, and their logits [count], -inf for those to drop."""
+            logits, index = top_k(logits, min(count, len(logits)))
             boxes = decode(anchors[index], deltas[index], STD, size)
-            sides = boxes[:, 2:] - boxes[:, :2]
-            keep = nms(boxes, logits, (sides > 0).all(1), NMS_THRESHOLD)
-            return boxes, jnp.where(keep, logits, -jnp.inf)
+            empty = (boxes[:, 2:] <= boxes[:, :2]).any(1)
+            missing = count - len(logits)
+            logits = jnp.pad(jnp.where(empty, -jnp.inf, logits), (0, missing), constant_values=-jnp.inf)
+            return jnp.pad(boxes, ((0, missing), (0, 0))), logits
 
-        boxes, scores = [], []
-        propose = jax.vmap(level_proposals, (None, 0, 0, 0))
-        for level_anchors, level_logits, level_deltas in zip(self.anchors(pyramid), logits, deltas, strict=True):
-            found = propose(jnp.asarray(level_anchors), level_logits, level_deltas, image_size)
-            boxes.append(found[0])
-            scores.append(found[1])
-        merged = jnp.concatenate(scores, 1)
-        best, index = jax.lax.top_k(merged, min(count, merged.shape[1]))
-        chosen = jnp.take_along_axis(jnp.concatenate(boxes, 1), index[..., None], 1)
+        def suppress(boxes: jax.Array, logits: jax.Array) -> jax.Array:
+            return jnp.where(nms(boxes, logits, logits > -jnp.inf, NMS_THRESHOLD), logits, -jnp.inf)
+
+        find = jax.vmap(best_of_level, (None, 0, 0, 0))
+        levels = [
+            find(jnp.asarray(anchors), level_logits, level_deltas, image_size)
+            for anchors, level_logits, level_deltas in zip(self.anchors(pyramid), logits, deltas, strict=True)
+        ]
+        boxes, scores = (jnp.stack(arrays, 1) for arrays in zip(*levels, strict=True))  # [B, levels, count, ...]
+        merged = jax.vmap(jax.vmap(suppress))(boxes, scores).reshape(len(boxes), -1)
+        best, index = jax.vmap(lambda scores: top_k(scores, min(count, len(scores))))(merged)
+        chosen = jnp.take_along_axis(boxes.reshape(len(boxes), -1, 4), index[..., None], 1)
         valid = best > -jnp.inf
         proposals = Proposals(jnp.where(valid[..., None], chosen, 0), jax.nn.sigmoid(best), valid)
         return jax.tree.map(jax.lax.stop_gradient, proposals)

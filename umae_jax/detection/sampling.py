@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+
+from umae_jax.detection.top_k import top_k
 
 
 class Sample(NamedTuple):
@@ -32,8 +33,8 @@ def sample(key: jax.Array, gt_index: jax.Array, candidates: jax.Array, *, count:
 
     def draw(eligible: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
         """Return the rows of best rank and whether they are eligible."""
-        best, index = lax.top_k(jnp.where(eligible, rank, -1), min(limit, total))
-        return index.astype(jnp.int32), best >= 0
+        best, index = top_k(jnp.where(eligible, rank, -1), min(limit, total))
+        return index, best >= 0
 
     positives, positive_valid = draw(candidates & (gt_index > 0), max_positive)
     negatives, negative_valid = draw(candidates & (gt_index == 0), count)

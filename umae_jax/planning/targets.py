@@ -20,6 +20,9 @@ from umae_jax.planning.hardware import CHIPS, GPUS, Chip, Topology, parse_topolo
 from umae_jax.training.memory import is_exhausted
 from umae_jax.training.sharding import make_mesh
 
+# Gathers on a SparseCore make programs whose text JAX's own XLA cannot read.
+_READABLE: dict[str, str | bool] = {"xla_tpu_offload_gather_to_sparsecore": "false"}
+
 
 @dataclass(frozen=True)
 class Target:
@@ -109,7 +112,7 @@ def compile_for(lowered: jax.stages.Lowered, target: Target) -> CompiledStats:
         OutOfMemory: if a chip does not have enough memory.
     """
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(_READABLE if target.topology else None)
     except jax.errors.JaxRuntimeError as error:
         if not is_exhausted(error):
             raise
