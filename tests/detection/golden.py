@@ -20,3 +20,15 @@ def assert_close(name, actual, expected, tolerance=1e-4):
     error = np.abs(actual - expected).max() / np.abs(expected).max()
     print(f"{name}: {error:.1e}")
     assert error <= tolerance
+
+
+def assert_close_gradients(name, actual, expected, tolerance=1e-3):
+    """Print the norm of the difference over the norm of the expected numbers, and compare it with the tolerance.
+
+    An activation that rounding moves across the kink of a ReLU changes single numbers by more than the tolerance.
+    """
+    actual, expected = (np.asarray(array, np.float64) for array in (actual, expected))
+    assert actual.shape == expected.shape
+    error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+    print(f"{name}: {error:.1e}")
+    assert error <= tolerance

@@ -2,7 +2,20 @@
 
 from typing import Any
 
-from umae_jax.config.base import BOOLEAN, METHODS, TEXT, Check, Key, Method, choice, integer, number, optional, sequence
+from umae_jax.config.base import (
+    BOOLEAN,
+    MAX_ITEMS,
+    METHODS,
+    TEXT,
+    Check,
+    Key,
+    Method,
+    choice,
+    integer,
+    number,
+    optional,
+    sequence,
+)
 from umae_jax.config.common import MAX_WIDTH
 
 _SIDE = integer(32, 16384)
@@ -16,6 +29,15 @@ def _range(item: Check, example: tuple[float, float]) -> Check:
         return isinstance(value, tuple) and len(value) == 2 and all(map(item.accepts, value)) and value[0] <= value[1]
 
     return Check(tuple, f"a minimum and a maximum, such as {example}, each {item.wording}", accepts)
+
+
+def _scales(item: Check) -> Check:
+    """Accept any number of lengths, also none."""
+
+    def accepts(value: Any) -> bool:  # noqa: ANN401
+        return isinstance(value, tuple) and len(value) <= MAX_ITEMS and all(map(item.accepts, value))
+
+    return Check(tuple, f"a tuple of up to {MAX_ITEMS}, such as (1000, 1200), each {item.wording}", accepts)
 
 
 _KEYS = {
@@ -61,6 +83,10 @@ _KEYS = {
         optional(_range(number("[0.01, 10]"), (0.1, 2.0))),
     ),
     "augment.copy_paste": Key(0.5, "probability of Simple Copy-Paste per image; 0: off", number("[0, 1]")),
+    "validation.scales": Key(
+        (), "test-time augmentation: lengths of the shorter edge in further views; (): none", _scales(_SIDE)
+    ),
+    "validation.flip": Key(False, "test-time augmentation: also mirror each view", BOOLEAN),
     "validation.short_edge": Key(1400, "length that the shorter edge of images is resized to, in pixels", _SIDE),
     "optimizer.layer_decay": Key(1.0, "learning rate / the next layer's", number("(0, 1]")),
     "optimizer.decay_at": Key(

@@ -183,6 +183,21 @@ class LoadForDetection:
         return Sample(arrays)
 
 
+@dataclass(frozen=True)
+class LoadViews:
+    """Load an image in several sizes: the arrays of the first loader, and `image_1`, `image_size_1`, ... of the others."""
+
+    loaders: tuple[LoadForDetection, ...]
+
+    def __call__(self, record_index: int) -> Sample:
+        """Load a record."""
+        first, *others = (load(record_index) for load in self.loaders)
+        arrays = dict(first.arrays)
+        for number, sample in enumerate(others, 1):
+            arrays |= {f"{name}_{number}": sample.arrays[name] for name in ("image", "image_size")}
+        return Sample(arrays, first.unreadable)
+
+
 def check_canvases(canvases: tuple[Size, ...]) -> None:
     """Check the heights and widths of landscape canvases; a UserError if they are invalid."""
     heights = [height for height, _ in canvases]
