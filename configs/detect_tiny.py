@@ -1,4 +1,4 @@
-"""A small Mask R-CNN cascade for your own annotations, from scratch or from the quickstart: minutes on two CPU cores.
+"""A small cascade for your own annotations, boxes or masks: minutes on two CPU cores.
 
     python -m umae_jax.detect --config detect_tiny --workdir DIR --config.data.source=coco:FOLDER \
         --config.validation.source=coco:FOLDER

@@ -6,6 +6,7 @@ import re
 from operator import getitem
 from pathlib import Path
 
+import jax
 import pytest
 from flax import nnx
 
@@ -42,6 +43,7 @@ PRESETS = [(size, method) for size, methods in list_models().items() for method 
 def test_every_bundled_configuration_loads_by_name_builds_and_survives_json(path):
     name = str(path.relative_to(ROOT / "configs").with_suffix(""))
     config = load_config(name)
+    config.batch_size = max(config.batch_size, jax.device_count())
     check(config)
     task = make_task(config.copy_and_resolve_references().unlock())
     task.assume_data()
