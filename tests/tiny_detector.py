@@ -11,20 +11,20 @@ def get_config() -> ConfigDict:
     config.batch_size = 8
     config.dtype = "float32"
     config.total_epochs = None
-    config.total_steps = 12
+    config.total_steps = 24
     config.log_every = 1
     config.checkpoint_every = 5
 
-    config.model.widths = (8, 8, 8, 8)
+    config.model.widths = (8, 16, 16, 16)
     config.model.depths = (1, 1, 1, 1)
-    config.model.heads = (1, 1, 1, 1)
+    config.model.heads = (1, 2, 2, 2)
     config.model.window = 4
     config.model.position_width = 8
     config.model.drop_path = 0.1
-    config.model.pyramid_width = 8
+    config.model.pyramid_width = 16
     config.model.stages = 2
     config.model.box_convs = 1
-    config.model.box_hidden = 16
+    config.model.box_hidden = 32
     config.model.anchor_scale = 4.0
     config.model.rpn_samples = 32
     config.model.train_proposals = 16
@@ -40,9 +40,10 @@ def get_config() -> ConfigDict:
     config.data.threads = 2
     config.validation.source = "coco:annotated"
     config.validation.short_edge = 64
-    config.validation.every_epochs = 4.0
+    config.validation.every_epochs = 3.0
 
     config.optimizer.base_learning_rate = 0.32  # 1e-2 for 8 images
     config.optimizer.warmup_steps = 2
+    config.augment.copy_paste = 0.2
     config.optimizer.clip_norm = 10.0
     return config

@@ -115,6 +115,8 @@ def without_paths(config: ConfigDict) -> ConfigDict:
     kind, _, path = config.data.source.partition(":")
     config.data.source = f"{kind}:{Path(path).name}" if path else kind
     config.data.data_dir = config.init = config.validation.source = None
+    if "semantic" in config.data:
+        config.data.semantic = None
     return config
 
 
