@@ -171,7 +171,7 @@ def test_the_result_is_one_line_and_a_table_of_the_classes(finished, capsys):
     printed = capsys.readouterr().err
     assert re.search(r"AP per class, last validation:\n +class +box AP +mask AP\n +disc ", printed)
     overview = task.overview()
-    assert overview["objects"] == "36 of 2 classes, up to 18 per image" or "36 of 2 classes" in overview["objects"]
+    assert overview["objects"] == "36 of 2 classes, up to 2 per image"
     assert "64 x 96 and transposed for portrait images; shorter edge: 48 to 64 pixels" in overview["canvases"]
 
 
@@ -277,14 +277,17 @@ def test_detections_of_photographs_are_drawn_and_listed(finished, data, tmp_path
         (photographs / f"{index}.png").write_bytes((data / "images" / name).read_bytes())
     exif = Image.Exif()
     exif[0x0112] = 6  # turn clockwise to look at it
-    Image.open(data / "images" / "val_4.png").save(photographs / "turned.jpg", exif=exif, quality=95)
+    with Image.open(data / "images" / "val_4.png") as image:
+        image.save(photographs / "turned.jpg", exif=exif, quality=95)
     (photographs / "broken.png").write_bytes(b"no image")
     stored = evaluation.open_run(finished[0])
     predictions = list(evaluation.predict_run(stored, photographs, batch_size=4, output=tmp_path / "out"))
     assert [line.split(": ")[0].rsplit("/", 1)[-1] for line, _ in predictions] == ["0.png", "1.png", "turned.jpg"]
     pictures = {values["image"].rsplit("/", 1)[-1]: values["picture"] for _, values in predictions}
-    sizes = {name: Image.open(picture).size for name, picture in pictures.items()}
-    assert sizes == {"0.png": (90, 60), "1.png": (90, 60), "turned.jpg": (60, 90)}
+    sizes = {"0.png": (90, 60), "1.png": (90, 60), "turned.jpg": (60, 90)}
+    for name, (width, height) in sizes.items():
+        with Image.open(pictures[name]) as picture:  # small images are enlarged
+            assert picture.width * height == picture.height * width
     written = json.loads((tmp_path / "out" / "detections.json").read_text())
     assert written == [values for _, values in predictions]
     assert any(row["objects"] for row in written)
@@ -345,6 +348,19 @@ def boxes_only(tmp_path_factory):
     ("changes", "message"),
     [
         ({"data.canvas_widths": (96, 128)}, r"^data.canvas_widths has 2 number\(s\), data.canvas_heights 1"),
+        ({"data.canvas_heights": (68,), "image_size": (68, 96)}, r"^data.canvas_heights, .*68 x 96 .*multiples of 32"),
+        (
+            {"data.canvas_heights": (96,), "data.canvas_widths": (64,), "image_size": (96, 64)},
+            r"^data.canvas_heights, .*96 x 64 is no canvas",
+        ),
+        (
+            {"data.canvas_heights": (64, 64), "data.canvas_widths": (64, 96)},
+            r"^data.canvas_heights: \(64, 64\) must ascend",
+        ),
+        ({"data.short_edge": (48, 80)}, r"^data.short_edge: \(48, 80\) .* up to 64"),
+        ({"data.short_edge": (64, 48)}, r"^data.short_edge: \(64, 48\)"),
+        ({"data.short_edge": (48,)}, r"^data.short_edge: \(48,\)"),
+        ({"augment.jitter": (0.5,)}, r"^augment.jitter: \(0.5,\)"),
         ({"image_size": (64, 64)}, r"^image_size is \(64, 64\), but the last canvas \(64, 96\)"),
         ({"model.classes": 3}, r"^model.classes is 3, .* has 2 categories; write --config.model.classes=2"),
         ({"model.semantic_classes": 4}, r"^data.semantic: .*--config.model.semantic_classes=0"),
@@ -359,19 +375,6 @@ def test_wrong_configurations_are_named_by_key_and_value(data, changes, message)
     with pytest.raises(UserError, match=message) as error:
         opened(config_for(data, **changes))
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"data.canvas_heights": (68,), "image_size": (68, 96)}, r"(?s)(68.*32|canvas.*68|8)"),
-        ({"data.short_edge": (48, 80)}, r"short_edge: \(48, 80\) is invalid.*64"),
-        ({"data.short_edge": (64, 48)}, r"short_edge: \(64, 48\) is invalid"),
-    ],
-)
-def test_canvases_that_do_not_fit_are_rejected_before_the_first_step(data, tmp_path, changes, message):
-    with pytest.raises(UserError, match=message):
-        run(Task(config_for(data, **changes)), tmp_path)
 
 
 def test_masks_need_annotations_with_masks(boxes_only, capsys):

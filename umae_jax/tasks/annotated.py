@@ -17,6 +17,7 @@ from umae_jax.data.instances import CROP_SIZE
 from umae_jax.data.pipeline import EvalLoader, abstract_batch, readers
 from umae_jax.data.placement import Size, oriented
 from umae_jax.errors import require
+from umae_jax.models.pyramid import STRIDES
 from umae_jax.training.sharding import batch_sharding
 from umae_jax.training.task import Batch
 
@@ -77,7 +78,30 @@ def canvases(config: ConfigDict) -> tuple[Size, ...]:
         tuple(config.image_size) == sizes[-1],
         f"image_size is {tuple(config.image_size)}, but the last canvas {sizes[-1]}; make them equal",
     )
+    for height, width in sizes:
+        require(
+            height <= width and height % STRIDES[-1] == width % STRIDES[-1] == 0,
+            f"data.canvas_heights, data.canvas_widths: {height} x {width} is no canvas; write multiples of "
+            f"{STRIDES[-1]}, with a height up to the width, because portrait images take it transposed",
+        )
+    require(
+        list(heights) == sorted(set(heights)),
+        f"data.canvas_heights: {tuple(heights)} must ascend, as each canvas takes the short edges above the one before",
+    )
     return sizes
+
+
+def check_ranges(config: ConfigDict) -> None:
+    """Check the ranges of sizes against the canvases; a UserError names those that are wrong."""
+    short_edge, jitter, largest = tuple(config.data.short_edge), config.augment.jitter, canvases(config)[-1][0]
+    require(
+        len(short_edge) == 2 and short_edge[0] <= short_edge[1] <= largest,
+        f"data.short_edge: {short_edge} is no range up to {largest}, the height of the largest canvas; write (min, max)",
+    )
+    require(
+        jitter is None or (len(jitter) == 2 and jitter[0] <= jitter[1]),
+        f"augment.jitter: {jitter} is no range; write (min, max), such as (0.1, 2.0), or None",
+    )
 
 
 def shapes(sizes: tuple[Size, ...]) -> tuple[Size, ...]:

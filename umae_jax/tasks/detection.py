@@ -94,7 +94,7 @@ class Task(BaseTask):
     def open(self) -> None:
         """See `BaseTask.open`; `model.classes` and `model.masks` are completed from the data."""
         config = self.config
-        annotated.canvases(config)
+        annotated.check_ranges(config)
         self.source = annotated.open_training(config)
         classes = len(self.source.classes)
         require(
