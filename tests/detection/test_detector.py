@@ -16,7 +16,6 @@ from umae_jax.tasks.detection import Task
 from umae_jax.training.sharding import batch_sharding, replicated
 from umae_jax.training.step import loss_function
 
-
 ENCODERS = {
     "pvt": {"encoder": "pvt", "sr_ratios": (8, 4, 2, 1)},
     "vit": {"encoder": "vit", "patch": 16, "widths": (8,), "depths": (1,), "heads": (2,), "mlp_ratios": (2,)},
@@ -187,9 +186,7 @@ def size_of(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize(
-    ("size", "dim", "published"), [("swin_large", 192, 283.7e6), ("swin_base", 128, 159.5e6)]
-)
+@pytest.mark.parametrize(("size", "dim", "published"), [("swin_large", 192, 283.7e6), ("swin_base", 128, 159.5e6)])
 def test_htcpp_has_the_published_parameters_but_for_our_swin(size, dim, published):
     """DETECTION, Status: 283.7 M and 159.5 M with the standard Swin, whose window is 7."""
     config = load_config("detect_htcpp_swin_large")

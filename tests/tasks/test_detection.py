@@ -256,7 +256,9 @@ def test_evaluation_agrees_with_the_last_validation_for_any_batch_size(finished)
             r"box AP \d+\.\d\d% \(AP50 .*%\), mask AP .* of 10 images; 1 unreadable images do not count", line
         )
         written.append(json.loads((workdir / "detections.json").read_text()))
-    keys = [sorted((entry["image_id"], entry["category_id"], round(entry["score"], 4)) for entry in one) for one in written]
+    keys = [
+        sorted((entry["image_id"], entry["category_id"], round(entry["score"], 4)) for entry in one) for one in written
+    ]
     assert keys[0] == keys[1]
     assert {entry["image_id"] for entry in written[0]} <= {10 + number for number in range(11) if number != 3}
     assert {entry["category_id"] for entry in written[0]} <= {3, 7}
@@ -375,6 +377,19 @@ def test_wrong_configurations_are_named_by_key_and_value(data, changes, message)
     with pytest.raises(UserError, match=message) as error:
         opened(config_for(data, **changes))
     assert "\n" not in str(error.value)
+
+
+def test_semantic_maps_are_checked_before_training(data, tmp_path):
+    changes = {"data.semantic": str(tmp_path), "model.semantic_classes": 4}
+    with pytest.raises(UserError, match=r"^data.semantic: train_0.png in .* cannot be read"):
+        opened(config_for(data, **changes))
+    labels = np.full(LANDSCAPE, 255, np.uint8)
+    Image.fromarray(labels).save(tmp_path / "train_0.png")
+    opened(config_for(data, **changes))
+    labels[5, 7] = 6
+    Image.fromarray(labels).save(tmp_path / "train_0.png")
+    with pytest.raises(UserError, match=r"^model.semantic_classes is 4, .* class 6; .*semantic_classes=7 or more"):
+        opened(config_for(data, **changes))
 
 
 def test_masks_need_annotations_with_masks(boxes_only, capsys):

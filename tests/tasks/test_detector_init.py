@@ -108,11 +108,15 @@ def test_a_pretrained_encoder_is_taken_from_a_run_and_from_files(pretrained, tmp
 
 def test_an_encoder_of_other_sizes_is_rejected(pretrained):
     config = config_of(pretrained[0], widths=(8, 16, 16, 32))
-    with pytest.raises(UserError, match=r"^init: .*other sizes \(model.widths is \(8, 16, 16, 16\), not \(8, 16, 16, 32\)"):
+    with pytest.raises(
+        UserError, match=r"^init: .*other sizes \(model.widths is \(8, 16, 16, 16\), not \(8, 16, 16, 32\)"
+    ):
         initial(config)
 
 
-@pytest.mark.parametrize(("init", "message"), [("nowhere", "^init: there is no file or directory nowhere|^init.*nowhere")])
+@pytest.mark.parametrize(
+    ("init", "message"), [("nowhere", "^init: there is no file or directory nowhere|^init.*nowhere")]
+)
 def test_missing_weights_are_named(init, message):
     with pytest.raises(UserError, match=message):
         initial(config_of(init))
@@ -168,7 +172,9 @@ def test_a_detector_of_one_stage_gives_a_cascade_its_first(tmp_path):
 
 def test_a_detector_of_another_encoder_is_rejected(detector):
     for init in detector[:2]:
-        with pytest.raises(UserError, match=r"^init: .*other sizes \(model.depths is \(1, 1, 1, 1\), not \(1, 1, 2, 1\)"):
+        with pytest.raises(
+            UserError, match=r"^init: .*other sizes \(model.depths is \(1, 1, 1, 1\), not \(1, 1, 2, 1\)"
+        ):
             initial(config_of(init, depths=(1, 1, 2, 1)))
 
 
@@ -183,14 +189,18 @@ def write_mmdet(path, backbone, params):
 
 def test_heads_of_mmdet_are_taken_without_their_backbone(detector, tmp_path, capsys):
     params = detector[2]
-    file = write_mmdet(tmp_path / "htc.safetensors", {"backbone.conv1.weight": np.ones((4, 3, 7, 7), np.float32)}, params)
+    file = write_mmdet(
+        tmp_path / "htc.safetensors", {"backbone.conv1.weight": np.ones((4, 3, 7, 7), np.float32)}, params
+    )
     config = config_of(file)
     assert_taken(initial(config), params, {keys for keys in paths(config) if keys[0] != "backbone"})
     assert "init: the backbone is no encoder of ours, so it is new" in capsys.readouterr().err
 
 
 def test_heads_that_are_not_finite_are_rejected(detector, tmp_path):
-    file = write_mmdet(tmp_path / "htc.safetensors", {"rpn_head.rpn_cls.bias": np.full(3, np.nan, np.float32)}, detector[2])
+    file = write_mmdet(
+        tmp_path / "htc.safetensors", {"rpn_head.rpn_cls.bias": np.full(3, np.nan, np.float32)}, detector[2]
+    )
     with pytest.raises(UserError, match=r"^init: .*not finite \(rpn_head.rpn_cls.bias\)"):
         initial(config_of(file))
 
@@ -199,7 +209,7 @@ def test_heads_that_are_not_finite_are_rejected(detector, tmp_path):
 
 
 def test_an_exported_detector_has_all_parameters_and_no_paths(detector):
-    run, file, params = detector
+    _, file, params = detector
     tensors, metadata = read_weights(file)
     expected = to_tensors(config_of(), params)
     assert tensors.keys() == expected.keys()
@@ -211,7 +221,7 @@ def test_an_exported_detector_has_all_parameters_and_no_paths(detector):
 
 
 def test_the_card_of_a_detector(detector):
-    run, file, params = detector
+    _, file, params = detector
     card = (file.parent / "README.md").read_text()
     assert "pipeline_tag: image-segmentation\n" in card
     assert "| classes | 2 |" in card

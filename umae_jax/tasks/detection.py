@@ -114,6 +114,8 @@ class Task(BaseTask):
             else "model.semantic_classes: data.semantic has no use without the semantic branch; write the number of "
             "its classes, or leave data.semantic out",
         )
+        if config.data.semantic is not None:
+            annotated.check_semantic(config, self.source)
         config.model.classes = classes
         if config.model.masks is None:
             config.model.masks = self.source.has_masks

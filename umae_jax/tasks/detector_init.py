@@ -102,4 +102,3 @@ def _read_file(config: ConfigDict, path: AnyPath, abstract: Params) -> _Pretrain
         console.say(f"init: the backbone is no encoder of ours, so it is new ({error})")
     unused = [name for name in tensors if any(problem.startswith(f"{name} is") for problem in fitting.problems)]
     return _Pretrained(encoder, fitting.params, [*unused, *fitting.unexpected])
-

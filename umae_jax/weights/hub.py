@@ -84,7 +84,9 @@ def model_card(config: ConfigDict, *, file: str, layout: str, step: int, paramet
             loading.append(_LOAD_TORCH.format(file=file))
         names = "Parameter names are those of the PyTorch reference of UM-MAE"
         if detector:
-            names = "FPN, RPN and heads have the parameter names of mmdet. The encoder has those of the PyTorch reference"
+            names = (
+                "FPN, RPN and heads have the parameter names of mmdet. The encoder has those of the PyTorch reference"
+            )
             names += " of UM-MAE, after `backbone.`; other layers of the backbone have names after `pyramid.`."
         else:
             names += ", which loads the file strictly, decoder included." if "classes" not in model else "."
