@@ -1,9 +1,10 @@
 """Evaluate a run: its metrics, probes of its frozen features, or predictions for images.
 
-    python -m umae_jax.evaluate --workdir DIR                     top-1 and top-5 of a fine-tuned run
+    python -m umae_jax.evaluate --workdir DIR                     top-1 and top-5 of a fine-tuned run, AP of a detector
     python -m umae_jax.evaluate --workdir DIR --probe knn         top-1 of a probe, knn or linear, of any run
     python -m umae_jax.evaluate --workdir DIR --images PATH       classes of an image file, or of each image in a folder
     python -m umae_jax.evaluate --workdir DIR --images PATH --output FILE.csv       the same as a table
+    python -m umae_jax.evaluate --workdir DETECTOR --images PATH [--output FOLDER]  objects, also drawn
 
 --source and --validation replace the data of the run's configuration.
 """
@@ -29,14 +30,16 @@ _OUTPUT = flags.DEFINE_string(
     "objects, by default DIR/detections.",
 )
 _SOURCE = flags.DEFINE_string("source", None, "Labelled training images for a probe: folder:PATH or tfds:NAME.")
-_VALIDATION = flags.DEFINE_string("validation", None, "Labelled images to evaluate on: folder:PATH or tfds:NAME.")
+_VALIDATION = flags.DEFINE_string(
+    "validation", None, "Images to evaluate on: folder:PATH, tfds:NAME, or coco:FOLDER for a detector."
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images per step, over all devices.", lower_bound=1)
 _JSON = flags.DEFINE_boolean("json", False, "Print JSON.")
 _CLUSTER = ClusterFlags()
 
 
 def main() -> None:
-    """Evaluate the run, probe it, or classify images."""
+    """Evaluate the run, probe it, or predict for images."""
     workdir = locate(cli.required(_WORKDIR, "the directory of a run"), "--workdir")
     require(not (_PROBE.value and _IMAGES.value), "--probe and --images cannot be combined; choose one")
     require(

@@ -30,7 +30,7 @@ class Counts(NamedTuple):
 
 
 def stored_counts() -> dict[tuple[str, str], Counts]:
-    """Return the counts of every preset, by size and method."""
+    """Return the counts of every preset but detectors, whose images have many sizes, by size and method."""
     read = json.loads(COUNTS.read_text())
     return {(size, method): Counts(**counts) for name, counts in read.items() for size, method in [name.split()]}
 
@@ -51,7 +51,7 @@ def main(*sizes: str) -> None:
     console.result(f"\n{ROW.format(*COLUMNS)}")
     counts = stored_counts()
     for size in sizes or models:
-        for name in models[size]:
+        for name in (name for name in models[size] if (size, name) in counts):
             console.result(ROW.format(*describe(size, name, counts[size, name])))
 
 

@@ -13,7 +13,7 @@ from umae_jax.config import bundled_configs, check, flat, load_config
 from umae_jax.tasks import next_steps
 from umae_jax.tasks.initialization import adapt_pretrained
 
-PRETRAINING = [name for name in bundled_configs() if not name.startswith("finetune")]
+PRETRAINING = [name for name in bundled_configs() if not name.startswith(("finetune", "detect"))]
 WORKDIR = Path("/runs/my run")
 
 

@@ -54,11 +54,12 @@ def test_bad_files_are_named_and_counted_and_the_others_are_written(run, tmp_pat
         file.write(encode(Image.fromarray(picture())))
     source = open_images(folder)
     (folder / "vanished.jpg").unlink()
-    count = write_csv(predict_images(run, source, make_mesh(), 8), tmp_path / "out.csv")
+    line, values = write_csv(predict_images(run, source, make_mesh(), 8), tmp_path / "out.csv")
+    assert line == f"6 images in {tmp_path / 'out.csv'}"
     header, *rows = csv.reader(io.StringIO((tmp_path / "out.csv").read_text(encoding="utf-8")))
     assert header[:5] == ["image", "class", "probability", "class_2", "probability_2"]
     assert len(header) == 1 + 2 * NUM_PREDICTED
-    assert len(rows) == count == 6
+    assert len(rows) == values["images"] == 6
     assert [row[0] for row in rows] == [
         *(f"{folder}/{place:03}.jpg" for place in range(5)),
         rf'{folder}/caf\xe9, "x".png',

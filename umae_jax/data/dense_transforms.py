@@ -185,7 +185,7 @@ class LoadForDetection:
 
 @dataclass(frozen=True)
 class LoadViews:
-    """Load an image in several sizes: the arrays of the first loader, and `image_1`, `image_size_1`, ... of the others."""
+    """Load an image in several sizes: the arrays of the first loader, and `image_1`, `image_size_1`, ... of the rest."""
 
     loaders: tuple[LoadForDetection, ...]
 

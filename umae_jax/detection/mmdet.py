@@ -6,7 +6,7 @@ What the reference lacks, norms of the maps and HTC++'s global block, has our ow
 
 import re
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -53,6 +53,8 @@ class _Entry(NamedTuple):
 
 def _entry(path: str) -> _Entry:
     """Return the entry of one of our parameters, such as "fpn.lateral.0.kernel"; a KeyError if there is none."""
+    if path.startswith("backbone."):
+        return _Entry(path.replace("backbone", "pyramid", 1), lambda array: array, lambda array: array)
     module, _, leaf = path.rpartition(".")
     if leaf == "upsample_bias":
         module, leaf = f"{module}.upsample", "bias"
@@ -85,10 +87,8 @@ def _layout(name: str, leaf: str) -> tuple[Callable[[np.ndarray], np.ndarray], C
     )
 
 
-def _stage_names(tensors: Mapping[str, np.ndarray], stages: int) -> dict[str, np.ndarray]:
+def _number_stages(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Number the heads of a detector of one stage, which have no number in mmdet."""
-    if stages > 1:
-        return dict(tensors)
     pattern = re.compile(r"(roi_head\.(?:bbox|mask)_head\.)(?!\d+\.)")
     return {pattern.sub(r"\g<1>0.", name): array for name, array in tensors.items()}
 
@@ -123,8 +123,43 @@ def to_tensors(config: ConfigDict, params: nnx.State) -> dict[str, np.ndarray]:
     }
     for keys, variable in nnx.to_flat_state(backbone):
         if keys[0] != "encoder":
-            tensors[".".join(["pyramid", *map(str, keys)])] = np.asarray(variable[...], np.float32)
+            tensors[_entry(".".join(["backbone", *map(str, keys)])).name] = np.asarray(variable[...], np.float32)
     return tensors | to_mmdet(params)
+
+
+class Fitting(NamedTuple):
+    """The tensors of a state dict that fit a detector, and those that do not."""
+
+    params: dict[Any, Any]  # flat, float32 on the host
+    problems: list[str]  # of our other parameters: missing, or of another shape
+    unexpected: list[str]  # tensors that the detector does not have
+
+
+def fit_tensors(params: nnx.State, tensors: Mapping[str, np.ndarray]) -> Fitting:
+    """Convert the tensors of a state dict, beside those of the encoder, that fit the parameters of a detector.
+
+    Args:
+        params: of a `Detector`, or their shapes; "backbone" may be missing.
+        tensors: the state dict, from `to_tensors` or of mmdet; counters of batches are ignored.
+    """
+    tensors = _number_stages(tensors)
+    unexpected = {key for key in tensors if not key.startswith("backbone.") and not key.endswith("num_batches_tracked")}
+    converted, problems = {}, []
+    for keys, variable in nnx.to_flat_state(params):
+        if keys[:2] == ("backbone", "encoder"):
+            continue
+        entry = _entry(".".join(map(str, keys)))
+        unexpected.discard(entry.name)
+        if entry.name not in tensors:
+            problems.append(f"{entry.name} is missing")
+            continue
+        array = np.asarray(tensors[entry.name], np.float32)
+        expected = jax.eval_shape(entry.to_theirs, jax.ShapeDtypeStruct(variable.shape, np.float32)).shape
+        if array.shape != expected:
+            problems.append(f"{entry.name} is {list(array.shape)}, not {list(expected)}")
+            continue
+        converted[keys] = variable.replace(np.ascontiguousarray(entry.to_ours(array)))
+    return Fitting(converted, problems, sorted(unexpected))
 
 
 def from_mmdet(params: nnx.State, tensors: Mapping[str, np.ndarray], *, name: str) -> nnx.State:
@@ -138,25 +173,25 @@ def from_mmdet(params: nnx.State, tensors: Mapping[str, np.ndarray], *, name: st
     Raises:
         UserError: listing every tensor that is missing, unexpected or of a wrong shape.
     """
-    tensors = _stage_names(tensors, len(params["roi_heads"]["box_heads"]))
-    ignored = {key for key in tensors if key.startswith("backbone.") or key.endswith("num_batches_tracked")}
-    unexpected = set(tensors) - ignored
-    converted, problems = {}, []
-    for keys, variable in nnx.to_flat_state(params):
-        if keys[0] == "backbone":
-            continue
-        entry = _entry(".".join(map(str, keys)))
-        unexpected.discard(entry.name)
-        if entry.name not in tensors:
-            problems.append(f"{entry.name} is missing")
-            continue
-        array = np.asarray(tensors[entry.name], np.float32)
-        expected = jax.eval_shape(entry.to_theirs, jax.ShapeDtypeStruct(variable.shape, np.float32)).shape
-        if array.shape != expected:
-            problems.append(f"{entry.name} is {list(array.shape)}, not {list(expected)}")
-            continue
-        converted[keys] = variable.replace(np.ascontiguousarray(entry.to_ours(array)))
-    problems += [f"{key} is unexpected" for key in sorted(unexpected)]
+    fitting = fit_tensors(nnx.State({key: part for key, part in params.items() if key != "backbone"}), tensors)
+    problems = [*fitting.problems, *(f"{key} is unexpected" for key in fitting.unexpected)]
     if problems:
         raise UserError(f"{name} does not fit the configured detector: {listing(problems)}")
-    return nnx.from_flat_state(converted)
+    return nnx.from_flat_state(fitting.params)
+
+
+def is_detector(tensors: Mapping[str, np.ndarray]) -> bool:
+    """Return whether a state dict holds a detector with mmdet's names, perhaps after a prefix."""
+    return _prefix(tensors) is not None
+
+
+def remove_prefix(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the tensors of the detector in a state dict, without the prefix that a surrounding model adds."""
+    prefix = _prefix(tensors) or ""
+    return {key.removeprefix(prefix): array for key, array in tensors.items() if key.startswith(prefix)}
+
+
+def _prefix(tensors: Mapping[str, np.ndarray]) -> str | None:
+    """Return the part of the names before that of the RPN; None without an RPN."""
+    matches = (re.match(r"((?:.+\.)?)rpn_head\.", key) for key in tensors)
+    return min((match[1] for match in matches if match), key=len, default=None)

@@ -1,6 +1,8 @@
 """Annotated images for training and evaluation of detectors."""
 
+import io
 import math
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -9,14 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from PIL import Image
 
 from umae_jax.console import say
 from umae_jax.data.annotations import AnnotatedSource, open_annotated
-from umae_jax.data.dense_transforms import MAX_BOXES, SEMANTIC_STRIDE, LoadForDetection
+from umae_jax.data.dense_transforms import IGNORED, MAX_BOXES, SEMANTIC_STRIDE, LoadForDetection
 from umae_jax.data.instances import CROP_SIZE
 from umae_jax.data.pipeline import EvalLoader, abstract_batch, readers
 from umae_jax.data.placement import Size, oriented
-from umae_jax.errors import require
+from umae_jax.errors import UserError, printable, require
+from umae_jax.files import first_line, read_file
+from umae_jax.models.pyramid import STRIDES
 from umae_jax.training.sharding import batch_sharding
 from umae_jax.training.task import Batch
 
@@ -77,7 +82,49 @@ def canvases(config: ConfigDict) -> tuple[Size, ...]:
         tuple(config.image_size) == sizes[-1],
         f"image_size is {tuple(config.image_size)}, but the last canvas {sizes[-1]}; make them equal",
     )
+    for height, width in sizes:
+        require(
+            height <= width and height % STRIDES[-1] == width % STRIDES[-1] == 0,
+            f"data.canvas_heights, data.canvas_widths: {height} x {width} is no canvas; write multiples of "
+            f"{STRIDES[-1]}, with a height up to the width, because portrait images take it transposed",
+        )
+    require(
+        list(heights) == sorted(set(heights)),
+        f"data.canvas_heights: {tuple(heights)} must ascend, as each canvas takes the short edges above the one before",
+    )
     return sizes
+
+
+def check_ranges(config: ConfigDict) -> None:
+    """Check the ranges of sizes against the canvases; a UserError names those that are wrong."""
+    short_edge, jitter, largest = tuple(config.data.short_edge), config.augment.jitter, canvases(config)[-1][0]
+    require(
+        len(short_edge) == 2 and short_edge[0] <= short_edge[1] <= largest,
+        f"data.short_edge: {short_edge} is no range up to {largest}, the largest canvas height; write (min, max)",
+    )
+    require(
+        jitter is None or (len(jitter) == 2 and jitter[0] <= jitter[1]),
+        f"augment.jitter: {jitter} is no range; write (min, max), such as (0.1, 2.0), or None",
+    )
+
+
+def check_semantic(config: ConfigDict, source: AnnotatedSource) -> None:
+    """Check the semantic map of the first image; a UserError names a wrong folder, or too few classes."""
+    folder, classes = config.data.semantic, config.model.semantic_classes
+    name = f"{os.path.splitext(source.file_name(0))[0]}.png"
+    try:
+        labels = np.asarray(Image.open(io.BytesIO(read_file(os.path.join(folder, name))), formats=["PNG"]))
+    except OSError as error:
+        raise UserError(
+            f"data.semantic: {printable(name)} in {printable(folder)} cannot be read ({first_line(error)}); name a "
+            "folder with a PNG for each image"
+        ) from None
+    highest = int(labels[labels != IGNORED].max(initial=0))
+    require(
+        highest < classes,
+        f"model.semantic_classes is {classes}, but {printable(name)} in {printable(folder)} has class {highest}; write "
+        f"--config.model.semantic_classes={highest + 1} or more",
+    )
 
 
 def shapes(sizes: tuple[Size, ...]) -> tuple[Size, ...]:

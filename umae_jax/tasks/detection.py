@@ -94,7 +94,7 @@ class Task(BaseTask):
     def open(self) -> None:
         """See `BaseTask.open`; `model.classes` and `model.masks` are completed from the data."""
         config = self.config
-        annotated.canvases(config)
+        annotated.check_ranges(config)
         self.source = annotated.open_training(config)
         classes = len(self.source.classes)
         require(
@@ -114,6 +114,8 @@ class Task(BaseTask):
             else "model.semantic_classes: data.semantic has no use without the semantic branch; write the number of "
             "its classes, or leave data.semantic out",
         )
+        if config.data.semantic is not None:
+            annotated.check_semantic(config, self.source)
         config.model.classes = classes
         if config.model.masks is None:
             config.model.masks = self.source.has_masks

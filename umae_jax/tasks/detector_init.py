@@ -1,26 +1,40 @@
 """The first parameters of a detector: those of a pre-trained encoder, or of another detector."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
 from umae_jax import console
-from umae_jax.config import CONFIG_FILE, read_config
-from umae_jax.errors import UserError, listing, naming
-from umae_jax.features import read_encoder
+from umae_jax.detection.mmdet import fit_tensors, is_detector, remove_prefix
+from umae_jax.errors import UserError, listing, naming, require
+from umae_jax.features import PretrainedParams, read_encoder
 from umae_jax.files import AnyPath, locate
-from umae_jax.tasks.initialization import adapt_pretrained, describe_loaded
+from umae_jax.tasks.initialization import adapt_pretrained, describe_loaded, modules_of
 from umae_jax.training.task import Params
+from umae_jax.weights.encoder_file import encoder_of
+from umae_jax.weights.files import read_weights
 from umae_jax.weights.huggingface import resolve_weights
 from umae_jax.weights.stored_run import read_run
+
+_ENCODER = ("backbone", "encoder")
+
+
+class _Pretrained(NamedTuple):
+    """The content of a run or a weight file."""
+
+    encoder: PretrainedParams | None
+    others: dict[Any, Any]  # flat parameters of a detector that fit, beside its encoder
+    unused: list[str]  # names of tensors that do not fit
 
 
 def initial_params(config: ConfigDict, abstract: Params) -> Params | None:
     """Return the parameters that `init` names, on the host; None without `init`.
 
-    The heads of a detector are taken where their shapes agree: all but those of the classes, if these differ.
+    Those of a detector are taken where their shapes agree: all but those of the classes, if these differ. A detector of
+    another program may have a backbone that is no encoder of ours; its other parts are taken.
 
     Args:
         config: of the new detector.
@@ -33,37 +47,58 @@ def initial_params(config: ConfigDict, abstract: Params) -> Params | None:
         console.say("init is not set: training from scratch")
         return None
     path = resolve_weights(locate(config.init, "init"))
-    if path.is_dir() and (path / CONFIG_FILE).is_file() and read_config(path / CONFIG_FILE).model.method == "detector":
-        return _from_detector(config, abstract, path)
-    pretrained = read_encoder(config.init, "init")
-    encoder = adapt_pretrained(config, abstract["backbone"]["encoder"], pretrained.config, pretrained.params)
-    rest = nnx.State({name: part for name, part in abstract["backbone"].items() if name != "encoder"})
-    shapes = nnx.State({"encoder": abstract["backbone"]["encoder"], **rest})
-    for line in describe_loaded(config, shapes, pretrained, encoder):
-        console.say(line)
-    return nnx.State({"backbone": encoder})
+    pretrained = _read_run(path, abstract) if path.is_dir() else _read_file(config, path, abstract)
+    loaded = dict(pretrained.others)
+    if pretrained.encoder is not None:
+        encoder = adapt_pretrained(
+            config, abstract["backbone"]["encoder"], pretrained.encoder.config, pretrained.encoder.params
+        )
+        loaded |= {("backbone", *keys): variable for keys, variable in nnx.to_flat_state(encoder)}
+        part = nnx.from_flat_state([(keys[1:], value) for keys, value in loaded.items() if keys[0] == "backbone"])
+        for line in describe_loaded(config, abstract["backbone"], pretrained.encoder, part):
+            console.say(line)
+    if pretrained.others:
+        new = [keys for keys, _ in nnx.to_flat_state(abstract) if keys not in loaded and keys[0] != "backbone"]
+        console.say(
+            f"init: loaded {len(pretrained.others):,} tensors of a detector beside its encoder; new: "
+            f"{listing(modules_of(new)) or 'nothing'}"
+            + (f"; not used: {listing(pretrained.unused)}" if pretrained.unused else "")
+        )
+    return nnx.from_flat_state(list(loaded.items()))
 
 
-def _from_detector(config: ConfigDict, abstract: Params, path: AnyPath) -> Params:
-    """Return all parameters of a detector's run that fit."""
+def _read_run(path: AnyPath, abstract: Params) -> _Pretrained:
+    """Return the encoder of a run and, of a detector, all that fits."""
     with naming("init"):
         run = read_run(path)
-    theirs = dict(nnx.to_flat_state(jax.device_get(run.params)))
-    loaded: dict[Any, Any] = {}
-    new = []
-    for keys, variable in nnx.to_flat_state(abstract):
-        if keys in theirs and theirs[keys].shape == variable.shape:
-            loaded[keys] = theirs[keys]
+    params = jax.device_get(run.params)
+    shapes = {keys: variable.shape for keys, variable in nnx.to_flat_state(abstract)}
+    others, unused = {}, []
+    for keys, variable in nnx.to_flat_state(params) if "backbone" in params else ():
+        if keys[:2] == _ENCODER:
+            continue
+        if shapes.get(keys) == variable.shape:
+            others[keys] = variable
         else:
-            new.append(".".join(map(str, keys[:-1])))
-    missing = [name for name in new if name.startswith("backbone.encoder")]
-    if missing:
-        raise UserError(
-            f"init: {config.init} holds a detector whose encoder has other sizes ({listing(missing)}); choose a "
-            "configuration of its sizes"
-        )
-    console.say(
-        f"init: loaded {len(loaded):,} tensors of the detector in {path}, step {run.step:,}; new: "
-        f"{listing(list(dict.fromkeys(new))) or 'nothing'}"
-    )
-    return nnx.from_flat_state(list(loaded.items()))
+            unused.append(keys)
+    encoder = PretrainedParams(run.config, encoder_of(params), path, run.step)
+    return _Pretrained(encoder, others, modules_of(unused))
+
+
+def _read_file(config: ConfigDict, path: AnyPath, abstract: Params) -> _Pretrained:
+    """Return the encoder of a weight file and, of a detector with mmdet's names, all that fits."""
+    with naming("init"):
+        tensors = read_weights(path).tensors
+    if not is_detector(tensors):
+        return _Pretrained(read_encoder(config.init, "init"), {}, [])
+    tensors = remove_prefix(tensors)
+    broken = [name for name, array in tensors.items() if not np.isfinite(array).all()]
+    require(not broken, f"init: {path} holds values that are not finite ({listing(broken)}); choose another file")
+    fitting = fit_tensors(abstract, tensors)
+    encoder = None
+    try:
+        encoder = read_encoder(config.init, "init")
+    except UserError as error:
+        console.say(f"init: the backbone is no encoder of ours, so it is new ({error})")
+    unused = [name for name in tensors if any(problem.startswith(f"{name} is") for problem in fitting.problems)]
+    return _Pretrained(encoder, fitting.params, [*unused, *fitting.unexpected])

@@ -43,6 +43,10 @@ def import_weights(file: AnyPath, workdir: Path, config: ConfigDict | None = Non
         config, tensors, classes = read_model(file, config)
     task = make_task(config)
     run = abstract_run(task, make_mesh())
+    require(
+        "backbone" not in run.state.params,
+        f"FILE: {file} holds a detector, which starts a run of umae_jax.detect; write --config.init={file}",
+    )
     with naming("FILE"):
         params = from_reference(config, run.state.params, tensors, name=str(file))
     existed = workdir.exists()

@@ -62,11 +62,11 @@ def describe_loaded(
     """
     ours, theirs = dict(nnx.to_flat_state(loaded)), dict(nnx.to_flat_state(nnx.State({"encoder": pretrained.params})))
     step = "" if pretrained.step is None else f", step {pretrained.step:,}"
-    new = _modules(path for path, _ in nnx.to_flat_state(abstract) if path not in ours)
-    dropped = _modules(path for path in theirs if path not in ours)
+    new = modules_of(path for path, _ in nnx.to_flat_state(abstract) if path not in ours)
+    dropped = modules_of(path for path in theirs if path not in ours)
     yield (
         f"init: loaded {len(ours):,} tensors of the encoder from {pretrained.path}{step} "
-        f"({pretrained.config.model.method}); new: {listing(new)}"
+        f"({pretrained.config.model.method}); new: {listing(new) or 'nothing'}"
         + (f"; not used: {listing(dropped)}" if dropped else "")
     )
     adapted = []
@@ -88,7 +88,7 @@ def describe_loaded(
         yield f"init: {'; '.join(adapted)}"
 
 
-def _modules(paths: Iterable[tuple[Any, ...]]) -> list[str]:
+def modules_of(paths: Iterable[tuple[Any, ...]]) -> list[str]:
     """Return the modules of some parameters, such as "head" and "encoder.norm", without duplicates."""
     return list(dict.fromkeys(".".join(map(str, path[:-1])) for path in paths))
 

@@ -20,6 +20,12 @@ encoder = umae_jax.load_encoder("{file}")
 maps = encoder(images)  # uint8 [B, H, W, C] -> one map per stage, [B, H / stride, W / stride, width]
 ```"""
 
+_LOAD_DETECTOR = """Train it on other annotations, with a configuration of the same sizes:
+
+```sh
+python -m umae_jax.detect --config CONFIG --workdir DIR --config.init={file} --config.data.source=coco:FOLDER
+```"""
+
 _LOAD_TORCH = """In PyTorch, with `umae_backbone.py` from this folder, which needs only torch:
 
 ```python
@@ -51,6 +57,7 @@ def model_card(config: ConfigDict, *, file: str, layout: str, step: int, paramet
         parameters: number of parameters in the file, without fixed position tables.
     """
     model, data = config.model, config.data
+    detector = "pyramid_width" in model
     rows = {
         "encoder": ", ".join(
             [model.encoder, *(f"{key} {model[key]}" for key in ("patch", "widths", "depths", "heads"))]
@@ -73,15 +80,26 @@ def model_card(config: ConfigDict, *, file: str, layout: str, step: int, paramet
         if layout == "vit_mae" and model.secondary_ratio:
             names += " That model has no token for secondary masking, so the file leaves it out."
     else:
-        if len(model.depths) > 1:  # a pyramid
+        if len(model.depths) > 1 and not detector:  # a pyramid
             loading.append(_LOAD_TORCH.format(file=file))
         names = "Parameter names are those of the PyTorch reference of UM-MAE"
-        names += ", which loads the file strictly, decoder included." if "classes" not in model else "."
+        if detector:
+            names = (
+                "FPN, RPN and heads have the parameter names of mmdet. The encoder has those of the PyTorch reference"
+            )
+            names += " of UM-MAE, after `backbone.`; other layers of the backbone have names after `pyramid.`."
+        else:
+            names += ", which loads the file strictly, decoder included." if "classes" not in model else "."
+    if detector:
+        loading = [_LOAD_DETECTOR.format(file=file), f"Its encoder alone:\n\n{loading[0]}"]
+    pipeline = "image-classification" if "classes" in model else "image-feature-extraction"
+    if detector:
+        pipeline = "image-segmentation" if model.masks else "object-detection"
     examples = "\n\n".join(loading)
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---
 library_name: umae_jax
-pipeline_tag: {"image-classification" if "classes" in model else "image-feature-extraction"}
+pipeline_tag: {pipeline}
 tags:
 - masked-image-modeling
 - {model.encoder}
