@@ -104,8 +104,8 @@ def test_simmim_gets_the_processor_time_of_um_mae(experiment, tmp_path, monkeypa
 
     monkeypatch.setattr(experiment, "run", run)
     trial = experiment.Experiment(tmp_path)
-    assert trial.pretrain_steps("UM-MAE", "cells") == 900
-    assert trial.pretrain_steps("SimMIM", "cells") == 300
+    assert trial.pretrain_steps("UM-MAE") == 900
+    assert trial.pretrain_steps("SimMIM") == 300
 
 
 def test_a_row_pretrains_and_trains_a_detector_once(experiment, archives, tmp_path, monkeypatch):

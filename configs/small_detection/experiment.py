@@ -36,7 +36,7 @@ TIMED = (20, 120)  # steps of the two runs whose difference is the time of a ste
 _ARCHIVES = flags.DEFINE_string("archives", None, "Folder of the three archives.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the experiment.", required=True)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Runs per start.", lower_bound=1)
-_PRETRAIN_STEPS = flags.DEFINE_integer("pretrain_steps", 1000, "Steps of pre-training by UM-MAE.", lower_bound=1)
+_PRETRAIN_STEPS = flags.DEFINE_integer("pretrain_steps", 1500, "Steps of pre-training by UM-MAE.", lower_bound=1)
 _PRETRAIN = flags.DEFINE_multi_string("pretrain", [], "Overrides for pre-training, such as --config.batch_size=16.")
 _DETECT = flags.DEFINE_multi_string("detect", [], "Overrides for the detectors.")
 _BOTH = flags.DEFINE_multi_string("both", [], "Overrides for both, such as --config.model.widths=(32,64,128,256).")
@@ -140,17 +140,17 @@ class Experiment:
         )
         return run("detect", f"detect.py:{data}", workdir, overrides)
 
-    def pretrain_steps(self, start: str, data: str) -> int:
+    def pretrain_steps(self, start: str) -> int:
         """Return the steps of pre-training that take as much processor time as those of UM-MAE, without compilation."""
         steps = _PRETRAIN_STEPS.value
-        if start == UM_MAE:
-            return steps
-        return max(1, round(steps * self.step_time(UM_MAE, data) / self.step_time(start, data)))
+        return steps if start == UM_MAE else max(1, round(steps * self.step_time(UM_MAE) / self.step_time(start)))
 
-    def step_time(self, start: str, data: str) -> float:
+    def step_time(self, start: str) -> float:
         """Return the processor seconds of a step of pre-training: start and compilation cancel out."""
-        folder = self.workdir / "timing" / data
-        few, many = (self.pretrain(folder / f"{METHODS[start]}_{steps}", start, data, steps, seed=0) for steps in TIMED)
+        few, many = (
+            self.pretrain(self.workdir / "timing" / f"{METHODS[start]}_{steps}", start, next(iter(DATA)), steps, seed=0)
+            for steps in TIMED
+        )
         return (many.processor_seconds - few.processor_seconds) / (TIMED[1] - TIMED[0])
 
     def row(self, start: str, data: str, seed: int) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class Experiment:
         init = None
         if start in METHODS:
             init = folder / "pretrain"
-            result = self.pretrain(init, start, data, self.pretrain_steps(start, data), seed)
+            result = self.pretrain(init, start, data, self.pretrain_steps(start), seed)
             measured |= {"pretrain_steps": result.steps, "pretrain_processor_seconds": result.processor_seconds}
         result = self.detect(folder / "detect", init, data, seed)
         last = result.validations[-1]

@@ -17,7 +17,7 @@ def get_config(method: str = "um_mae") -> ConfigDict:
     config.batch_size = 32
     config.dtype = "float32"
     config.total_epochs = None
-    config.total_steps = 1000
+    config.total_steps = 1500
 
     config.model.widths = (24, 48, 96, 192)
     config.model.depths = (1, 1, 2, 1)
