@@ -5,7 +5,9 @@
         --config.validation.source=coco:FOLDER/annotations_train.json@FOLDER/images
 
 It has every part of HTC++ but the semantic branch: three stages, interleaved execution, mask information flow, box
-heads of convolutions with BatchNorm, GIoU loss, and the block of global attention.
+heads of convolutions with BatchNorm, GIoU loss, and the block of global attention. On the 14 training images of
+fruitnuts18_instances.zip, AP50 is 100% for boxes and masks after 80 and after 160 epochs, and AP 97% and 93% at the end
+(`configs/small_detection/results/overfit.json`): 13 minutes of processor time.
 """
 
 from ml_collections import ConfigDict
