@@ -10,7 +10,7 @@ from umae_jax.config import ENCODERS, default_config, load_config, methods_of
 from umae_jax.errors import naming, require
 from umae_jax.files import locate
 
-__all__ = ["default_config", "evaluate", "finetune", "list_models", "pretrain"]
+__all__ = ["default_config", "detect", "evaluate", "finetune", "list_models", "pretrain"]
 
 _Path = str | os.PathLike[str]
 
@@ -41,6 +41,14 @@ def finetune(config: ConfigDict | _Path, workdir: _Path) -> None:
     Arguments and errors are those of `pretrain`.
     """
     _train("finetune", config, workdir)
+
+
+def detect(config: ConfigDict | _Path, workdir: _Path) -> None:
+    """Train a detector on annotated images, from pre-trained weights, `config.init`, or continue the run in `workdir`.
+
+    Arguments and errors are those of `pretrain`.
+    """
+    _train("detect", config, workdir)
 
 
 def _train(command: str, config: ConfigDict | _Path, workdir: _Path) -> None:

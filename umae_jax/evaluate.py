@@ -34,6 +34,8 @@ _VALIDATION = flags.DEFINE_string(
     "validation", None, "Images to evaluate on: folder:PATH, tfds:NAME, or coco:FOLDER for a detector."
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images per step, over all devices.", lower_bound=1)
+_SCALES = flags.DEFINE_list("scales", [], "Detector: shorter edges of further views of each image, such as 1000,1200.")
+_FLIP = flags.DEFINE_boolean("flip", False, "Detector: also see each view of an image mirrored.")
 _JSON = flags.DEFINE_boolean("json", False, "Print JSON.")
 _CLUSTER = ClusterFlags()
 
@@ -48,12 +50,20 @@ def main() -> None:
     )
     require(_OUTPUT.value is None or _IMAGES.value is not None, "--output belongs to --images; add it, or leave it out")
     require(not (_OUTPUT.value and _JSON.value), "--output and --json cannot be combined; choose one")
+    wrong = [scale for scale in _SCALES.value if not scale.isdecimal()]
+    require(not wrong, f"--scales: {', '.join(wrong)} is no number of pixels; write lengths such as 1000,1200")
     output = locate(_OUTPUT.value, "--output") if _OUTPUT.value else None
     from umae_jax.tasks import evaluation  # imports JAX
 
     cli.join(_CLUSTER, None, None)
     run = evaluation.open_run(
-        workdir, best=_BEST.value, source=_SOURCE.value, validation=_VALIDATION.value, stage=_STAGE.value
+        workdir,
+        best=_BEST.value,
+        source=_SOURCE.value,
+        validation=_VALIDATION.value,
+        stage=_STAGE.value,
+        scales=[int(scale) for scale in _SCALES.value],
+        flip=_FLIP.value,
     )
     if _IMAGES.value:
         images = locate_local(_IMAGES.value, "--images")

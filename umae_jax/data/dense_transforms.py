@@ -183,9 +183,15 @@ class LoadForDetection:
         return Sample(arrays)
 
 
+def view_names(number: int) -> tuple[str, str]:
+    """Return the names of the image and of its size in a view of `LoadViews`, counted from 0."""
+    suffix = f"_{number}" if number else ""
+    return f"image{suffix}", f"image_size{suffix}"
+
+
 @dataclass(frozen=True)
 class LoadViews:
-    """Load an image in several sizes: the arrays of the first loader, and `image_1`, `image_size_1`, ... of the rest."""
+    """Load an image in several sizes: arrays of the first loader, and `image_1`, `image_size_1`, ... of the rest."""
 
     loaders: tuple[LoadForDetection, ...]
 
@@ -194,7 +200,8 @@ class LoadViews:
         first, *others = (load(record_index) for load in self.loaders)
         arrays = dict(first.arrays)
         for number, sample in enumerate(others, 1):
-            arrays |= {f"{name}_{number}": sample.arrays[name] for name in ("image", "image_size")}
+            image, image_size = view_names(number)
+            arrays |= {image: sample.arrays["image"], image_size: sample.arrays["image_size"]}
         return Sample(arrays, first.unreadable)
 
 

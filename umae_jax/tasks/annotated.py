@@ -15,7 +15,7 @@ from PIL import Image
 
 from umae_jax.console import say
 from umae_jax.data.annotations import AnnotatedSource, open_annotated
-from umae_jax.data.dense_transforms import IGNORED, MAX_BOXES, SEMANTIC_STRIDE, LoadForDetection
+from umae_jax.data.dense_transforms import IGNORED, MAX_BOXES, SEMANTIC_STRIDE, LoadForDetection, LoadViews, view_names
 from umae_jax.data.instances import CROP_SIZE
 from umae_jax.data.pipeline import EvalLoader, abstract_batch, readers
 from umae_jax.data.placement import Size, oriented
@@ -24,6 +24,8 @@ from umae_jax.files import first_line, read_file
 from umae_jax.models.pyramid import STRIDES
 from umae_jax.training.sharding import batch_sharding
 from umae_jax.training.task import Batch
+
+MAX_BATCH = 8  # images per device in evaluation; they are large
 
 
 def open_training(config: ConfigDict) -> AnnotatedSource:
@@ -82,6 +84,8 @@ def canvases(config: ConfigDict) -> tuple[Size, ...]:
         tuple(config.image_size) == sizes[-1],
         f"image_size is {tuple(config.image_size)}, but the last canvas {sizes[-1]}; make them equal",
     )
+    channels = config.model.channels
+    require(channels == 3, f"model.channels is {channels}, but detectors see images of 3 channels; set it to 3")
     for height, width in sizes:
         require(
             height <= width and height % STRIDES[-1] == width % STRIDES[-1] == 0,
@@ -172,11 +176,25 @@ def views(config: ConfigDict, source: AnnotatedSource) -> Iterator[View]:
             yield View(oriented(size, portrait), source.select(chosen))
 
 
+def scaled_canvases(config: ConfigDict, canvas: Size) -> list[tuple[Size, int]]:
+    """Return canvas and short edge of each size in which images are seen: the given one, and `validation.scales`."""
+    short_edge = config.validation.short_edge
+    sizes = [(canvas, short_edge)]
+    for scale in config.validation.scales:
+        height, width = (math.ceil(side * scale / short_edge / STRIDES[-1]) * STRIDES[-1] for side in canvas)
+        sizes.append(((height, width), scale))
+    return sizes
+
+
 def eval_loader(config: ConfigDict, view: View, mesh: Mesh, batch_size: int, named: set[str]) -> EvalLoader:
-    """Load every image of a view once; see `LoadForDetection` and `EvalLoader`."""
+    """Load every image of a view once, in all sizes; see `LoadForDetection`, `LoadViews` and `EvalLoader`."""
+    loaders = (
+        LoadForDetection(view.source, canvas, short_edge, max(canvas))
+        for canvas, short_edge in scaled_canvases(config, view.canvas)
+    )
     return EvalLoader(
         len(view.source),
-        LoadForDetection(view.source, view.canvas, config.validation.short_edge, max(config.image_size)),
+        LoadViews(tuple(loaders)),
         batch_size=batch_size,
         sharding=batch_sharding(mesh),
         named=named,
@@ -186,9 +204,12 @@ def eval_loader(config: ConfigDict, view: View, mesh: Mesh, batch_size: int, nam
 
 def abstract_eval_batch(config: ConfigDict, canvas: Size, mesh: Mesh, batch_size: int) -> Batch:
     """Return shape, dtype and sharding of the arrays of a batch of `eval_loader`."""
-    arrays = {
-        "image": jax.ShapeDtypeStruct((*canvas, config.model.channels), jnp.uint8),
-        "image_size": jax.ShapeDtypeStruct((2,), jnp.int32),
+    arrays: dict[str, jax.ShapeDtypeStruct] = {}
+    for number, (size, _) in enumerate(scaled_canvases(config, canvas)):
+        image, image_size = view_names(number)
+        arrays[image] = jax.ShapeDtypeStruct((*size, config.model.channels), jnp.uint8)
+        arrays[image_size] = jax.ShapeDtypeStruct((2,), jnp.int32)
+    arrays |= {
         "original_size": jax.ShapeDtypeStruct((2,), jnp.int32),
         "record": jax.ShapeDtypeStruct((), jnp.int32),
         "valid": jax.ShapeDtypeStruct((), jnp.bool_),
@@ -197,5 +218,5 @@ def abstract_eval_batch(config: ConfigDict, canvas: Size, mesh: Mesh, batch_size
 
 
 def eval_batch_size(mesh: Mesh, largest: int) -> int:
-    """Return the largest batch of evaluation up to a size that divides among the devices."""
-    return max(1, math.floor(largest / mesh.size)) * mesh.size
+    """Return the largest batch of evaluation up to a size, of at most MAX_BATCH images per device."""
+    return max(1, min(MAX_BATCH, math.floor(largest / mesh.size))) * mesh.size

@@ -10,6 +10,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from umae_jax.data.annotations import AnnotatedSource
+from umae_jax.data.dense_transforms import view_names
+from umae_jax.detection.augmentation import View, detect_in_views
 from umae_jax.detection.coco import Detection, evaluate, to_detections
 from umae_jax.detection.detector import Detected
 from umae_jax.errors import UserError, printable, require
@@ -80,8 +82,14 @@ class Finder:
         check: Callable[[], None] = lambda: None,
     ) -> None:
         def detect(params: Params, batch: Batch) -> tuple[Detected, dict[str, jax.Array]]:
-            found = nnx.merge(graph, params)(batch["image"], batch["image_size"])
-            return found, {key: array for key, array in batch.items() if key != "image"}
+            model = nnx.merge(graph, params)
+            images = [
+                View(batch[image], batch[image_size], flip)
+                for image, image_size in map(view_names, range(1 + len(config.validation.scales)))
+                for flip in ((False, True) if config.validation.flip else (False,))
+            ]
+            found = detect_in_views(model, images) if len(images) > 1 else model(*images[0][:2])
+            return found, {key: batch[key] for key in ("image_size", "original_size", "record", "valid")}
 
         jitted = jax.jit(detect, out_shardings=batch_sharding(mesh))
         self._views = []

@@ -148,6 +148,7 @@ class Task(BaseTask):
         """See `BaseTask.overview`."""
         config, counts = self.config, self.source.object_counts
         canvases = ", ".join(f"{height} x {width}" for height, width in annotated.canvases(config))
+        transposed = "" if self.groups is None else " and transposed for portrait images"
         low, high = config.data.short_edge
         edges = f"large-scale jitter of {config.augment.jitter}" if config.augment.jitter else f"{low} to {high} pixels"
         return {
@@ -155,7 +156,7 @@ class Task(BaseTask):
             "validation": f"{len(self.validation):,} images in {config.validation.source}"
             if self.validation
             else "none",
-            "canvases": f"{canvases} and transposed for portrait images; shorter edge: {edges}",
+            "canvases": f"{canvases}{transposed}; shorter edge: {edges}",
         }
 
     def sample_loader(self) -> Callable[[int, int], Sample]:
@@ -230,9 +231,9 @@ class Task(BaseTask):
             f"--validation: its categories are {listing(source.classes)}, the model's {listing(run.classes)}; name "
             "annotations with the same categories",
         )
-        results = make_evaluator(run.config, run.graph, run.params, source, mesh, batch_size, key="--validation")(
-            run.params
-        )
+        batch_size = annotated.eval_batch_size(mesh, min(batch_size, len(source)))
+        measure = make_evaluator(run.config, run.graph, run.params, source, mesh, batch_size, key="--validation")
+        results = measure(run.params)
         if is_primary():
             console.say(f"AP per class, step {run.step:,}:\n{results.table()}")
             write_results(run.workdir / DETECTIONS_FILE, results.detections)

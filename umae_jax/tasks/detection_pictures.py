@@ -19,14 +19,13 @@ from umae_jax.data.sources import open_images
 from umae_jax.detection.coco import paste
 from umae_jax.errors import UserError, printable
 from umae_jax.files import AnyPath, write_atomic
-from umae_jax.multihost import is_primary
+from umae_jax.multihost import all_gather_json, is_primary
 from umae_jax.tasks.annotated import eval_batch_size
 from umae_jax.tasks.detecting import Finder, Found
 from umae_jax.training.task import Prediction
 from umae_jax.weights.stored_run import StoredRun
 
 MIN_SCORE = 0.3  # of a detection that is drawn
-MAX_BATCH = 8  # images per device
 
 
 def draw_found(source: AnnotatedSource, found: Found, classes: Sequence[str]) -> np.ndarray:
@@ -70,7 +69,7 @@ def predict_objects(run: StoredRun, path: Path, mesh: Mesh, batch_size: int, fol
     images.max_pixels = run.config.data.max_pixels
     source = without_annotations(images)
     classes = run.classes or tuple(f"class {number}" for number in range(run.config.model.classes))
-    batch_size = eval_batch_size(mesh, min(batch_size, len(source), MAX_BATCH * mesh.size))
+    batch_size = eval_batch_size(mesh, min(batch_size, len(source)))
     find = Finder(run.config, run.graph, run.params, source, mesh, batch_size)
     folder.mkdir(parents=True, exist_ok=True)
     start, rows = time.monotonic(), []
@@ -86,6 +85,7 @@ def predict_objects(run: StoredRun, path: Path, mesh: Mesh, batch_size: int, fol
             drawn = [one for one in objects if one["score"] >= MIN_SCORE]
             line = ", ".join(f"{printable(one['class'])} {one['score']:.1%}" for one in drawn) or "nothing"
             yield f"{printable(name)}: {line}", rows[-1]
+    rows = [row for part in all_gather_json(rows) for row in part]
     if not rows:
         raise UserError("--images: none of the images can be read; repair them or name others")
     if is_primary():

@@ -1,10 +1,11 @@
 """Evaluation and predictions of a stored run of any task."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 
+from umae_jax.config import check_values
 from umae_jax.errors import naming, require
 from umae_jax.files import AnyPath
 from umae_jax.tasks import make_task, probing
@@ -20,6 +21,8 @@ def open_run(
     source: str | None = None,
     validation: str | None = None,
     stage: int | None = None,
+    scales: Sequence[int] = (),
+    flip: bool = False,
 ) -> StoredRun:
     """Read a run, its parameters replicated on every device; arguments that are not None override its configuration.
 
@@ -40,6 +43,10 @@ def open_run(
         stages = len(config.model.depths)
         require(-stages <= stage < stages, f"--stage: {stage} is not in {-stages}..{stages - 1}")
         config.probe.stage = stage
+    if scales or flip:
+        require("scales" in config.validation, "--scales, --flip: only a detector sees images in several views")
+        config.validation.update(scales=tuple(scales), flip=flip)
+        check_values(config)
     return run
 
 
