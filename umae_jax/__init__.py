@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from umae_jax.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from umae_jax.api import default_config, evaluate, finetune, list_models, pretrain
+    from umae_jax.api import default_config, detect, evaluate, finetune, list_models, pretrain
     from umae_jax.features import load_encoder
 
-__all__ = ["default_config", "evaluate", "finetune", "list_models", "load_encoder", "pretrain"]
+__all__ = ["default_config", "detect", "evaluate", "finetune", "list_models", "load_encoder", "pretrain"]
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - one of the functions of the API

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -276,6 +277,20 @@ def test_the_padding_is_zero_after_normalisation():
     ours = run(pyramid, jnp.asarray(images), jnp.array([(40, 30)], jnp.int32))
     for one, other in zip(ours, run(pyramid, jnp.asarray(padded)), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_padding_does_not_enlarge_the_first_gradients():
+    def norm_of_gradient(image_size):
+        graph, params = nnx.split(build("swin"))
+
+        def loss(params):
+            maps = nnx.merge(graph, params)(random_images((96, 96), 1), jnp.array([image_size]))
+            weights = (jax.random.normal(jax.random.key(number), x.shape) for number, x in enumerate(maps))
+            return sum((x * weight).sum() for x, weight in zip(maps, weights, strict=True))
+
+        return optax.tree.norm(jax.grad(loss)(params))
+
+    assert norm_of_gradient((40, 48)) < 10 * norm_of_gradient((96, 96))
 
 
 @pytest.mark.parametrize("encoder", NAMES)

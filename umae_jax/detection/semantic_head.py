@@ -14,7 +14,6 @@ from umae_jax.detection.layers import conv
 LEVEL = 1  # P3, whose size the map has
 STRIDE = 8
 CONVS = 4
-IGNORED = 255
 LOSS_WEIGHT = 0.2
 
 
@@ -57,9 +56,9 @@ def semantic_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
     Args:
         logits: float32 [B, H, W, classes].
-        labels: uint8 [B, H, W]; IGNORED pixels have no loss.
+        labels: uint8 [B, H, W]; those that are no class, such as 255, have no loss.
     """
-    known = labels != IGNORED
+    known = labels < logits.shape[-1]
     classes = jnp.where(known, labels, 0).astype(jnp.int32)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, classes)
     return LOSS_WEIGHT * jnp.where(known, loss, 0).mean()

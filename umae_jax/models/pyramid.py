@@ -68,6 +68,10 @@ class Pyramid(EncoderModel):
         message = f"model.patch: dense prediction with {stages} stage(s) needs patches of {patch} pixels"
         require(encoder.patch == patch, f"{message}, not {encoder.patch}; set it to {patch}")
         self.encoder = encoder
+        # Padding has zero pixels. If its tokens were 0, each norm would multiply their gradients by 1 / sqrt(epsilon).
+        limit = (patch**2 * encoder.channels) ** -0.5
+        bias = jax.random.uniform(rngs.params(), (encoder.widths[0],), jnp.float32, -limit, limit)
+        encoder.patch_embed.bias = nnx.Param(bias)
         self.simple = SimplePyramid(encoder.widths[0], dtype=dtype, rngs=rngs) if stages == 1 else None
         widths = encoder.widths if self.simple is None else self.simple.widths
         heads = encoder.heads[-1]

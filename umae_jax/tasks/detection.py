@@ -152,6 +152,7 @@ class Task(BaseTask):
         low, high = config.data.short_edge
         edges = f"large-scale jitter of {config.augment.jitter}" if config.augment.jitter else f"{low} to {high} pixels"
         return {
+            "images": f"{len(self.source):,} in {config.data.source}",
             "objects": f"{counts.sum():,} of {len(self.source.classes):,} classes, up to {counts.max():,} per image",
             "validation": f"{len(self.validation):,} images in {config.validation.source}"
             if self.validation
