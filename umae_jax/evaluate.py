@@ -34,7 +34,7 @@ _VALIDATION = flags.DEFINE_string(
     "validation", None, "Images to evaluate on: folder:PATH, tfds:NAME, or coco:FOLDER for a detector."
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images per step, over all devices.", lower_bound=1)
-_SCALES = flags.DEFINE_list("scales", [], "Detector: shorter edges of further views of each image, such as 1000,1200.")
+_SCALES = flags.DEFINE_multi_integer("scale", [], "Detector: shorter edge in pixels of one more view of each image.")
 _FLIP = flags.DEFINE_boolean("flip", False, "Detector: also see each view of an image mirrored.")
 _JSON = flags.DEFINE_boolean("json", False, "Print JSON.")
 _CLUSTER = ClusterFlags()
@@ -50,8 +50,6 @@ def main() -> None:
     )
     require(_OUTPUT.value is None or _IMAGES.value is not None, "--output belongs to --images; add it, or leave it out")
     require(not (_OUTPUT.value and _JSON.value), "--output and --json cannot be combined; choose one")
-    wrong = [scale for scale in _SCALES.value if not scale.isdecimal()]
-    require(not wrong, f"--scales: {', '.join(wrong)} is no number of pixels; write lengths such as 1000,1200")
     output = locate(_OUTPUT.value, "--output") if _OUTPUT.value else None
     from umae_jax.tasks import evaluation  # imports JAX
 
@@ -62,7 +60,7 @@ def main() -> None:
         source=_SOURCE.value,
         validation=_VALIDATION.value,
         stage=_STAGE.value,
-        scales=[int(scale) for scale in _SCALES.value],
+        scales=_SCALES.value,
         flip=_FLIP.value,
     )
     if _IMAGES.value:

@@ -30,6 +30,7 @@ _PLACEHOLDERS = {
     "string": " TEXT",
     "multi string": " TEXT",
     "int": " N",
+    "multi int": " N",
     "float": " NUMBER",
     "configuration": " FILE_OR_NAME",
 }

@@ -44,7 +44,7 @@ def open_run(
         require(-stages <= stage < stages, f"--stage: {stage} is not in {-stages}..{stages - 1}")
         config.probe.stage = stage
     if scales or flip:
-        require("scales" in config.validation, "--scales, --flip: only a detector sees images in several views")
+        require("scales" in config.validation, "--scale, --flip: only a detector sees images in several views")
         config.validation.update(scales=tuple(scales), flip=flip)
         check_values(config)
     return run
