@@ -31,7 +31,6 @@ def get_config() -> ConfigDict:
     config.data.canvas_widths = (640,)
     config.data.short_edge = (400, 640)
     config.data.threads = 4
-    config.validation.source = "coco:annotated"
     config.validation.short_edge = 640
     config.validation.every_epochs = 5.0
     config.optimizer.clip_norm = 10.0

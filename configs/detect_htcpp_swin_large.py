@@ -23,6 +23,6 @@ def get_config(epochs: str = "72") -> ConfigDict:
     config.model.classes = 80
     config.model.masks = True
     config.data.semantic = "coco/stuffthingmaps/train2017"
-    if epochs == "36":
-        config.optimizer.decay_at = (27 / 36, 33 / 36)
+    if epochs == "72":
+        config.optimizer.decay_at = (63 / 72, 69 / 72)
     return config

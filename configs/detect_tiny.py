@@ -41,7 +41,6 @@ def get_config() -> ConfigDict:
     config.data.short_edge = (160, 256)
     config.data.threads = 2
     config.augment.copy_paste = 0.0
-    config.validation.source = "coco:annotated"
     config.validation.short_edge = 256
     config.validation.every_epochs = 10.0
 

@@ -1,6 +1,6 @@
 """Describe and draw the images of a detection data set."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from umae_jax.annotated import draw_instances, draw_sheet
 from umae_jax.data.annotations import AnnotatedSource
 from umae_jax.data.coco_json import CROWD
 from umae_jax.data.decode import EncodedImage
-from umae_jax.data.instances import rasterize
+from umae_jax.data.instances import Mask, Region, rasterize
 from umae_jax.data.transforms import Unreadable, try_load
 from umae_jax.errors import require
 
@@ -63,16 +63,16 @@ def draw(source: AnnotatedSource, count: int = PICTURES) -> np.ndarray:
     for index in np.unique(np.linspace(0, len(source) - 1, count).round().astype(int)).tolist():
         boxes, labels, masks = source.instances(index)
 
-        def decode(data: bytes) -> np.ndarray:
+        def decode(data: bytes, masks: Sequence[Mask | None] = masks) -> tuple[np.ndarray, list[Region | None]]:
             image = EncodedImage(data, source.max_pixels, exif=False)
-            return image.crop((0, 0, *image.size), image.size[::-1], 3, "bilinear")
+            pixels = image.crop((0, 0, *image.size), image.size[::-1], 3, "bilinear")
+            return pixels, [None if mask is None else rasterize(mask, *pixels.shape[:2]) for mask in masks]
 
         loaded = try_load(source, index, decode)
         if isinstance(loaded, Unreadable):
             console.warn(f"skipped an image that cannot be read: {loaded.name} ({loaded.reason})")
             continue
-        pixels = loaded[1]
-        regions = [None if mask is None else rasterize(mask, *pixels.shape[:2]) for mask in masks]
+        pixels, regions = loaded[1]
         pictures.append(draw_instances(pixels, boxes, labels, source.classes, masks=regions))
         captions.append(f"{loaded[0].name}: {len(boxes)} objects")
     require(bool(pictures), f"--source: none of {count} images can be read; repair them or choose another source")

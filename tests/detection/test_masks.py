@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.detection.golden import assert_close, load
-from umae_jax.detection.masks import aligned_masks, mask_targets, paste, paste_on_host
+from umae_jax.detection import coco
+from umae_jax.detection.masks import aligned_masks, mask_targets, paste
 
 
 def test_targets_of_whole_masks_equal_the_golden_numbers():
@@ -61,6 +62,14 @@ def test_objects_and_boxes_without_area_have_finite_targets():
     boxes = jnp.asarray([[0.0, 0.0, 0.0, 0.0], [3.0, 4.0, 30.0, 20.0]])
     assert not mask_targets(crops, jnp.zeros((2, 4)), boxes).any()
     assert not mask_targets(crops + jnp.uint8(255), boxes[::-1], jnp.zeros((2, 4))).any()
+
+
+def paste_on_host(probabilities, box, height, width):
+    """Return the mask of the host, which holds the pixels of the box only, in the whole image."""
+    mask, region = np.zeros((height, width), bool), coco.paste(probabilities, box, height, width)
+    rows, columns = region.pixels.shape
+    mask[region.top : region.top + rows, region.left : region.left + columns] = region.pixels
+    return mask
 
 
 def test_pasted_masks_equal_the_golden_numbers():

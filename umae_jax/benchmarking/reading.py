@@ -69,6 +69,7 @@ def _make_loader(task: BaseTask, mesh: Mesh, first_sample: int = 0, last_sample:
     return TrainLoader(
         task.num_samples,
         task.sample_loader(),
+        groups=task.groups,
         batch_size=task.config.batch_size,
         sharding=batch_sharding(mesh),
         seed=task.config.seed,

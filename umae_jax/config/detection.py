@@ -90,7 +90,7 @@ _KEYS = {
     "validation.short_edge": Key(1400, "length that the shorter edge of images is resized to, in pixels", _SIDE),
     "optimizer.layer_decay": Key(1.0, "learning rate / the next layer's", number("(0, 1]")),
     "optimizer.decay_at": Key(
-        (63 / 72, 69 / 72),
+        (27 / 36, 33 / 36),
         "parts of the run after which the learning rate is divided by 10; None: cosine schedule",
         optional(sequence(number("(0, 1]"), (0.67, 0.92))),
     ),
@@ -104,7 +104,6 @@ def _recipe(size: str, encoder: str) -> dict[str, Any]:
         "total_epochs": 36.0,
         "picture_every": 0,
         "data.source": "coco:coco",
-        "validation.source": "coco:coco",
         "validation.split": "val",
         "optimizer.base_learning_rate": 1.6e-3,  # 1e-4 for 16 images
         "optimizer.beta2": 0.999,

@@ -138,7 +138,7 @@ class AnnotatedSource:
 
     @property
     def has_masks(self) -> bool:
-        """Whether any object has a mask."""
+        """Return whether any object has a mask."""
         return self._tables.has_masks
 
     @property

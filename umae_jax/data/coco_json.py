@@ -47,7 +47,7 @@ class Tables(NamedTuple):
 
     @property
     def has_masks(self) -> bool:
-        """Whether any object has a mask."""
+        """Return whether any object has a mask."""
         return bool(self.mask_kinds.any())
 
     def masks(self, objects: slice) -> Iterator[Mask | None]:
@@ -184,6 +184,7 @@ def _categories(entries: list[dict[str, Any]], file: str) -> dict[int, str]:
         if not _is_id(number) or not isinstance(name, str):
             raise UserError(f"{file}: the category {shorten(entry)} needs a name, and an id that is a whole number")
         require(number not in found, f"{file}: two categories have the id {number}; give each its own")
+        require(name not in found.values(), f"{file}: two categories have the name {shorten(name)}; give each its own")
         found[number] = name
     return dict(sorted(found.items()))
 

@@ -108,6 +108,7 @@ class LoadInstances:
         """Decode an image and the masks of its objects, and place them in the canvas."""
         image = EncodedImage(data, self.source.max_pixels, exif=False)
         size = image.size[::-1]
+        check_size(self.source, record_index, size)
         placement = self._place(rng, size, canvas)
         boxes, labels, masks = self.source.instances(record_index)
         boxes = placement.to_content(boxes)
@@ -171,6 +172,7 @@ class LoadForDetection:
         def decode(data: bytes) -> tuple[np.ndarray, Size]:
             image = EncodedImage(data, self.source.max_pixels, exif=self.source.exif)
             size = image.size[::-1]
+            check_size(self.source, record_index, size)
             resized = fit(size, self.short_edge, self.long_edge, self.canvas)
             return Placement(size, resized, content=resized).pixels(image), size
 
@@ -203,6 +205,13 @@ class LoadViews:
             image, image_size = view_names(number)
             arrays |= {image: sample.arrays["image"], image_size: sample.arrays["image_size"]}
         return Sample(arrays, first.unreadable)
+
+
+def check_size(source: AnnotatedSource, record_index: int, size: Size) -> None:
+    """Raise a ValueError if an image has another height and width than its annotations say."""
+    height, width = source.sizes[record_index].tolist()
+    if size != (height, width):
+        raise ValueError(f"it has {size[1]} x {size[0]} pixels, but its annotations say {width} x {height}")
 
 
 def check_canvases(canvases: tuple[Size, ...]) -> None:

@@ -61,18 +61,18 @@ def host_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def readers(config: ConfigDict) -> Readers:
+def readers(config: ConfigDict, sample_bytes: int | None = None) -> Readers:
     """Return `data.threads` and `data.workers`; choose those that are None by the number of this host's cores.
 
     If only `data.threads` is set, there are no workers. The number of workers is limited by free shared memory, which
-    is small in some containers.
+    is small in some containers; `sample_bytes` are those of a sample, None for an image alone.
     """
     threads, workers = config.data.threads, config.data.workers
     cores = host_cores()
     if workers is None:
         workers = 0
         if threads is None and cores > CORES_PER_PROCESS:
-            chunk_bytes = CHUNK * math.prod(config.image_size) * config.model.channels
+            chunk_bytes = CHUNK * (sample_bytes or math.prod(config.image_size) * config.model.channels)
             free = shutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else math.inf
             workers = int(min(math.ceil(cores / CORES_PER_PROCESS), free // (CHUNKS_PER_WORKER * chunk_bytes)))
     if threads is None:

@@ -145,7 +145,7 @@ def paste(probabilities: np.ndarray, box: np.ndarray, height: int, width: int) -
     # Only pixels whose centre lies in the box reach 0.5.
     left, top = max(0, math.ceil(x1 - 0.5)), max(0, math.ceil(y1 - 0.5))
     right, bottom = min(width, math.floor(x2 - 0.5) + 1), min(height, math.floor(y2 - 0.5) + 1)
-    if right <= left or bottom <= top:
+    if right <= left or bottom <= top or x2 <= x1 or y2 <= y1:
         return Region(np.zeros((0, 0), np.uint8), 0, 0)
 
     # Interpolate along one axis after the other. A product of matrices would start the threads of BLAS for every mask,

@@ -11,6 +11,7 @@ from umae_jax.detection.cascade import CascadeOptions, RoiHeads
 from umae_jax.detection.fpn import Fpn
 from umae_jax.detection.rpn import Rpn, RpnOptions
 from umae_jax.detection.targets import Targets
+from umae_jax.models.encoder import Encoder
 from umae_jax.models.pyramid import Pyramid
 
 
@@ -50,6 +51,11 @@ class Detector(nnx.Module):
         self.fpn = Fpn(backbone.widths, width, dtype=dtype, rngs=rngs)
         self.rpn = Rpn(width, rpn, dtype=dtype, rngs=rngs)
         self.roi_heads = RoiHeads(width, classes, cascade, dtype=dtype, rngs=rngs)
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder of the backbone, for probes."""
+        return self.backbone.encoder
 
     def pyramid(
         self, images: jax.Array, image_size: jax.Array, drop_keys: jax.Array | None = None

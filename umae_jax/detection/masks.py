@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from umae_jax.detection.boxes import EPSILON
@@ -65,30 +64,3 @@ def paste(probabilities: jax.Array, boxes: jax.Array, height: int, width: int) -
 
     rows, columns = weights(1, height), weights(0, width)
     return jnp.einsum("...hi,...ij,...wj->...hw", rows, probabilities, columns, precision=lax.Precision.HIGHEST)
-
-
-def paste_on_host(probabilities: np.ndarray, box: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return the mask of one object, where `paste` is at least 1/2, without computing it outside the box.
-
-    Args:
-        probabilities: float32 [m, m].
-        box: box of the mask in pixels of the image, [4].
-        height: rows of the image.
-        width: columns of the image.
-
-    Returns:
-        bool [height, width].
-    """
-    mask = np.zeros((height, width), bool)
-    slices, weights = [], []
-    for axis, pixels in ((1, height), (0, width)):
-        cells = probabilities.shape[1 - axis]
-        low, high = (float(np.clip(box[corner], -1, pixels + 1)) for corner in (axis, axis + 2))
-        part = slice(max(int(low) - 1, 0), min(int(high) + 2, pixels))
-        center = np.arange(part.start, part.stop, dtype=np.float32) + np.float32(0.5)
-        side = max(box[axis + 2] - box[axis], np.float32(EPSILON))
-        position = (center - box[axis]) / side * cells - np.float32(0.5)
-        weights.append(np.maximum(1 - np.abs(position[:, None] - np.arange(cells, dtype=np.float32)), 0))
-        slices.append(part)
-    mask[slices[0], slices[1]] = weights[0] @ probabilities @ weights[1].T >= THRESHOLD
-    return mask

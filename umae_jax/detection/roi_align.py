@@ -1,9 +1,10 @@
 """RoIAlign with aligned corners and an adaptive number of samples (DET 1.6).
 
 The features of a box are `rows @ map @ columns.T`: a bin averages samples of a bilinear interpolation, which separates
-into two matrices of weights. They are computed in one of two ways, which give the same numbers for every box. By
-windows, each box reads the cells under it only, and more windows if it is larger than one. By whole maps, the matrices
-multiply all cells; a TPU does this faster for all but the largest maps, because it needs no reads at traced places.
+into two matrices of weights. They are computed in one of two ways, which are both exact for every box. By windows, each
+box reads the cells under it only, and more windows if it is larger than one. By whole maps, the matrices multiply all
+cells; a TPU does this faster for all but the largest maps, because it needs no reads at traced places. Its products
+round weights and features to bfloat16, like those of convolutions.
 """
 
 from collections.abc import Sequence

@@ -160,7 +160,8 @@ class Rpn(nnx.Module):
             for anchors, level_logits, level_deltas in zip(self.anchors(pyramid), logits, deltas, strict=True)
         ]
         boxes, scores = (jnp.stack(arrays, 1) for arrays in zip(*levels, strict=True))  # [B, levels, count, ...]
-        merged = jax.vmap(jax.vmap(suppress))(boxes, scores).reshape(len(boxes), -1)
+        with jax.named_scope("nms"):
+            merged = jax.vmap(jax.vmap(suppress))(boxes, scores).reshape(len(boxes), -1)
         best, index = jax.vmap(lambda scores: top_k(scores, min(count, len(scores))))(merged)
         chosen = jnp.take_along_axis(boxes.reshape(len(boxes), -1, 4), index[..., None], 1)
         valid = best > -jnp.inf

@@ -10,7 +10,7 @@ from umae_jax.planning.hardware import Chip
 from umae_jax.planning.hlo import Kernel
 
 _STAGE = re.compile(r"stage_(\d+)$")
-_DETECTOR = ("fpn", "rpn", "proposals", "semantic", "box_head", "mask_head")
+_DETECTOR = ("pyramid", "fpn", "rpn", "proposals", "semantic", "box_head", "mask_head")
 _PLACES = ("decoder", "loss", "optimizer", "images", *_DETECTOR)
 _LAYERS = ("attention", "mlp", "merge", "patch_embedding", "sampling", "nms", "roi_align")
 _TRANSFORMS = re.compile(r"\b(?:transpose|jvp|jit|vmap|checkpoint|rematted_computation)\(|\)")

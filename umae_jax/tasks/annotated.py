@@ -93,8 +93,9 @@ def canvases(config: ConfigDict) -> tuple[Size, ...]:
             f"{STRIDES[-1]}, with a height up to the width, because portrait images take it transposed",
         )
     require(
-        list(heights) == sorted(set(heights)),
-        f"data.canvas_heights: {tuple(heights)} must ascend, as each canvas takes the short edges above the one before",
+        list(heights) == sorted(set(heights)) and list(widths) == sorted(widths),
+        f"data.canvas_heights, data.canvas_widths: {tuple(heights)} and {tuple(widths)} must ascend, as each canvas "
+        "takes the short edges above the one before",
     )
     return sizes
 
@@ -123,6 +124,12 @@ def check_semantic(config: ConfigDict, source: AnnotatedSource) -> None:
             f"data.semantic: {printable(name)} in {printable(folder)} cannot be read ({first_line(error)}); name a "
             "folder with a PNG for each image"
         ) from None
+    height, width = source.sizes[0].tolist()
+    require(
+        labels.shape == (height, width) and labels.dtype == np.uint8,
+        f"data.semantic: {printable(name)} in {printable(folder)} is {list(labels.shape)}, {labels.dtype}, not "
+        f"{[height, width]}, uint8; write one 8-bit class per pixel of the image",
+    )
     highest = int(labels[labels != IGNORED].max(initial=0))
     require(
         highest < classes,

@@ -48,7 +48,11 @@ class Results(NamedTuple):
         kinds = [kind for kind in ("box", "mask") if f"{kind}_ap" in self.metrics]
         names = [name.partition("/")[2] for name in self.metrics if name.startswith("box_ap/")]
         values = {name: [self.metrics[f"{kind}_ap/{name}"] for kind in kinds] for name in names}
-        shown = sorted(values, key=lambda name: values[name][0])[:MAX_ROWS] if len(names) > MAX_ROWS else names
+        shown = (
+            sorted(values, key=lambda name: (values[name][0] < 0, values[name][0]))[:MAX_ROWS]
+            if len(names) > MAX_ROWS
+            else names
+        )
         width = max(map(len, (*shown, "class")))
         lines = [f"  {'class':{width}}" + "".join(f"{f'{kind} AP':>10}" for kind in kinds)]
         for name in shown:

@@ -28,6 +28,7 @@ from umae_jax.tasks import annotated, next_steps
 from umae_jax.tasks.detecting import Results, make_evaluator
 from umae_jax.tasks.detection_pictures import draw_examples, predict_objects
 from umae_jax.tasks.detector_init import initial_params
+from umae_jax.training.finish import warn_on_error
 from umae_jax.training.task import BaseTask, Batch, Hook, Params, Prediction, RunContext
 from umae_jax.weights.stored_run import StoredRun, best_checkpoint
 
@@ -237,8 +238,9 @@ class Task(BaseTask):
         results = measure(run.params)
         if is_primary():
             console.say(f"AP per class, step {run.step:,}:\n{results.table()}")
-            write_results(run.workdir / DETECTIONS_FILE, results.detections)
-            console.say(f"wrote {len(results.detections):,} detections to {run.workdir / DETECTIONS_FILE}")
+            with warn_on_error(DETECTIONS_FILE):
+                write_results(run.workdir / DETECTIONS_FILE, results.detections)
+                console.say(f"wrote {len(results.detections):,} detections to {run.workdir / DETECTIONS_FILE}")
         line = ", ".join(
             f"{kind} AP {results.metrics[f'{kind}_ap']:.2%} (AP50 {results.metrics[f'{kind}_ap50']:.2%})"
             for kind in ("box", "mask")

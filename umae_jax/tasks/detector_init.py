@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from umae_jax import console
 from umae_jax.detection.mmdet import fit_tensors, is_detector, remove_prefix
-from umae_jax.errors import UserError, listing, naming, require
+from umae_jax.errors import listing, naming, require
 from umae_jax.features import PretrainedParams, read_encoder
 from umae_jax.files import AnyPath, locate
 from umae_jax.tasks.initialization import adapt_pretrained, describe_loaded, modules_of
@@ -96,9 +96,9 @@ def _read_file(config: ConfigDict, path: AnyPath, abstract: Params) -> _Pretrain
     require(not broken, f"init: {path} holds values that are not finite ({listing(broken)}); choose another file")
     fitting = fit_tensors(abstract, tensors)
     encoder = None
-    try:
+    if any(name.startswith("pyramid.") for name in tensors):  # only our own files have norms of the maps
         encoder = read_encoder(config.init, "init")
-    except UserError as error:
-        console.say(f"init: the backbone is no encoder of ours, so it is new ({error})")
+    else:
+        console.say("init: the file's backbone is no encoder of this project, so the encoder is new")
     unused = [name for name in tensors if any(problem.startswith(f"{name} is") for problem in fitting.problems)]
     return _Pretrained(encoder, fitting.params, [*unused, *fitting.unexpected])

@@ -45,7 +45,8 @@ def open_run(
         config.probe.stage = stage
     if scales or flip:
         require("scales" in config.validation, "--scale, --flip: only a detector sees images in several views")
-        config.validation.update(scales=tuple(scales), flip=flip)
+        config.validation.scales = tuple(scales) or config.validation.scales
+        config.validation.flip = flip or config.validation.flip
         check_values(config)
     return run
 

@@ -114,9 +114,10 @@ def _table(task: BaseTask, run: AbstractRun, mesh: Mesh, workdir: AnyPath, sched
 def _warnings(task: BaseTask, mesh: Mesh, workdir: AnyPath, schedule: Schedule, disk: _Disk) -> Iterator[str]:
     """Yield a line for each pair of settings that do not fit together."""
     config = task.config
-    if config.batch_size > task.num_samples:
+    images = len(task.groups.of_record) if task.groups else task.num_samples
+    if config.batch_size > images:
         yield (
-            f"batch_size: {config.batch_size} images are more than the {task.num_samples} of the data; "
+            f"batch_size: {config.batch_size} images are more than the {images} of the data; "
             "every step repeats some of them"
         )
     if schedule.total < FEW_STEPS and config.init is None and not schedule.first_step:

@@ -32,7 +32,7 @@ from umae_jax.multihost import StopSignal, Watchdog, all_gather_json, broadcast_
 from umae_jax.training.checkpoint import Checkpoints
 from umae_jax.training.clock import Clock
 from umae_jax.training.finish import finish
-from umae_jax.training.memory import device_bytes, explain_exhaustion, step_bytes
+from umae_jax.training.memory import device_bytes, explain_exhaustion, step_bytes, tree_bytes
 from umae_jax.training.metrics import Report, metric_history, metric_names
 from umae_jax.training.optimizer import learning_rate_schedule
 from umae_jax.training.overview import Schedule, check_same_data, data_of, describe
@@ -112,7 +112,7 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
             sharding=batch_sharding(mesh),
             seed=config.seed,
             first_sample=samples,
-            readers=readers(config),
+            readers=readers(config, tree_bytes(task.batch())),
         )
         resources.push(_closing(loader.close))
         if (signal := stop.poll()) is not None:  # to one of several processes; there is nothing to save
@@ -335,7 +335,7 @@ def check_same_classes(old: tuple[str, ...], new: tuple[str, ...], workdir: AnyP
         different = [f"{before} is {after} here" for before, after in pairs if before != after]
         require(
             not different,
-            f"{workdir} holds a classifier of other classes ({listing(different)}); choose another --workdir",
+            f"{workdir} holds a model of other classes ({listing(different)}); choose another --workdir",
         )
 
 
