@@ -140,24 +140,16 @@ def test_another_record_of_the_orientation_replaces_an_unreadable_one(source, tm
     assert not arrays["box_valid"].any()
 
 
-def test_run_lengths_of_another_size_than_the_image_make_it_unreadable(tmp_path):
-    content = coco()
-    name = annotated_images.write(tmp_path, content)
-    for entry in content["annotations"]:
-        if entry["image_id"] == 10:
-            entry["segmentation"] = {"size": [90, 120], "counts": [90 * 120]}
-    (tmp_path / "annotations_train.json").write_text(json.dumps(content))
+@pytest.mark.parametrize("load", ["training", "evaluation"])
+def test_an_image_of_another_size_than_its_annotations_say_is_unreadable(tmp_path, load):
+    name = annotated_images.write(tmp_path, coco())
     Image.new("RGB", (60, 45)).save(tmp_path / "images" / "0.png")
-    _, unreadable = LoadInstances(open_annotated(name), **OPTIONS)(0, 0)
-    assert unreadable[0].reason == "its run lengths cover 10800 pixels of 60 x 45"
-
-
-def test_boxes_are_in_the_pixels_of_the_file_whatever_the_annotations_say(tmp_path):
-    content = coco(((90, 120),))
-    name = annotated_images.write(tmp_path, content)
-    content["images"][0].update(height=900, width=1200)
-    (tmp_path / "annotations_train.json").write_text(json.dumps(content))
-    assert check_objects(LoadInstances(open_annotated(name), **OPTIONS)(0, 0).arrays) == 3
+    source = open_annotated(name)
+    if load == "training":
+        _, unreadable = LoadInstances(source, **OPTIONS)(0, 0)
+    else:
+        _, unreadable = LoadForDetection(source, (64, 96), 64, 96)(0)
+    assert unreadable[0].reason == "it has 60 x 45 pixels, but its annotations say 120 x 90"
 
 
 def test_of_many_objects_a_random_choice_remains(tmp_path):

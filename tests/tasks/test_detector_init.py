@@ -194,7 +194,7 @@ def test_heads_of_mmdet_are_taken_without_their_backbone(detector, tmp_path, cap
     )
     config = config_of(file)
     assert_taken(initial(config), params, {keys for keys in paths(config) if keys[0] != "backbone"})
-    assert "init: the backbone is no encoder of ours, so it is new" in capsys.readouterr().err
+    assert "init: the file's backbone is no encoder of this project, so the encoder is new" in capsys.readouterr().err
 
 
 def test_heads_that_are_not_finite_are_rejected(detector, tmp_path):

@@ -128,7 +128,7 @@ class AnnotatedSource:
 
     @property
     def sizes(self) -> np.ndarray:
-        """Height and width of the images by the annotations, int32 [N, 2]; the file's own are those that count."""
+        """Height and width of the images by the annotations, int32 [N, 2]; files of other sizes are not read."""
         return self._tables.sizes[self.rows]
 
     @functools.cached_property
