@@ -86,6 +86,12 @@ def test_the_table_has_mean_and_standard_deviation(experiment):
     assert line == "| cells | UM-MAE | 2 | 60.0 ± 14.1 |  |  |  | 10 |  | 1.0 ± 0.0 |"
 
 
+def test_the_time_of_interrupted_runs_does_not_count(experiment):
+    runs = [run_of(0.5, pretrain_processor_seconds=seconds) for seconds in (None, 60.0)]
+    assert experiment.summarize({"UM-MAE": runs})["UM-MAE"]["pretrain_processor_seconds"]["mean"] == 60
+    assert "|  | 1.0 |" in experiment.markdown({"cells": experiment.summarize({"UM-MAE": runs[:1]})})
+
+
 def test_the_plot_is_written(experiment, tmp_path):
     table = experiment.summarize({"from scratch": [run_of(0.5), run_of(0.7)], "UM-MAE": [run_of(0.8)]})
     experiment.draw({"cells": table, "nuclei": table}, tmp_path / "table.png")

@@ -14,6 +14,7 @@ DIR/table.png, are written after each run.
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -49,12 +50,12 @@ class Result(NamedTuple):
     Attributes:
         validations: metrics of each validation, the last one last.
         steps: number of training steps.
-        processor_seconds: processor time of the command on all cores; valid if it ran without interruption.
+        processor_seconds: processor time of the command on all cores; None if it was interrupted and continued.
     """
 
     validations: list[dict[str, float]]
     steps: int
-    processor_seconds: float
+    processor_seconds: float | None
 
 
 def unpack(archives: Path, folder: Path) -> None:
@@ -94,6 +95,7 @@ def run(command: str, config: str, workdir: Path, overrides: tuple[str, ...]) ->
     """Run a training command unless it has finished already, and return its measurements."""
     done = workdir / "result.json"
     if not done.exists():
+        continued = (workdir / "metrics.jsonl").exists()
         workdir.mkdir(parents=True, exist_ok=True)
         arguments = ["--config", f"{HERE / config}", "--workdir", str(workdir), *overrides, *_BOTH.value]
         with (workdir / "log.txt").open("ab") as log:
@@ -106,7 +108,8 @@ def run(command: str, config: str, workdir: Path, overrides: tuple[str, ...]) ->
             sys.exit(f"{command} in {workdir} failed; read {workdir / 'log.txt'}")
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
         validations = [line for line in lines if "box_ap" in line]
-        result = Result(validations, lines[-1]["step"], usage.ru_utime + usage.ru_stime)
+        seconds = None if continued else usage.ru_utime + usage.ru_stime
+        result = Result(validations, lines[-1]["step"], seconds)
         done.write_text(json.dumps(result._asdict(), indent=2))
     return Result(**json.loads(done.read_text()))
 
@@ -147,11 +150,13 @@ class Experiment:
 
     def step_time(self, start: str) -> float:
         """Return the processor seconds of a step of pre-training: start and compilation cancel out."""
-        few, many = (
-            self.pretrain(self.workdir / "timing" / f"{METHODS[start]}_{steps}", start, next(iter(DATA)), steps, seed=0)
-            for steps in TIMED
-        )
-        return (many.processor_seconds - few.processor_seconds) / (TIMED[1] - TIMED[0])
+        seconds = []
+        for steps in TIMED:
+            folder = self.workdir / "timing" / f"{METHODS[start]}_{steps}"
+            if not (folder / "result.json").exists():
+                shutil.rmtree(folder, ignore_errors=True)  # a continued run has no time
+            seconds.append(self.pretrain(folder, start, next(iter(DATA)), steps, seed=0).processor_seconds)
+        return (seconds[1] - seconds[0]) / (TIMED[1] - TIMED[0])
 
     def row(self, start: str, data: str, seed: int) -> dict[str, Any]:
         """Pre-train and train a detector with one seed; return its numbers."""
@@ -179,9 +184,10 @@ def say(line: str) -> None:
 def summarize(rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     """Return mean, sample standard deviation and values of each number over the seeds, and the curves."""
 
-    def spread(values: list[float]) -> dict[str, Any]:
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        return {"mean": statistics.mean(values), "std": deviation, "values": values}
+    def spread(values: list[float | None]) -> dict[str, Any]:
+        known = [value for value in values if value is not None]
+        mean = statistics.mean(known) if known else None
+        return {"mean": mean, "std": statistics.stdev(known) if len(known) > 1 else None, "values": values}
 
     return {
         start: {
@@ -218,7 +224,7 @@ def markdown(tables: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def _cell(value: dict[str, Any] | None, scale: float) -> str:
-    if value is None:
+    if value is None or value["mean"] is None:
         return ""
     if isinstance(value["values"][0], int):
         return f"{scale * value['mean']:.0f}"
@@ -257,7 +263,8 @@ def main(_: list[str]) -> None:
             for start in STARTS:
                 measured = experiment.row(start, data, seed)
                 rows.setdefault(data, {}).setdefault(start, []).append(measured)
-                numbers = ", ".join(f"{key} {value:.4g}" for key, value in measured.items() if key != "curve")
+                known = {key: value for key, value in measured.items() if key != "curve" and value is not None}
+                numbers = ", ".join(f"{key} {value:.4g}" for key, value in known.items())
                 say(f"seed {seed}, {data}, {start}: {numbers}")
                 tables = {name: summarize(runs) for name, runs in rows.items()}
                 content = {"tables": tables, "settings": settings}
