@@ -10,7 +10,7 @@ from absl import flags
 from PIL import Image
 
 from tests.annotated_images import coco, write
-from tests.commands import ROOT, xla_flags
+from tests.commands import ROOT
 from tests.images import picture
 
 TINY = (*("widths=(8,8,16,16)", "depths=(1,1,1,1)", "heads=(1,1,2,2)", "window=4", "position_width=4"),)
@@ -112,31 +112,3 @@ def test_simmim_gets_the_processor_time_of_um_mae(experiment, tmp_path, monkeypa
     trial = experiment.Experiment(tmp_path)
     assert trial.pretrain_steps("UM-MAE") == 900
     assert trial.pretrain_steps("SimMIM") == 300
-
-
-def test_a_row_pretrains_and_trains_a_detector_once(experiment, archives, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("XLA_FLAGS", xla_flags())
-    both = [f"--both=--config.model.{change}" for change in TINY]
-    pretrain = [f"--pretrain=--config.{change}" for change in ("batch_size=4", "image_size=(64,64)")]
-    detect = [
-        f"--detect=--config.{change}"
-        for change in (
-            *(f"model.{change}" for change in TINY_DETECTOR),
-            *("image_size=(64,64)", "data.canvas_heights=(64,)", "data.canvas_widths=(64,)"),
-            *("data.short_edge=(48,64)", "validation.short_edge=64", "total_epochs=2", "validation.every_epochs=1"),
-        )
-    ]
-    flags.FLAGS.unparse_flags()
-    flags.FLAGS([sys.argv[0], "--archives=.", f"--workdir={tmp_path}", "--pretrain_steps=2", *both, *pretrain, *detect])
-    trial = experiment.Experiment(tmp_path)
-    experiment.unpack(archives, trial.data)
-    row = trial.row("UM-MAE", "nuclei", seed=1)
-    aps = {"box_ap", "box_ap50", "mask_ap", "mask_ap50"}
-    assert row.keys() == {*aps, "pretrain_steps", "pretrain_processor_seconds", "detect_processor_seconds", "curve"}
-    assert row["pretrain_steps"] == 2
-    assert row["curve"]["step"] == [1, 2]
-    assert len(row["curve"]["mask_ap"]) == 2
-    assert "loaded" in (tmp_path / "seed1" / "nuclei" / "UM-MAE" / "detect" / "log.txt").read_text()
-    assert trial.row("UM-MAE", "nuclei", seed=1) == row  # finished commands do not run again

@@ -42,7 +42,8 @@ PRESETS = [(size, method) for size, methods in list_models().items() for method 
 def test_every_bundled_configuration_loads_by_name_builds_and_survives_json(path):
     name = str(path.relative_to(ROOT / "configs").with_suffix(""))
     config = load_config(name)
-    check(config, devices=1)
+    config.batch_size = max(config.batch_size, jax.device_count())
+    check(config)
     task = make_task(config.copy_and_resolve_references().unlock())
     task.assume_data()
     nnx.eval_shape(lambda: task.build_model(ConstantRngs()))

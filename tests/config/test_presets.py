@@ -49,8 +49,8 @@ def test_every_preset_builds_and_each_parameter_has_its_own_name(size, method):
     assert len(names) == len(nnx.to_flat_state(params))
 
 
-def test_a_detector_needs_patches_of_16_pixels():
-    with pytest.raises(UserError, match=r"^model.patch: .* not 14; set it to 16"):
+def test_no_canvas_is_a_multiple_of_14_and_32_pixels():
+    with pytest.raises(UserError, match=r"^image_size: the height 1408 is not a multiple of 14"):
         abstract_model("vit_huge", "detector")
 
 

@@ -3,7 +3,7 @@
 import io
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -138,10 +138,9 @@ def check_semantic(config: ConfigDict, source: AnnotatedSource) -> None:
     )
 
 
-def shapes(sizes: tuple[Size, ...]) -> tuple[Size, ...]:
-    """Return all shapes of canvases, landscape and portrait, without duplicates; the first is the largest landscape."""
-    both = [oriented(size, portrait) for size in sizes[::-1] for portrait in (False, True)]
-    return tuple(dict.fromkeys(both))
+def shapes(sizes: tuple[Size, ...], orientations: Sequence[bool]) -> tuple[Size, ...]:
+    """Return the shapes of canvases without duplicates, the largest first; an orientation is True for portrait."""
+    return tuple(dict.fromkeys(oriented(size, portrait) for size in sizes[::-1] for portrait in orientations))
 
 
 def training_arrays(config: ConfigDict, size: Size) -> dict[str, jax.ShapeDtypeStruct]:

@@ -56,10 +56,11 @@ class Task(BaseTask):
         return annotated.training_arrays(self.config, annotated.canvases(self.config)[-1])
 
     def batches(self) -> Sequence[dict[str, jax.ShapeDtypeStruct]]:
-        """See `BaseTask.batches`: landscape and portrait canvases of each size."""
-        return [
-            annotated.training_arrays(self.config, size) for size in annotated.shapes(annotated.canvases(self.config))
-        ]
+        """See `BaseTask.batches`: landscape and portrait canvases of each size, those that the data need."""
+        source = getattr(self, "source", None)  # a plan may have none
+        orientations = (False, True) if source is None else tuple(np.unique(source.portrait).tolist())
+        sizes = annotated.shapes(annotated.canvases(self.config), orientations)
+        return [annotated.training_arrays(self.config, size) for size in sizes]
 
     def build_model(self, rngs: nnx.Rngs) -> nnx.Module:
         """See `BaseTask.build_model`."""
