@@ -6,6 +6,7 @@ import re
 from operator import getitem
 from pathlib import Path
 
+import jax
 import pytest
 from flax import nnx
 

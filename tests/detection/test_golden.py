@@ -46,7 +46,7 @@ OPTIONS = {
 }
 OBJECTS, CROP = 4, 112
 # Two activations of this stage of HTC++ lie within 7e-7 of zero, where rounding decides the slope of the ReLU.
-KINK = "roi_head.bbox_head.1.shared_convs.0."
+KINK = "roi_head.bbox_head.1.shared_convs."
 
 
 class Heads(nnx.Module):
