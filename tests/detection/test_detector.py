@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh
 from tests import tiny_detector
 from tests.detection import scenes
 from tests.rngs import ConstantRngs
+from tests.slow import slow
 from umae_jax.config import default_config, load_config
 from umae_jax.detection.detector import Detected, total_loss
 from umae_jax.tasks.detection import Task
@@ -48,6 +49,7 @@ VARIANTS = {
 }
 
 
+@slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_trains_all_of_its_parts(name):
     encoder, model = VARIANTS[name]
@@ -97,6 +99,7 @@ def padded():
     return pixels, batch, compiled, compiled(pixels, batch)
 
 
+@slow
 def test_no_gradient_reaches_pixels_beyond_the_content(padded):
     _, batch, _, (_, (_, gradient)) = padded
     gradient = np.abs(gradient)
@@ -111,6 +114,7 @@ def equal(one, other):
     return all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b), one, other)))
 
 
+@slow
 def test_pixels_beyond_the_content_change_nothing(padded):
     pixels, batch, compute, expected = padded
     height, width = batch["image_size"][0]
@@ -121,6 +125,7 @@ def test_pixels_beyond_the_content_change_nothing(padded):
     assert not equal(compute(jnp.asarray(changed), batch), expected)
 
 
+@slow
 def test_objects_beyond_the_last_change_nothing(padded):
     pixels, batch, compute, expected = padded
     changed = scenes.with_noise_in_invalid_slots(batch, classes=2)
@@ -149,6 +154,7 @@ def mesh_of(data, fsdp):
     return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
+@slow
 def test_losses_gradients_and_statistics_are_equal_on_1_and_8_devices():
     """BatchNorm over the RoIs of one device alone would change all three."""
     config = config_of(stages=1, box_convs=2)

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from tests.detection.golden import assert_close, assert_close_gradients, load
+from tests.slow import slow
 from umae_jax.detection import cascade, sampling
 from umae_jax.detection.cascade import CascadeOptions, RoiHeads
 from umae_jax.detection.detector import total_loss
@@ -157,7 +158,7 @@ def compare_rois(name, ours, theirs):
     assert_close(name, flat(ours), theirs[:, 1:])
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [pytest.param("htc", marks=slow), "htcpp"])
 def test_training(name, monkeypatch):
     train, gradients = numbers(name, "train"), numbers(name, "grads")
     graph, params = heads_of(name)

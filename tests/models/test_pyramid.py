@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from tests.rngs import ConstantRngs
+from tests.slow import slow
 from umae_jax.config import default_config
 from umae_jax.errors import UserError
 from umae_jax.models import attention
@@ -279,6 +280,7 @@ def test_the_padding_is_zero_after_normalisation():
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@slow
 def test_padding_does_not_enlarge_the_first_gradients():
     def norm_of_gradient(image_size):
         graph, params = nnx.split(build("swin"))
