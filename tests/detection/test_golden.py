@@ -158,7 +158,8 @@ def compare_rois(name, ours, theirs):
     assert_close(name, flat(ours), theirs[:, 1:])
 
 
-@pytest.mark.parametrize("name", [pytest.param("htc", marks=slow), "htcpp"])
+@slow
+@pytest.mark.parametrize("name", OPTIONS)
 def test_training(name, monkeypatch):
     train, gradients = numbers(name, "train"), numbers(name, "grads")
     graph, params = heads_of(name)
