@@ -1,6 +1,5 @@
 """The experiment of configs/cifar, with tiny models and data."""
 
-import importlib.util
 import json
 import sys
 import zipfile
@@ -9,6 +8,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
+from tests import experiments
 from tests.commands import ROOT, xla_flags
 from tests.images import picture
 
@@ -18,11 +18,8 @@ TINY = ("widths=(8,16,32)", "depths=(1,1,1)", "position_width=4")
 
 @pytest.fixture(scope="module")
 def experiment():
-    """Load the script as a module."""
-    spec = importlib.util.spec_from_file_location("experiment", ROOT / "configs" / "cifar" / "experiment.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with experiments.load("cifar") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

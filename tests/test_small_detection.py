@@ -1,6 +1,5 @@
 """The experiment of configs/small_detection, with tiny models and data."""
 
-import importlib.util
 import json
 import sys
 import zipfile
@@ -9,9 +8,11 @@ import pytest
 from absl import flags
 from PIL import Image
 
+from tests import experiments
 from tests.annotated_images import coco, write
-from tests.commands import ROOT
+from tests.commands import ROOT, xla_flags
 from tests.images import picture
+from tests.slow import slow
 
 TINY = (*("widths=(8,8,16,16)", "depths=(1,1,1,1)", "heads=(1,1,2,2)", "window=4", "position_width=4"),)
 TINY_DETECTOR = (
@@ -22,12 +23,8 @@ TINY_DETECTOR = (
 
 @pytest.fixture(scope="module")
 def experiment():
-    """Load the script as a module."""
-    path = ROOT / "configs" / "small_detection" / "experiment.py"
-    spec = importlib.util.spec_from_file_location("small_detection_experiment", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with experiments.load("small_detection") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +109,32 @@ def test_simmim_gets_the_processor_time_of_um_mae(experiment, tmp_path, monkeypa
     trial = experiment.Experiment(tmp_path)
     assert trial.pretrain_steps("UM-MAE") == 900
     assert trial.pretrain_steps("SimMIM") == 300
+
+
+@slow
+def test_a_row_pretrains_and_trains_a_detector_once(experiment, archives, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("XLA_FLAGS", xla_flags())
+    both = [f"--both=--config.model.{change}" for change in TINY]
+    pretrain = [f"--pretrain=--config.{change}" for change in ("batch_size=4", "image_size=(64,64)")]
+    detect = [
+        f"--detect=--config.{change}"
+        for change in (
+            *(f"model.{change}" for change in TINY_DETECTOR),
+            *("image_size=(64,64)", "data.canvas_heights=(64,)", "data.canvas_widths=(64,)"),
+            *("data.short_edge=(48,64)", "validation.short_edge=64", "total_epochs=2", "validation.every_epochs=1"),
+        )
+    ]
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS([sys.argv[0], "--archives=.", f"--workdir={tmp_path}", "--pretrain_steps=2", *both, *pretrain, *detect])
+    trial = experiment.Experiment(tmp_path)
+    experiment.unpack(archives, trial.data)
+    row = trial.row("UM-MAE", "nuclei", seed=1)
+    aps = {"box_ap", "box_ap50", "mask_ap", "mask_ap50"}
+    assert row.keys() == {*aps, "pretrain_steps", "pretrain_processor_seconds", "detect_processor_seconds", "curve"}
+    assert row["pretrain_steps"] == 2
+    assert row["curve"]["step"] == [1, 2]
+    assert len(row["curve"]["mask_ap"]) == 2
+    assert "loaded" in (tmp_path / "seed1" / "nuclei" / "UM-MAE" / "detect" / "log.txt").read_text()
+    assert trial.row("UM-MAE", "nuclei", seed=1) == row  # finished commands do not run again

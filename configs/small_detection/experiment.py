@@ -13,10 +13,8 @@ DIR/table.png, are written after each run.
 """
 
 import json
-import os
 import shutil
 import statistics
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -24,6 +22,8 @@ from typing import Any, NamedTuple
 
 import matplotlib.figure
 from absl import app, flags
+
+from umae_jax.benchmarking import experiments
 
 HERE = Path(__file__).parent
 DATA = {"nuclei": "nuclei150_instances", "cells": "bccd364_boxes"}  # argument of detect.py -> archive
@@ -80,15 +80,7 @@ def unpack(archives: Path, folder: Path) -> None:
 
 def keep_settings(workdir: Path) -> dict[str, Any]:
     """Return the settings given by flags, except the number of seeds; exit if DIR was started with other settings."""
-    settings = {flag.name: flag.value for flag in SETTINGS}
-    path = workdir / "settings.json"
-    if not path.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=2) + "\n")
-    before = json.loads(path.read_text())
-    if changed := [name for name, value in settings.items() if before.get(name) != value]:
-        sys.exit(f"{workdir} was started with other --{', --'.join(changed)}; see {path}, or choose another --workdir")
-    return settings
+    return experiments.keep_settings(workdir, SETTINGS)
 
 
 def run(command: str, config: str, workdir: Path, overrides: tuple[str, ...]) -> Result:
@@ -96,17 +88,9 @@ def run(command: str, config: str, workdir: Path, overrides: tuple[str, ...]) ->
     done = workdir / "result.json"
     if not done.exists():
         continued = (workdir / "metrics.jsonl").exists()
-        workdir.mkdir(parents=True, exist_ok=True)
-        arguments = ["--config", f"{HERE / config}", "--workdir", str(workdir), *overrides, *_BOTH.value]
-        with (workdir / "log.txt").open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", f"umae_jax.{command}", *arguments], stdout=log, stderr=log
-            )
-            _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            sys.exit(f"{command} in {workdir} failed; read {workdir / 'log.txt'}")
-        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        arguments = ["--config", f"{HERE / config}", *overrides, *_BOTH.value]
+        usage = experiments.run_training(command, arguments, workdir)
+        lines = experiments.read_metrics(workdir)
         validations = [line for line in lines if "box_ap" in line]
         seconds = None if continued else usage.ru_utime + usage.ru_stime
         result = Result(validations, lines[-1]["step"], seconds)
