@@ -21,6 +21,7 @@ from umae_jax.errors import Preempted, UserError
 from umae_jax.multihost import StopSignal
 from umae_jax.tasks import evaluation, next_steps
 from umae_jax.tasks.detection import Task
+from umae_jax.training import programs as programs_module
 from umae_jax.training import run as run_module
 from umae_jax.training.run import train
 from umae_jax.training.task import Hook
@@ -86,7 +87,7 @@ class Program:
 def calls():
     """Compile the step of each configuration and canvas once for all runs; count the calls by shape of the images."""
     programs, steps, counts = {}, [], Counter()
-    build, lower = run_module.build_step, run_module.lower_step
+    build, lower = run_module.build_step, programs_module.lower_step
 
     def build_step(task, *arguments):
         config = task.config
@@ -104,7 +105,7 @@ def calls():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_module, "build_step", build_step)
-        patch.setattr(run_module, "lower_step", lower_step)
+        patch.setattr(programs_module, "lower_step", lower_step)
         counts.programs = programs
         yield counts
 

@@ -15,7 +15,7 @@ from umae_jax.models.kernels import compiler_options
 from umae_jax.planning.targets import find_target
 from umae_jax.tasks import make_task
 from umae_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from umae_jax.training.run import global_batch
+from umae_jax.training.programs import global_batch
 from umae_jax.training.sharding import batch_sharding
 from umae_jax.training.state import abstract_run, init_state, initialize
 from umae_jax.training.step import Outputs, loss_function, lower_step, make_train_step

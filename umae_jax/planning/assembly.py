@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 
 from umae_jax.errors import UserError
 from umae_jax.tasks import make_task
-from umae_jax.training.run import build_step, global_batch
+from umae_jax.training.programs import global_batch
+from umae_jax.training.run import build_step
 from umae_jax.training.state import AbstractRun, TrainState, abstract_run, initialize
 from umae_jax.training.step import TrainStep, lower_step
 from umae_jax.training.task import BaseTask, Batch

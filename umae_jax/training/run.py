@@ -3,12 +3,11 @@
 import contextlib
 import copy
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -23,8 +22,8 @@ from umae_jax.config import (
     share_of_run,
     to_json,
 )
-from umae_jax.console import say, size
-from umae_jax.data.pipeline import TrainLoader, abstract_batch, readers
+from umae_jax.console import say
+from umae_jax.data.pipeline import TrainLoader, readers
 from umae_jax.errors import Preempted, PreemptionRequested, UserError, listing, naming, require
 from umae_jax.files import AnyPath, write_atomic
 from umae_jax.models.kernels import check_platform
@@ -32,14 +31,15 @@ from umae_jax.multihost import StopSignal, Watchdog, all_gather_json, broadcast_
 from umae_jax.training.checkpoint import Checkpoints
 from umae_jax.training.clock import Clock
 from umae_jax.training.finish import finish
-from umae_jax.training.memory import device_bytes, explain_exhaustion, step_bytes, tree_bytes
+from umae_jax.training.memory import device_bytes, explain_exhaustion, tree_bytes
 from umae_jax.training.metrics import Report, metric_history, metric_names
 from umae_jax.training.optimizer import learning_rate_schedule
 from umae_jax.training.overview import Schedule, check_same_data, data_of, describe
+from umae_jax.training.programs import compile_programs, global_batch, memory_of, shapes_of
 from umae_jax.training.sharding import batch_sharding, make_mesh, shardings_of
 from umae_jax.training.state import AbstractRun, abstract_run, initialize
 from umae_jax.training.step import TrainStep, loss_function, lower_step, make_train_step
-from umae_jax.training.task import BaseTask, Batch, Hook, RunContext
+from umae_jax.training.task import BaseTask, Hook, RunContext
 from umae_jax.training.trackers import check_installed
 from umae_jax.weights.stored_run import CLASSES_FILE, stored_config
 
@@ -126,10 +126,7 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
         resources.enter_context(exhaustion)
         with startup.phase("compiling the training step", "; later starts read it from a cache"):
             train_step = build_step(task, run, warmup_steps, total_steps)
-            programs = {
-                _shapes(batch): lower_step(train_step, run.state, batch, mesh).compile()
-                for batch in global_batches(task, mesh)
-            }
+            programs = compile_programs(task, train_step, run.state, mesh)
         say(memory_of(programs.values(), mesh))
         hooks = task.hooks(context)
         watchdog = Watchdog(step_timeout)
@@ -216,7 +213,7 @@ def train(task: BaseTask, workdir: AnyPath, stop: StopSignal, step_timeout: floa
             batch = clock.next(loader)
             if number == first_step:
                 startup.mark("the first batch")
-            state, metrics_of_step = programs[_shapes(batch)](state, batch)
+            state, metrics_of_step = programs[shapes_of(batch)](state, batch)
             samples += config.batch_size
             number += 1
             if pending:
@@ -337,32 +334,6 @@ def check_same_classes(old: tuple[str, ...], new: tuple[str, ...], workdir: AnyP
             not different,
             f"{workdir} holds a model of other classes ({listing(different)}); choose another --workdir",
         )
-
-
-def global_batch(task: BaseTask, mesh: Mesh) -> Batch:
-    """Return the largest batch of a training step in shapes, dtypes and shardings."""
-    return _global(task, task.batch(), mesh)
-
-
-def global_batches(task: BaseTask, mesh: Mesh) -> list[Batch]:
-    """Return a batch of each shape in shapes, dtypes and shardings."""
-    return [_global(task, arrays, mesh) for arrays in task.batches()]
-
-
-def _global(task: BaseTask, arrays: Batch, mesh: Mesh) -> Batch:
-    arrays = arrays | {"sample_index": jax.ShapeDtypeStruct((), np.uint32)}
-    return abstract_batch(arrays, task.config.batch_size, batch_sharding(mesh))
-
-
-def _shapes(batch: Batch) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Return the shapes of a batch, by which its program is found."""
-    return tuple(sorted((name, array.shape) for name, array in batch.items()))
-
-
-def memory_of(programs: Iterable[jax.stages.Compiled], mesh: Mesh) -> str:
-    """Return a line about the device memory that the compiler expects the largest step to need."""
-    needed, available = max(map(step_bytes, programs)), device_bytes(mesh.devices.flat[0])
-    return f"the step needs {size(needed)} of memory per device" + (f" of {size(available)}" if available else "")
 
 
 def compile_changed(task: BaseTask, config: ConfigDict, mesh: Mesh) -> jax.stages.Compiled:
