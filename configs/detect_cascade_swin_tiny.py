@@ -11,23 +11,10 @@ after UM-MAE nor hours have been published.
 from ml_collections import ConfigDict
 
 from umae_jax.config import default_config
+from umae_jax.config.detection import cascade_on_coco
 
 
 def get_config(epochs: str = "36") -> ConfigDict:
     config = default_config("swin_tiny", "detector")
-    config.image_size = (800, 1344)
-    config.total_epochs = float(epochs)
-    config.model.classes = 80
-    config.model.masks = True
-    config.model.global_block = False
-    config.model.interleaved = False
-    config.model.mask_flow = False
-    config.model.score_threshold = 0.05
-    config.model.nms = "hard"
-    config.data.canvas_heights = (608, 800)
-    config.data.canvas_widths = (928, 1344)
-    config.data.short_edge = (480, 800)
-    config.augment.copy_paste = 0.0
-    config.validation.short_edge = 800
-    config.optimizer.decay_at = (8 / 12, 11 / 12) if epochs == "12" else (27 / 36, 33 / 36)
+    config.update_from_flattened_dict(cascade_on_coco(epochs))
     return config

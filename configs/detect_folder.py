@@ -12,20 +12,17 @@ numbers.
 from ml_collections import ConfigDict
 
 from umae_jax.config import default_config
+from umae_jax.config.detection import CASCADE
 
 
 def get_config() -> ConfigDict:
     config = default_config("swin_tiny", "detector")
+    config.update_from_flattened_dict(CASCADE)
     config.image_size = (640, 640)
     config.batch_size = 4
     config.total_epochs = 50.0
     config.rematerialize = "blocks"
-    config.model.global_block = False
-    config.model.interleaved = False
-    config.model.mask_flow = False
     config.model.train_proposals = 1000
-    config.model.score_threshold = 0.05
-    config.model.nms = "hard"
     config.data.source = "coco:annotated"
     config.data.canvas_heights = (640,)
     config.data.canvas_widths = (640,)

@@ -97,6 +97,33 @@ _KEYS = {
 }
 
 
+# Cascade Mask R-CNN: what HTC++ adds, taken away, and the field's NMS.
+CASCADE = {
+    "model.global_block": False,
+    "model.interleaved": False,
+    "model.mask_flow": False,
+    "model.score_threshold": 0.05,
+    "model.nms": "hard",
+}
+
+
+def cascade_on_coco(epochs: str) -> dict[str, Any]:
+    """Return the values of Cascade Mask R-CNN on COCO for a schedule of 12 or 36 epochs (DET 1.1)."""
+    return {
+        **CASCADE,
+        "image_size": (800, 1344),
+        "total_epochs": float(epochs),
+        "model.classes": 80,
+        "model.masks": True,
+        "data.canvas_heights": (608, 800),
+        "data.canvas_widths": (928, 1344),
+        "data.short_edge": (480, 800),
+        "augment.copy_paste": 0.0,
+        "validation.short_edge": 800,
+        "optimizer.decay_at": (8 / 12, 11 / 12) if epochs == "12" else (27 / 36, 33 / 36),
+    }
+
+
 def _recipe(size: str, encoder: str) -> dict[str, Any]:
     return {
         "image_size": (1408, 1600),  # the largest canvas
