@@ -8,7 +8,6 @@ from umae_jax import console
 from umae_jax.annotated import draw_instances, draw_sheet
 from umae_jax.data.annotations import AnnotatedSource
 from umae_jax.data.coco_json import CROWD
-from umae_jax.data.decode import EncodedImage
 from umae_jax.data.instances import Mask, Region, rasterize
 from umae_jax.data.transforms import Unreadable, try_load
 from umae_jax.errors import require
@@ -64,8 +63,7 @@ def draw(source: AnnotatedSource, count: int = PICTURES) -> np.ndarray:
         boxes, labels, masks = source.instances(index)
 
         def decode(data: bytes, masks: Sequence[Mask | None] = masks) -> tuple[np.ndarray, list[Region | None]]:
-            image = EncodedImage(data, source.max_pixels, exif=False)
-            pixels = image.crop((0, 0, *image.size), image.size[::-1], 3, "bilinear")
+            pixels = source.decode(data)
             return pixels, [None if mask is None else rasterize(mask, *pixels.shape[:2]) for mask in masks]
 
         loaded = try_load(source, index, decode)

@@ -21,29 +21,20 @@ from umae_jax.errors import UserError
 
 CLASSES, WIDTH, HIDDEN = 5, 16, 24
 RPN = RpnOptions(anchor_scale=4, samples=48, train_proposals=400, test_proposals=150)
+_HTC = CascadeOptions(
+    semantic_classes=7,
+    box_convs=0,
+    box_hidden=HIDDEN,
+    box_loss="smooth_l1",
+    samples=32,
+    score_threshold=0.05,
+    nms="hard",
+    nms_threshold=0.5,
+    detections=12,
+)
 OPTIONS = {
-    "htc": CascadeOptions(
-        semantic_classes=7,
-        box_convs=0,
-        box_hidden=HIDDEN,
-        box_loss="smooth_l1",
-        samples=32,
-        score_threshold=0.05,
-        nms="hard",
-        nms_threshold=0.5,
-        detections=12,
-    ),
-    "htcpp": CascadeOptions(
-        semantic_classes=7,
-        box_convs=4,
-        box_hidden=HIDDEN,
-        box_loss="giou",
-        samples=32,
-        score_threshold=0.05,
-        nms="linear",
-        nms_threshold=0.3,
-        detections=12,
-    ),
+    "htc": _HTC,
+    "htcpp": _HTC._replace(box_convs=4, box_loss="giou", nms="linear", nms_threshold=0.3),
 }
 OBJECTS, CROP = 4, 112
 # Two activations of this stage of HTC++ lie within 7e-7 of zero, where rounding decides the slope of the ReLU.

@@ -115,6 +115,11 @@ class AnnotatedSource:
         """Return the name of an image in the annotations."""
         return os.fsdecode(self._tables.names[self.rows[index]])
 
+    def decode(self, data: bytes) -> np.ndarray:
+        """Decode the whole image of a record, uint8 [H, W, 3]."""
+        image = EncodedImage(data, self.max_pixels, exif=self.exif)
+        return image.crop((0, 0, *image.size), image.size[::-1], 3, "bilinear")
+
     def instances(self, index: int) -> Instances:
         """Return the objects of an image, without decoding their masks."""
         tables, row = self._tables, self.rows[index]

@@ -79,7 +79,9 @@ class LoadInstances:
             other = self._load(rng, self._draw(rng, portrait), canvas, unreadable)
             if other is not None:
                 layer = _limit(blend(layer, other, rng, IGNORED, SEMANTIC_STRIDE), rng)
-        arrays = _blank(canvas.size, self.semantic_folder is not None) if layer is None else _arrays(layer, canvas.size)
+        if layer is None:
+            return Sample(blank_arrays(canvas.size, semantic=self.semantic_folder is not None), tuple(unreadable))
+        arrays = _arrays(layer, canvas.size)
         return Sample(arrays, tuple(unreadable))
 
     def _load(
@@ -134,9 +136,7 @@ class LoadInstances:
 
     def _semantic(self, record_index: int, placement: Placement) -> np.ndarray:
         """Read the upper left pixel of every block of 8 x 8 pixels of a semantic map, uint8."""
-        name = os.path.splitext(self.source.file_name(record_index))[0] + ".png"
-        data = read_file(os.path.join(str(self.semantic_folder), name))
-        labels = np.asarray(Image.open(io.BytesIO(data), formats=["PNG"]))
+        labels = read_semantic(str(self.semantic_folder), semantic_name(self.source, record_index))
         if labels.shape != placement.source or labels.dtype != np.uint8:
             shape, wanted = list(labels.shape), list(placement.source)
             raise ValueError(f"its semantic map is {shape}, {labels.dtype}, not {wanted}, uint8")
@@ -231,8 +231,18 @@ def _limit(layer: Layer, rng: random.Random) -> Layer:
     return layer if count <= MAX_BOXES else layer.take(np.array(sorted(rng.sample(range(count), MAX_BOXES))))
 
 
-def _blank(size: Size, semantic: bool) -> dict[str, np.ndarray]:
-    """Return the arrays of a black canvas without objects."""
+def semantic_name(source: AnnotatedSource, record_index: int) -> str:
+    """Return the name of the semantic map of an image."""
+    return os.path.splitext(source.file_name(record_index))[0] + ".png"
+
+
+def read_semantic(folder: str, name: str) -> np.ndarray:
+    """Read a semantic map as it is stored; an OSError if it is no PNG file."""
+    return np.asarray(Image.open(io.BytesIO(read_file(os.path.join(folder, name))), formats=["PNG"]))
+
+
+def blank_arrays(size: Size, *, semantic: bool) -> dict[str, np.ndarray]:
+    """Return the arrays of `LoadInstances` for a black canvas without objects."""
     arrays: dict[str, np.ndarray] = {
         "image": np.zeros((*size, 3), np.uint8),
         "image_size": np.array(size, np.int32),
@@ -249,7 +259,7 @@ def _blank(size: Size, semantic: bool) -> dict[str, np.ndarray]:
 
 def _arrays(layer: Layer, size: Size) -> dict[str, np.ndarray]:
     """Return the arrays of a sample; objects whose masks lie outside of the content are dropped."""
-    arrays = _blank(size, layer.semantic is not None)
+    arrays = blank_arrays(size, semantic=layer.semantic is not None)
     height, width = layer.placement.content
     arrays["image"][:height, :width] = layer.pixels
     arrays["image_size"][:] = height, width

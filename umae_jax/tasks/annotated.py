@@ -1,8 +1,6 @@
 """Annotated images for training and evaluation of detectors."""
 
-import io
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -11,16 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from PIL import Image
 
 from umae_jax.console import say
 from umae_jax.data.annotations import AnnotatedSource, open_annotated
-from umae_jax.data.dense_transforms import IGNORED, MAX_BOXES, SEMANTIC_STRIDE, LoadForDetection, LoadViews, view_names
-from umae_jax.data.instances import CROP_SIZE
+from umae_jax.data.dense_transforms import (
+    IGNORED,
+    LoadForDetection,
+    LoadViews,
+    blank_arrays,
+    read_semantic,
+    semantic_name,
+    view_names,
+)
 from umae_jax.data.pipeline import EvalLoader, abstract_batch, readers
 from umae_jax.data.placement import Size, oriented
 from umae_jax.errors import UserError, printable, require
-from umae_jax.files import first_line, read_file
+from umae_jax.files import first_line
 from umae_jax.models.pyramid import STRIDES
 from umae_jax.training.sharding import batch_sharding
 from umae_jax.training.task import Batch
@@ -116,9 +120,9 @@ def check_ranges(config: ConfigDict) -> None:
 def check_semantic(config: ConfigDict, source: AnnotatedSource) -> None:
     """Check the semantic map of the first image; a UserError names a wrong folder, or too few classes."""
     folder, classes = config.data.semantic, config.model.semantic_classes
-    name = f"{os.path.splitext(source.file_name(0))[0]}.png"
+    name = semantic_name(source, 0)
     try:
-        labels = np.asarray(Image.open(io.BytesIO(read_file(os.path.join(folder, name))), formats=["PNG"]))
+        labels = read_semantic(folder, name)
     except OSError as error:
         raise UserError(
             f"data.semantic: {printable(name)} in {printable(folder)} cannot be read ({first_line(error)}); name a "
@@ -145,22 +149,8 @@ def shapes(sizes: tuple[Size, ...], orientations: Sequence[bool]) -> tuple[Size,
 
 def training_arrays(config: ConfigDict, size: Size) -> dict[str, jax.ShapeDtypeStruct]:
     """Return shape and dtype of a training sample's arrays in a canvas; see `LoadInstances`."""
-
-    def array(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    arrays = {
-        "image": array(jnp.uint8, *size, config.model.channels),
-        "image_size": array(jnp.int32, 2),
-        "boxes": array(jnp.float32, MAX_BOXES, 4),
-        "labels": array(jnp.int32, MAX_BOXES),
-        "box_valid": array(jnp.bool_, MAX_BOXES),
-        "masks": array(jnp.uint8, MAX_BOXES, CROP_SIZE, CROP_SIZE),
-        "mask_valid": array(jnp.bool_, MAX_BOXES),
-    }
-    if config.model.semantic_classes:
-        arrays["semantic"] = array(jnp.uint8, *(side // SEMANTIC_STRIDE for side in size))
-    return arrays
+    arrays = blank_arrays(size, semantic=bool(config.model.semantic_classes))
+    return {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
 
 
 class View(NamedTuple):

@@ -182,7 +182,7 @@ class Task(BaseTask):
         return initial_params(self.config, abstract)
 
     def hooks(self, context: RunContext) -> Sequence[Hook]:
-        """Return the hook that measures COCO's metrics on the validation images, and the one that draws detections."""
+        """Return the hook that measures COCO's metrics on the validation images, and draws detections on the first."""
         config, validation = self.config, self.validation
         if validation is None:
             console.say("there are no validation images: AP is not measured")

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from umae_jax.annotated import draw_instances, draw_sheet, encode_png
 from umae_jax.console import duration, say, warn
 from umae_jax.data.annotations import AnnotatedSource, without_annotations
-from umae_jax.data.decode import EncodedImage
 from umae_jax.data.sources import open_images
 from umae_jax.detection.coco import paste
 from umae_jax.errors import UserError, printable
@@ -30,8 +29,7 @@ MIN_SCORE = 0.3  # of a detection that is drawn
 
 def draw_found(source: AnnotatedSource, found: Found, classes: Sequence[str]) -> np.ndarray:
     """Draw the detections of an image whose score is at least MIN_SCORE: uint8 [H, W, 3]."""
-    image = EncodedImage(source[found.record].data, source.max_pixels, exif=source.exif)
-    pixels = image.crop((0, 0, *image.size), image.size[::-1], 3, "bilinear")
+    pixels = source.decode(source[found.record].data)
     shown = np.flatnonzero(found.scores >= MIN_SCORE)
     boxes, scores, labels = (array[shown] for array in (found.boxes, found.scores, found.labels))
     masks = (
