@@ -1,5 +1,7 @@
 """RoIAlign, against torchvision's numbers and a plain sum over all samples."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from tests.detection.golden import assert_close, load
 from umae_jax.detection import roi_align as module
-from umae_jax.detection.roi_align import roi_align, roi_levels
+from umae_jax.detection.roi_align import cut, roi_align, roi_align_whole, roi_levels
 
 SHAPES, STRIDES = ((23, 31), (12, 16), (6, 8)), (4, 8, 16)
 
@@ -67,26 +69,26 @@ def random_case(seed, count=40):
     return maps, boxes.astype(np.float32), levels.astype(np.int32)
 
 
-@pytest.fixture(params=["by windows", "by whole maps"])
-def way(request, monkeypatch):
-    """Compute in one of both ways, whatever the platform."""
-    if request.param == "by whole maps":
-        monkeypatch.setattr(module, "_read_windows", module._read_whole)
-        monkeypatch.setattr(module, "_add_windows", module._add_whole)
+def align_cut(maps, boxes, levels, **options):
+    """Align boxes on maps [B, H, W, C] through their tiles."""
+    return roi_align(cut(maps, STRIDES[: len(maps)]), boxes, levels, **options)
 
 
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("size", [7, 14])
-def test_features_and_gradients_equal_the_golden_numbers(size, way):
+def test_features_and_gradients_equal_the_golden_numbers(size, whole):
     golden = load("c_roialign")
     maps = jnp.asarray(golden["feat"].transpose(0, 2, 3, 1))
     rois, name = golden["rois"], f"out{size}_sr0_aligned"
     cotangent = golden[f"{name}_ct"].transpose(0, 2, 3, 1)
     for image in (0, 1):
         own = rois[:, 0] == image
-        boxes, levels = jnp.asarray(rois[own, 1:])[None], jnp.zeros((1, own.sum()), jnp.int32)
+        boxes = jnp.asarray(rois[own, 1:])[None]
 
-        def align(level, boxes=boxes, levels=levels):
-            return roi_align([level], boxes, levels, size=size, strides=[8], window=8, chunk=4)
+        def align(level, boxes=boxes):
+            if whole:
+                return roi_align_whole(level, boxes, size=size, stride=8, chunk=4)
+            return roi_align(cut([level], [8]), boxes, jnp.zeros(boxes.shape[:2], jnp.int32), size=size, chunk=4)
 
         features, pullback = jax.vjp(align, maps[image : image + 1])
         assert_close(f"{name} of image {image}", features[0], golden[name].transpose(0, 2, 3, 1)[own])
@@ -101,16 +103,8 @@ def test_levels_equal_the_golden_numbers():
     assert roi_levels(jnp.asarray([[5.0, 5, 5, 5], [9, 9, 3, 20]])).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize(("size", "window", "chunk"), [(7, 32, 32), (7, 5, 7), (3, 1, 40), (14, 9, 64)])
-def test_all_boxes_are_exact_for_every_window(size, window, chunk, way):
-    maps, boxes, levels = random_case(size)
-    matrices = plain_matrices(boxes, levels, size)
-
-    def align(maps):
-        batch = [level[None] for level in maps]
-        options = {"size": size, "strides": STRIDES, "window": window, "chunk": chunk}
-        return roi_align(batch, jnp.asarray(boxes)[None], jnp.asarray(levels)[None], **options)[0]
-
+def check_exact(align, maps, matrices):
+    """Compare features and gradients of all boxes with plain sums."""
     features, pullback = jax.vjp(jax.jit(align), maps)
     expected, plain_pullback = jax.vjp(lambda maps: plain(maps, matrices), maps)
     assert_close("features", features, expected, 1e-5)
@@ -121,14 +115,46 @@ def test_all_boxes_are_exact_for_every_window(size, window, chunk, way):
         assert_close("gradient", gradient, own, 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("size", "tile", "window", "chunk"), [(7, 8, 4, 32), (7, 5, 1, 7), (3, 1, 1, 40), (14, 3, 3, 64)]
+)
+def test_all_boxes_are_exact_for_every_window(monkeypatch, size, tile, window, chunk):
+    monkeypatch.setattr(module, "TILE", tile)
+    monkeypatch.setattr(module, "WINDOW", window)
+    maps, boxes, levels = random_case(size)
+
+    def align(maps):
+        batch = [level[None] for level in maps]
+        return align_cut(batch, jnp.asarray(boxes)[None], jnp.asarray(levels)[None], size=size, chunk=chunk)[0]
+
+    check_exact(align, maps, plain_matrices(boxes, levels, size))
+
+
+@pytest.mark.parametrize(("size", "chunk"), [(7, 128), (14, 7)])
+def test_all_boxes_are_exact_on_a_whole_map(size, chunk):
+    (level, *_), boxes, _ = random_case(size)
+
+    def align(maps):
+        return roi_align_whole(maps[0][None], jnp.asarray(boxes)[None], size=size, stride=STRIDES[0], chunk=chunk)[0]
+
+    check_exact(align, [level], plain_matrices(boxes, np.zeros(len(boxes), np.int32), size)[:1])
+
+
+def test_pooled_features_are_means_of_more_bins():
+    (level, *_), boxes, _ = random_case(3)
+    align = partial(roi_align_whole, jnp.asarray(level)[None], jnp.asarray(boxes)[None], stride=4)
+    bins = align(size=14).reshape(1, len(boxes), 7, 2, 7, 2, -1)
+    assert_close("pooled", align(size=7, pool=2), bins.mean((3, 5)), 1e-5)
+
+
 def test_a_batch_equals_its_images_with_values_and_gradients():
-    # Image 1 needs many more tiles than image 0.
+    # Image 1 needs many more windows than image 0.
     maps, boxes, levels = (list(part) for part in zip(random_case(1), random_case(2), strict=True))
     boxes[0] = np.concatenate([boxes[0][9:], boxes[0][9:18]]) / 8
     boxes, levels, maps = jnp.stack(boxes), jnp.stack(levels), [jnp.stack(level) for level in zip(*maps, strict=True)]
 
     def loss(maps, boxes, levels):
-        return jnp.sin(roi_align(maps, boxes, levels, size=7, strides=STRIDES, window=6, chunk=16)).sum()
+        return jnp.sin(align_cut(maps, boxes, levels, size=7, chunk=16)).sum()
 
     evaluate = jax.jit(jax.value_and_grad(loss))
     value, gradients = evaluate(maps, boxes, levels)
@@ -146,26 +172,41 @@ def test_bfloat16_features_are_summed_in_float32():
     maps, boxes, levels = random_case(4)
     maps = [jnp.asarray(level, jnp.bfloat16)[None] for level in maps]
     boxes, levels = jnp.asarray(boxes)[None], jnp.asarray(levels)[None]
-    rounded = [level.astype(jnp.float32) for level in maps]
+    check_bfloat16(lambda maps: align_cut(maps, boxes, levels, size=7), maps, feature_atol=1e-6, gradient_atol=1e-6)
+
+
+def test_a_whole_map_in_bfloat16_rounds_the_weights_only_once_more():
+    """Weights and rows are rounded; sums over boxes are float32."""
+    (level, *_), boxes, _ = random_case(4)
+    boxes = jnp.asarray(boxes)[None]
+    maps = [jnp.asarray(level, jnp.bfloat16)[None]]
 
     def align(maps):
-        return roi_align(maps, boxes, levels, size=7, strides=STRIDES)
+        return roi_align_whole(maps[0], boxes, size=7, stride=4, chunk=8)
 
+    check_bfloat16(align, maps, feature_atol=2**-7, gradient_atol=2**-5)
+
+
+def check_bfloat16(align, maps, feature_atol, gradient_atol):
+    """Compare features and gradients with those of the same maps in float32."""
     features, pullback = jax.vjp(jax.jit(align), maps)
-    expected, expected_pullback = jax.vjp(jax.jit(align), rounded)
+    expected, expected_pullback = jax.vjp(jax.jit(align), [level.astype(jnp.float32) for level in maps])
     assert features.dtype == jnp.bfloat16
-    np.testing.assert_allclose(features.astype(jnp.float32), expected, rtol=2**-8, atol=1e-6)
+    np.testing.assert_allclose(features.astype(jnp.float32), expected, rtol=2**-8, atol=feature_atol)
     cotangent = jnp.ones_like(features)
     for gradient, own in zip(pullback(cotangent)[0], expected_pullback(cotangent.astype(jnp.float32))[0], strict=True):
-        np.testing.assert_allclose(gradient.astype(jnp.float32), own, rtol=2**-7, atol=1e-6)
+        assert gradient.dtype == jnp.bfloat16
+        np.testing.assert_allclose(gradient.astype(jnp.float32), own, rtol=2**-7, atol=gradient_atol)
 
 
-def test_boxes_have_no_gradient():
+@pytest.mark.parametrize("whole", [False, True])
+def test_boxes_have_no_gradient(whole):
     maps, boxes, levels = random_case(5)
-
-    maps = [jnp.asarray(level)[None] for level in maps]
+    maps, levels = [jnp.asarray(level)[None] for level in maps], jnp.asarray(levels)[None]
 
     def loss(boxes):
-        return roi_align(maps, boxes, jnp.asarray(levels)[None], size=7, strides=STRIDES).sum()
+        if whole:
+            return roi_align_whole(maps[0], boxes, size=7, stride=4).sum()
+        return align_cut(maps, boxes, levels, size=7).sum()
 
     assert not jax.grad(loss)(jnp.asarray(boxes)[None]).any()

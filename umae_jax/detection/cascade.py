@@ -22,7 +22,7 @@ from umae_jax.detection.losses import smooth_l1
 from umae_jax.detection.mask_head import MASK_SIDE, MaskHead
 from umae_jax.detection.masks import mask_targets
 from umae_jax.detection.nms import Detections, select_detections
-from umae_jax.detection.roi_align import roi_align, roi_levels
+from umae_jax.detection.roi_align import LEVELS, Tiles, cut, roi_align, roi_align_whole, roi_levels
 from umae_jax.detection.rpn import Proposals
 from umae_jax.detection.sampling import Sample
 from umae_jax.detection.semantic_head import STRIDE as SEMANTIC_STRIDE
@@ -87,7 +87,7 @@ class CascadeOptions(NamedTuple):
 class Features(NamedTuple):
     """The maps that RoI features come from."""
 
-    pyramid: Sequence[jax.Array]  # P2 to P6
+    pyramid: Tiles  # P2 to P5
     semantic: jax.Array | None  # [B, H / 8, W / 8, width] of the semantic branch
 
 
@@ -144,7 +144,7 @@ class RoiHeads(nnx.Module):
                 logits, semantic = self.semantic_head(pyramid)
                 assert targets.semantic is not None
                 losses["semantic"] = semantic_loss(logits, targets.semantic)
-        features = Features(pyramid, semantic)
+        features = Features(_cut(pyramid), semantic)
         boxes, valid = proposals.boxes, proposals.valid
         for stage, head in enumerate(self.box_heads):
             rule = RULES[stage]
@@ -230,14 +230,11 @@ class RoiHeads(nnx.Module):
     def _roi_features(self, features: Features, boxes: jax.Array, side: int) -> jax.Array:
         """Return the features of RoIs [B, R, 4], [B, R, side, side, width]; the semantic ones are added."""
         with jax.named_scope("roi_align"):
-            x = roi_align(features.pyramid[:4], boxes, roi_levels(boxes), size=side, strides=STRIDES[:4])
+            x = roi_align(features.pyramid, boxes, roi_levels(boxes), size=side)
             if features.semantic is None:
                 return x
-            levels = jnp.zeros(boxes.shape[:2], jnp.int32)
-            semantic = roi_align([features.semantic], boxes, levels, size=mask_head.SIDE, strides=[SEMANTIC_STRIDE])
-            if side != mask_head.SIDE:
-                semantic = semantic.reshape(*semantic.shape[:2], side, 2, side, 2, -1).mean((3, 5))
-            return x + semantic
+            pool = mask_head.SIDE // side  # the semantic features of a box head are those of a mask head, averaged
+            return x + roi_align_whole(features.semantic, boxes, size=side, stride=SEMANTIC_STRIDE, pool=pool)
 
     def _predict_boxes(
         self, head: BoxHead, features: Features, boxes: jax.Array, valid: jax.Array, *, train: bool
@@ -307,7 +304,7 @@ class RoiHeads(nnx.Module):
 
     def features(self, pyramid: Sequence[jax.Array]) -> Features:
         """Return the maps that RoI features come from."""
-        return Features(pyramid, None if self.semantic_head is None else self.semantic_head(pyramid)[1])
+        return Features(_cut(pyramid), None if self.semantic_head is None else self.semantic_head(pyramid)[1])
 
     def refine(self, features: Features, proposals: Proposals, image_size: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the boxes of the last stage [B, P, 4], and the mean of all stages' logits [B, P, classes + 1]."""
@@ -324,6 +321,11 @@ class RoiHeads(nnx.Module):
         stages = [jax.nn.sigmoid(self._predict_masks(x, stage)) for stage in range(len(self.mask_heads))]
         mean = sum(stages[1:], start=stages[0]) / len(stages)
         return jnp.take_along_axis(mean, labels[:, :, None, None, None], -1)[..., 0]
+
+
+def _cut(pyramid: Sequence[jax.Array]) -> Tiles:
+    with jax.named_scope("roi_align"):
+        return cut(pyramid[:LEVELS], STRIDES[:LEVELS])
 
 
 def target_masks(targets: Targets, index: jax.Array, boxes: jax.Array) -> jax.Array:

@@ -34,8 +34,8 @@ def aligned_masks(crops: jax.Array, gt_boxes: jax.Array, boxes: jax.Array, size:
         low, side = gt_boxes[:, axis], gt_boxes[:, axis + 2] - gt_boxes[:, axis]
         scale = (cells - 2) / jnp.maximum(side, EPSILON)
         first, last = (1 + scale * (boxes[:, corner] - low) for corner in (axis, axis + 2))
-        samples = box_axis(first, last, jnp.full(len(boxes), cells, jnp.float32), size)
-        positions = jnp.arange(cells, dtype=jnp.float32)
+        samples = box_axis(first, last, jnp.full(len(boxes), cells, jnp.int32), size)
+        positions = jnp.arange(cells, dtype=jnp.int32)
         weights.append(jax.vmap(axis_weights, in_axes=(0, None, None))(samples, positions, size))
     # Low precision would move borders.
     return jnp.einsum("pih,phw,pjw->pij", weights[0], crops, weights[1], precision=lax.Precision.HIGHEST)

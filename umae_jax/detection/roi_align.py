@@ -1,10 +1,9 @@
 """RoIAlign with aligned corners and an adaptive number of samples (DET 1.6).
 
 The features of a box are `rows @ map @ columns.T`: a bin averages samples of a bilinear interpolation, which separates
-into two matrices of weights. They are computed in one of two ways, which are both exact for every box. By windows, each
-box reads the cells under it only, and more windows if it is larger than one. By whole maps, the matrices multiply all
-cells; a TPU does this faster for all but the largest maps, because it needs no reads at traced places. Its products
-round weights and features to bfloat16, like those of convolutions.
+into two matrices of weights. A box of a pyramid covers few cells of its level. The levels are cut into tiles, and each
+box reads the window of tiles under it, and more windows if it is larger than one. A box on a single map may cover all
+of it, so the matrices multiply the whole map. Both are exact for every box.
 """
 
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 LEVELS = 4
@@ -20,7 +20,8 @@ FIRST_SIDE = 56  # boxes of twice this side and more, in pixels, leave the first
 # Samples are more than half a cell apart where a bin has several, so that less than 4 of them touch a cell. Two more
 # allow for rounding.
 MAX_TOUCHING = 6
-MAX_WHOLE = 2**16  # cells of a map that a TPU multiplies as a whole
+TILE = 8  # rows and columns of cells: the memory of a TPU is laid out in eights
+WINDOW = 4  # rows and columns of tiles that a box reads at a time
 
 
 def roi_levels(boxes: jax.Array) -> jax.Array:
@@ -30,38 +31,72 @@ def roi_levels(boxes: jax.Array) -> jax.Array:
     return jnp.clip(level, 0, LEVELS - 1).astype(jnp.int32)
 
 
-def roi_align(
-    maps: Sequence[jax.Array],
-    boxes: jax.Array,
-    levels: jax.Array,
-    *,
-    size: int,
-    strides: Sequence[int],
-    window: int = 32,
-    chunk: int = 32,
-) -> jax.Array:
-    """Return the features of boxes.
+class Tiles(NamedTuple):
+    """Levels of a pyramid, cut into tiles."""
+
+    cells: jax.Array  # [B, tiles, TILE, TILE, C]; the last tiles of a row or column are filled with zeros
+    sizes: np.ndarray  # int32 [L, 2], rows and columns of cells of each level
+    strides: np.ndarray  # float32 [L], pixels per cell
+
+
+def cut(maps: Sequence[jax.Array], strides: Sequence[int]) -> Tiles:
+    """Cut maps [B, H_l, W_l, C] of some pixels per cell into tiles."""
+    tiles = []
+    for level in maps:
+        batch, height, width, channels = level.shape
+        padded = jnp.pad(level, ((0, 0), (0, -height % TILE), (0, -width % TILE), (0, 0)))
+        split = padded.reshape(batch, padded.shape[1] // TILE, TILE, -1, TILE, channels).swapaxes(2, 3)
+        tiles.append(split.reshape(batch, -1, TILE, TILE, channels))
+    sizes = np.array([level.shape[1:3] for level in maps], np.int32)
+    return Tiles(jnp.concatenate(tiles, 1), sizes, np.array(strides, np.float32))
+
+
+def roi_align(tiles: Tiles, boxes: jax.Array, levels: jax.Array, *, size: int, chunk: int = 64) -> jax.Array:
+    """Return the features of boxes on a pyramid, [B, R, size, size, C] of its dtype, summed in float32.
 
     Samples more than a cell outside a map count as 0. Empty boxes have features 0. No gradient flows to the boxes.
 
     Args:
-        maps: features of each level, [B, H_l, W_l, C]. The sums are float32 for each dtype.
+        tiles: the levels.
         boxes: float32 [B, R, 4].
-        levels: map of each box, int32 [B, R].
+        levels: that each box reads, int32 [B, R].
         size: rows and columns of the result.
-        strides: pixels per cell of each map.
-        window: rows and columns of cells that are read at a time; changes only speed and memory.
         chunk: boxes that are computed at a time; changes only speed and memory.
-
-    Returns:
-        [B, R, size, size, C] of the maps' dtype.
     """
-    boxes = lax.stop_gradient(boxes)
-    aligned = []
-    for number, (level, stride) in enumerate(zip(maps, strides, strict=True)):
-        options = _Options(stride, size, window, min(chunk, boxes.shape[1]))
-        aligned.append(_align(options, level, boxes, levels == number))
-    return sum(aligned[1:], start=aligned[0]).astype(maps[0].dtype)  # each box is 0 on all levels but one
+    rows, columns = _locate(boxes, jnp.asarray(tiles.strides)[levels], jnp.asarray(tiles.sizes)[levels], size)
+    grid = -(-tiles.sizes // TILE)
+    corners = np.cumsum([0, *grid.prod(1)[:-1]], dtype=np.int32)
+    spans = [1 + (axis.last // TILE - axis.first // TILE) // WINDOW for axis in (rows, columns)]
+    empty = (rows.samples == 0) | (columns.samples == 0)
+    windows = jnp.where(empty[..., None], 0, jnp.stack(spans, -1))
+    placed = _Boxes(rows, columns, jnp.asarray(corners)[levels], jnp.asarray(grid)[levels], windows)
+    return _align(_Options(size, min(chunk, boxes.shape[1])), tiles.cells, placed).astype(tiles.cells.dtype)
+
+
+def roi_align_whole(
+    level: jax.Array, boxes: jax.Array, *, size: int, stride: int, pool: int = 1, chunk: int = 128
+) -> jax.Array:
+    """Return the features of boxes on a single map, [B, H, W, C], after mean pooling; otherwise as `roi_align`.
+
+    `pool` is the side of the pooling window; `size` is that of the result.
+    """
+    count, level32 = boxes.shape[1], level.astype(jnp.float32)
+    limits = jnp.broadcast_to(jnp.array(level.shape[1:3], jnp.int32), (*boxes.shape[:2], 2))
+    axes = _locate(boxes, jnp.full(boxes.shape[:2], float(stride)), limits, size * pool)
+
+    def weights_of(axis: BoxAxis, cells: int) -> jax.Array:
+        places = jnp.arange(cells, dtype=jnp.int32)
+        weights = jax.vmap(jax.vmap(lambda one: axis_weights(one, places, size * pool)))(axis)
+        return weights.reshape(*weights.shape[:2], size, pool, cells).mean(3).astype(level.dtype)
+
+    def read(axes: tuple[BoxAxis, BoxAxis]) -> jax.Array:
+        rows, columns = map(weights_of, axes, level.shape[1:3])
+        # The gradient of the map adds up over the chunks in float32.
+        half = jnp.einsum("brph,bhwc->brpwc", rows, level32.astype(level.dtype))
+        return jnp.einsum("brqw,brpwc->brpqc", columns, half, preferred_element_type=jnp.float32).astype(level.dtype)
+
+    chunk = min(chunk, count)
+    return _join(lax.map(read, jax.tree.map(lambda x: _split(chunk, _pad(chunk, x)), axes)))[:, :count]
 
 
 class BoxAxis(NamedTuple):
@@ -70,9 +105,16 @@ class BoxAxis(NamedTuple):
     start: jax.Array  # float32, coordinate where the box begins; cell centers are integers
     bin_size: jax.Array  # float32
     samples: jax.Array  # float32, samples per bin; 0 for empty boxes
-    limit: jax.Array  # float32, cells of the map
+    limit: jax.Array  # int32, cells of the map
     first: jax.Array  # int32, first cell that a sample touches
     last: jax.Array  # int32
+
+
+def _locate(boxes: jax.Array, strides: jax.Array, limits: jax.Array, size: int) -> tuple[BoxAxis, BoxAxis]:
+    """Describe rows and columns of boxes [B, R, 4], given strides [B, R] and sizes [B, R, 2] of their maps."""
+    boxes = lax.stop_gradient(boxes) / strides[..., None]
+    rows, columns = (box_axis(boxes[..., 1 - k], boxes[..., 3 - k], limits[..., k], size) for k in (0, 1))
+    return rows, columns
 
 
 def box_axis(low: jax.Array, high: jax.Array, limit: jax.Array, size: int) -> BoxAxis:
@@ -84,244 +126,147 @@ def box_axis(low: jax.Array, high: jax.Array, limit: jax.Array, size: int) -> Bo
     samples = jnp.maximum(jnp.floor(bin_size), 0)
     samples = jnp.where(samples * size < extent, samples + 1, samples)
     half = bin_size / jnp.maximum(samples, 1) / 2
-    first, last = (jnp.floor(jnp.clip(x, 0, limit - 1)) for x in (start + half, end - half))
-    last = jnp.minimum(last + 1, limit - 1)
-    return BoxAxis(start, bin_size, samples, limit, first.astype(jnp.int32), last.astype(jnp.int32))
+    end_cell = limit.astype(jnp.float32) - 1
+    first, last = (jnp.floor(jnp.clip(x, 0, end_cell)).astype(jnp.int32) for x in (start + half, end - half))
+    return BoxAxis(start, bin_size, samples, limit, first, jnp.minimum(last + 1, limit - 1))
 
 
 def axis_weights(axis: BoxAxis, cells: jax.Array, size: int) -> jax.Array:
-    """Return the weight of each cell in each bin of one box: float32 [K] -> [size, K]."""
-    spacing = axis.bin_size / jnp.maximum(axis.samples, 1)
+    """Return the weight of each cell in each bin of one box: int32 [K] -> float32 [size, K]; 0 beyond the map."""
+    spacing, limit = axis.bin_size / jnp.maximum(axis.samples, 1), axis.limit.astype(jnp.float32)
     first = axis.start + spacing / 2 + axis.bin_size * jnp.arange(size, dtype=jnp.float32)
-    first, cells = first[:, None], cells[None]
-    lowest = jnp.floor((cells - 1 - first) / jnp.where(axis.samples > 0, spacing, 1))
+    first, cell = first[None, :, None], cells.astype(jnp.float32)[None, None]  # [MAX_TOUCHING, size, K]
+    lowest = jnp.floor((cell - 1 - first) / jnp.where(axis.samples > 0, spacing, 1))
     lowest = jnp.clip(lowest, 0, jnp.maximum(axis.samples - 1, 0))
-    total = jnp.zeros_like(lowest)
-    for offset in range(MAX_TOUCHING):
-        sample = lowest + offset
-        position = first + spacing * sample
-        counts = (sample < axis.samples) & (position >= -1) & (position <= axis.limit)
-        weight = jnp.maximum(1 - jnp.abs(jnp.clip(position, 0, axis.limit - 1) - cells), 0)
-        total += jnp.where(counts, weight, 0)
-    return total / jnp.maximum(axis.samples, 1)
+    sample = lowest + jnp.arange(MAX_TOUCHING, dtype=jnp.float32)[:, None, None]
+    position = first + spacing * sample
+    counts = (sample < axis.samples) & (position >= -1) & (position <= limit)
+    weights = jnp.maximum(1 - jnp.abs(jnp.clip(position, 0, limit - 1) - cell), 0)
+    return jnp.where(counts, weights, 0).sum(0) / jnp.maximum(axis.samples, 1)
 
 
 class _Options(NamedTuple):
-    """Static numbers of one map."""
+    """Static numbers."""
 
-    stride: int
     size: int
-    window: int
     chunk: int
 
 
 class _Boxes(NamedTuple):
-    """Boxes [B, R] on a map."""
+    """Boxes [B, R] of a pyramid."""
 
     rows: BoxAxis
     columns: BoxAxis
-    tiles: jax.Array  # int32 [B, R, 2], windows that cover the box, by axis; 0 for boxes of other maps
-
-
-def _locate(options: _Options, shape: tuple[int, ...], boxes: jax.Array, chosen: jax.Array) -> _Boxes:
-    """Describe boxes on a map of a shape [B, H, W, C]; `chosen` are those that read it, bool [B, R]."""
-    boxes = boxes / jnp.float32(options.stride)
-    rows, columns = (
-        box_axis(boxes[..., 1 - k], boxes[..., 3 - k], jnp.full(boxes.shape[:2], float(shape[1 + k])), options.size)
-        for k in (0, 1)
-    )
-    chosen &= (rows.samples > 0) & (columns.samples > 0)
-    rows, columns = (axis._replace(samples=jnp.where(chosen, axis.samples, 0)) for axis in (rows, columns))
-    height, width = _window(options, shape)
-    tiles = jnp.stack([1 + (rows.last - rows.first) // height, 1 + (columns.last - columns.first) // width], axis=-1)
-    return _Boxes(rows, columns, jnp.where(chosen[..., None], tiles, 0))
-
-
-def _window(options: _Options, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return rows and columns of a window on a map of a shape [B, H, W, C]."""
-    return min(options.window, shape[1]), min(options.window, shape[2])
+    corner: jax.Array  # int32 [B, R], first tile of the box's level
+    grid: jax.Array  # int32 [B, R, 2], rows and columns of tiles of the level
+    windows: jax.Array  # int32 [B, R, 2], rows and columns of windows that cover the box
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _align(options: _Options, level: jax.Array, boxes: jax.Array, chosen: jax.Array) -> jax.Array:
-    """Return the features of the chosen boxes, float32 [B, R, size, size, C], and 0 for the others."""
-    located = _locate(options, level.shape, boxes, chosen)
-    by_windows = partial(_read_windows, options)
-    if level.shape[1] * level.shape[2] > MAX_WHOLE:
-        return by_windows(level, located)
-    return lax.platform_dependent(level, located, tpu=partial(_read_whole, options), default=by_windows)
+def _align(options: _Options, cells: jax.Array, boxes: _Boxes) -> jax.Array:
+    """Return the features of boxes, float32 [B, R, size, size, C]."""
+    queue = _enqueue(options, boxes)
+    size, chunk = options
+
+    def read(cells: jax.Array, box: _Boxes, number: jax.Array) -> jax.Array:
+        tiles, rows, columns = _window(options, box, number)
+        seen = cells.at[tiles].get(mode="promise_in_bounds").astype(jnp.float32)
+        seen = seen.reshape(WINDOW, WINDOW * TILE, TILE, -1)  # columns of tiles, rows, columns, channels
+        half = jnp.einsum("ph,jhwc->pjwc", rows, seen)
+        return jnp.einsum("qw,pwc->pqc", columns, half.reshape(size, WINDOW * TILE, -1))
+
+    read_all = jax.vmap(jax.vmap(read, (None, 0, None)), (0, 0, None))
+
+    def read_chunk(_: None, some: tuple[_Boxes, jax.Array]) -> tuple[None, jax.Array]:
+        boxes, turns = some
+        zeros = jnp.zeros((len(cells), chunk, size, size, cells.shape[-1]), jnp.float32)
+        return None, lax.fori_loop(0, turns, lambda turn, total: total + read_all(cells, boxes, turn), zeros)
+
+    aligned = lax.scan(read_chunk, None, (queue.boxes, queue.turns))[1]
+    return _take(jnp.argsort(queue.order, axis=1)[:, : boxes.corner.shape[1]], _join(aligned))
 
 
-def _forward(
-    options: _Options, level: jax.Array, boxes: jax.Array, chosen: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    empty = jnp.zeros((0, *level.shape), level.dtype)  # carries shape and dtype
-    return _align(options, level, boxes, chosen), (empty, boxes, chosen)
+def _forward(options: _Options, cells: jax.Array, boxes: _Boxes) -> tuple[jax.Array, tuple[jax.Array, _Boxes]]:
+    empty = jnp.zeros((0, *cells.shape), cells.dtype)  # carries shape and dtype
+    return _align(options, cells, boxes), (empty, boxes)
 
 
-def _backward(
-    options: _Options, saved: tuple[jax.Array, jax.Array, jax.Array], gradient: jax.Array
-) -> tuple[jax.Array, None, None]:
-    empty, boxes, chosen = saved
-    shape = empty.shape[1:]
-    located = _locate(options, shape, boxes, chosen)
-    by_windows = partial(_add_windows, options, shape)
-    if shape[1] * shape[2] > MAX_WHOLE:
-        total = by_windows(gradient, located)
-    else:
-        by_whole = partial(_add_whole, options, shape)
-        total = lax.platform_dependent(gradient, located, tpu=by_whole, default=by_windows)
-    return total.astype(empty.dtype), None, None
+def _backward(options: _Options, saved: tuple[jax.Array, _Boxes], gradient: jax.Array) -> tuple[jax.Array, None]:
+    empty, boxes = saved
+    queue = _enqueue(options, boxes)
+    size, chunk = options
+    gradient = _split(chunk, _take(queue.order, _pad(chunk, gradient)))
+
+    def spread(gradient: jax.Array, box: _Boxes, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        tiles, rows, columns = _window(options, box, number)
+        half = jnp.einsum("ph,pqc->hqc", rows, gradient)
+        half = jnp.broadcast_to(half, (WINDOW, *half.shape))  # so that the product has the layout of tiles
+        seen = jnp.einsum("qjw,jhqc->jhwc", columns.reshape(size, WINDOW, TILE), half)
+        return tiles, seen.reshape(len(tiles), TILE, TILE, -1)
+
+    spread_all = jax.vmap(jax.vmap(spread, (0, 0, None)), (0, 0, None))
+
+    def add(total: jax.Array, tiles: jax.Array, cells: jax.Array) -> jax.Array:
+        return total.at[tiles].add(cells, mode="promise_in_bounds")
+
+    def add_chunk(total: jax.Array, some: tuple[_Boxes, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        boxes, turns, gradient = some
+
+        def add_turn(turn: jax.Array, total: jax.Array) -> jax.Array:
+            return jax.vmap(add)(total, *spread_all(gradient, boxes, turn))
+
+        return lax.fori_loop(0, turns, add_turn, total), None
+
+    total, _ = lax.scan(add_chunk, jnp.zeros(empty.shape[1:], jnp.float32), (queue.boxes, queue.turns, gradient))
+    return total.astype(empty.dtype), None
 
 
 _align.defvjp(_forward, _backward)
 
 
-# By whole maps.
-
-
-def _split_chunks(options: _Options, count: int) -> tuple[int, int]:
-    """Return the number of chunks of a count of boxes, and the boxes to add for whole chunks."""
-    chunks = -(-count // options.chunk)
-    return chunks, chunks * options.chunk - count
-
-
-def _chunks(options: _Options, x: jax.Array) -> jax.Array:
-    """Pad and split [B, R, ...] into chunks, [chunks, B, chunk, ...]."""
-    chunks, padding = _split_chunks(options, x.shape[1])
-    x = jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
-    return x.reshape(x.shape[0], chunks, options.chunk, *x.shape[2:]).swapaxes(0, 1)
-
-
-def _whole_weights(options: _Options, axis: BoxAxis, cells: int) -> jax.Array:
-    """Return the weights of all cells of an axis, float32 [B, R, size, cells]; 0 for boxes without samples."""
-    places = jnp.arange(cells, dtype=jnp.float32)
-    return jax.vmap(jax.vmap(lambda one: axis_weights(one, places, options.size)))(axis)
-
-
-def _read_whole(options: _Options, level: jax.Array, located: _Boxes) -> jax.Array:
-    """See `_align`."""
-
-    def read(some: _Boxes) -> jax.Array:
-        rows = _whole_weights(options, some.rows, level.shape[1]).astype(level.dtype)
-        columns = _whole_weights(options, some.columns, level.shape[2]).astype(level.dtype)
-        half = jnp.einsum("brph,bhwc->brpwc", rows, level)
-        return jnp.einsum("brqw,brpwc->brpqc", columns, half, preferred_element_type=jnp.float32)
-
-    aligned = lax.map(read, jax.tree.map(partial(_chunks, options), located)).swapaxes(0, 1)
-    aligned = aligned.reshape(aligned.shape[0], -1, *aligned.shape[3:])
-    return aligned[:, : located.tiles.shape[1]]
-
-
-def _add_whole(options: _Options, shape: tuple[int, ...], gradient: jax.Array, located: _Boxes) -> jax.Array:
-    """Return the gradient of a map, float32 [B, H, W, C]."""
-
-    def add(total: jax.Array, some: tuple[jax.Array, _Boxes]) -> tuple[jax.Array, None]:
-        gradient, boxes = some
-        rows = _whole_weights(options, boxes.rows, shape[1])
-        columns = _whole_weights(options, boxes.columns, shape[2])
-        half = jnp.einsum("brqw,brpqc->brpwc", columns, gradient)
-        return total + jnp.einsum("brph,brpwc->bhwc", rows, half, preferred_element_type=jnp.float32), None
-
-    chunks = jax.tree.map(partial(_chunks, options), (gradient, located))
-    return lax.scan(add, jnp.zeros(shape, jnp.float32), chunks)[0]
-
-
-# By windows.
-
-
 class _Queue(NamedTuple):
     """Boxes ordered by their number of windows, the largest first: a chunk takes as long as its largest box."""
 
-    boxes: _Boxes  # [B, chunks * chunk]
+    boxes: _Boxes  # [chunks, B, chunk]
     order: jax.Array  # int32 [B, chunks * chunk], rows of these boxes before, with those that were added
     turns: jax.Array  # int32 [chunks], windows of the largest box of each chunk, over all images
 
 
-def _enqueue(options: _Options, located: _Boxes) -> _Queue:
-    chunks, padding = _split_chunks(options, located.tiles.shape[1])
-    padded = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))), located)
-    count = padded.tiles.prod(-1)
-    order = jnp.argsort(-count, axis=1)
-    queued = jax.tree.map(partial(_take, order), padded)
-    turns = jnp.take_along_axis(count, order, 1).reshape(-1, chunks, options.chunk).max((0, 2))
-    return _Queue(queued, order, turns)
+def _enqueue(options: _Options, boxes: _Boxes) -> _Queue:
+    padded = jax.tree.map(partial(_pad, options.chunk), boxes)
+    order = jnp.argsort(-padded.windows.prod(-1), axis=1)
+    queued = jax.tree.map(lambda x: _split(options.chunk, _take(order, x)), padded)
+    return _Queue(queued, order, queued.windows.prod(-1).max((1, 2)))
+
+
+def _pad(chunk: int, x: jax.Array) -> jax.Array:
+    """Add rows to [B, R, ...] for whole chunks."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk), *((0, 0),) * (x.ndim - 2)))
+
+
+def _split(chunk: int, x: jax.Array) -> jax.Array:
+    """Split [B, chunks * chunk, ...] into [chunks, B, chunk, ...]."""
+    return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+
+def _join(x: jax.Array) -> jax.Array:
+    """Join [chunks, B, chunk, ...] to [B, chunks * chunk, ...]."""
+    return x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])
 
 
 def _take(order: jax.Array, x: jax.Array) -> jax.Array:
     """Return rows of [B, R, ...] in an order, int32 [B, R]."""
-    return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), 1)
+    return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), 1, mode="promise_in_bounds")
 
 
-def _tile(
-    options: _Options, shape: tuple[int, ...], box: _Boxes, number: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the start of a window of one box, [2], and the weights of its rows and columns, [size, window]."""
-    across = jnp.maximum(box.tiles[1], 1)
-    tile = (number // across, number % across)
-    starts, weights = [], []
-    for k, (axis, side) in enumerate(zip((box.rows, box.columns), _window(options, shape), strict=True)):
-        first = axis.first + tile[k] * side
-        # A window that would leave the map is moved back. Its cells before the tile belong to another one.
-        start = jnp.minimum(first, shape[1 + k] - side)
-        cells = start + jnp.arange(side, dtype=jnp.int32)
-        weight = axis_weights(axis, cells.astype(jnp.float32), options.size)
-        weights.append(jnp.where((cells >= first)[None], weight, 0))
-        starts.append(start)
-    return jnp.stack(starts), weights[0], weights[1]
-
-
-def _read_windows(options: _Options, level: jax.Array, located: _Boxes) -> jax.Array:
-    """See `_align`."""
-    queue = _enqueue(options, located)
-    batch, channels, chunk = level.shape[0], level.shape[3], options.chunk
-
-    def read(cells: jax.Array, box: _Boxes, number: jax.Array) -> jax.Array:
-        start, rows, columns = _tile(options, level.shape, box, number)
-        place = (start[0], start[1], jnp.int32(0))
-        seen = lax.dynamic_slice(cells, place, (*_window(options, level.shape), channels)).astype(jnp.float32)
-        return jnp.einsum("qw,pwc->pqc", columns, jnp.einsum("ph,hwc->pwc", rows, seen))
-
-    read_all = jax.vmap(jax.vmap(read, (None, 0, None)), (0, 0, None))
-
-    def read_chunk(number: jax.Array, aligned: jax.Array) -> jax.Array:
-        some = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, number * chunk, chunk, 1), queue.boxes)
-        zeros = jnp.zeros((batch, chunk, options.size, options.size, channels), jnp.float32)
-        total = lax.fori_loop(0, queue.turns[number], lambda turn, total: total + read_all(level, some, turn), zeros)
-        return lax.dynamic_update_slice_in_dim(aligned, total, number * chunk, 1)
-
-    aligned = jnp.zeros((batch, queue.order.shape[1], options.size, options.size, channels), jnp.float32)
-    aligned = lax.fori_loop(0, (queue.turns > 0).sum(), read_chunk, aligned)
-    return _take(jnp.argsort(queue.order, axis=1)[:, : located.tiles.shape[1]], aligned)
-
-
-def _add_windows(options: _Options, shape: tuple[int, ...], gradient: jax.Array, located: _Boxes) -> jax.Array:
-    """Return the gradient of a map, float32 [B, H, W, C]."""
-    queue, chunk = _enqueue(options, located), options.chunk
-    padding = queue.order.shape[1] - gradient.shape[1]
-    gradient = _take(queue.order, jnp.pad(gradient, ((0, 0), (0, padding), (0, 0), (0, 0), (0, 0))))
-
-    def spread(gradient: jax.Array, box: _Boxes, number: jax.Array) -> tuple[jax.Array, jax.Array]:
-        start, rows, columns = _tile(options, shape, box, number)
-        return start, jnp.einsum("ph,pwc->hwc", rows, jnp.einsum("qw,pqc->pwc", columns, gradient))
-
-    spread_all = jax.vmap(jax.vmap(spread, (0, 0, None)), (0, 0, None))
-
-    def add_chunk(number: jax.Array, total: jax.Array) -> jax.Array:
-        def take(x: jax.Array) -> jax.Array:
-            return lax.dynamic_slice_in_dim(x, number * chunk, chunk, 1)
-
-        some, some_gradient = jax.tree.map(take, (queue.boxes, gradient))
-
-        def add_turn(turn: jax.Array, total: jax.Array) -> jax.Array:
-            return jax.vmap(_scatter_add)(total, *spread_all(some_gradient, some, turn))
-
-        return lax.fori_loop(0, queue.turns[number], add_turn, total)
-
-    return lax.fori_loop(0, (queue.turns > 0).sum(), add_chunk, jnp.zeros(shape, jnp.float32))
-
-
-def _scatter_add(total: jax.Array, starts: jax.Array, windows: jax.Array) -> jax.Array:
-    """Add windows [n, rows, columns, C] to an array at their starts, [n, 2]."""
-    dimensions = lax.ScatterDimensionNumbers((1, 2, 3), (), (0, 1))
-    return lax.scatter_add(total, starts, windows, dimensions, mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+def _window(options: _Options, box: _Boxes, number: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the tiles of a window of one box, column by column, and the weights of its rows and columns."""
+    across = jnp.maximum(box.windows[1], 1)
+    places, weights = [], []
+    for k, (axis, place) in enumerate(((box.rows, number // across), (box.columns, number % across))):
+        tiles = axis.first // TILE + place * WINDOW + jnp.arange(WINDOW, dtype=jnp.int32)
+        cells = tiles[:, None] * TILE + jnp.arange(TILE, dtype=jnp.int32)[None]
+        weights.append(axis_weights(axis, cells.reshape(-1), options.size))
+        places.append(jnp.clip(tiles, 0, box.grid[k] - 1))  # the cells of tiles beyond the map have weights 0
+    tiles = box.corner + places[0][None] * box.grid[1] + places[1][:, None]
+    return tiles.reshape(-1), weights[0], weights[1]
