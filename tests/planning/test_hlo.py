@@ -66,6 +66,28 @@ def test_loop_bodies_count_once_per_iteration_and_pieces_of_a_collective_once():
     )
 
 
+UNBOUNDED = """
+%body (p: pred[8]) -> pred[8] {
+  %fusion.1 = pred[8] fusion(%p), calls=%fused, metadata={op_name="round"}, backend_config={"estimated_cycles":"10"}
+}
+
+%condition (p: pred[8]) -> pred[] {
+  ROOT %any = pred[] reduce(%p, %no), dimensions={0}, to_apply=%or
+}
+
+ENTRY %main (x: pred[8]) -> pred[8] {
+  %loop = (pred[8]) while(%tuple), condition=%condition, body=%body, metadata={op_name="jit(step)/SCOPE/while"}
+}
+"""
+
+
+@pytest.mark.parametrize(("scope", "trips"), [("proposals/nms/vmap()", 8), ("box_head/roi_align", 1)])
+def test_loops_that_the_data_end_count_a_typical_number_of_times(scope, trips):
+    program = read_program(UNBOUNDED.replace("SCOPE", scope), 1)
+    assert program.cycles == {"round": trips * 10}
+    assert program.worst_case_cycles == trips * 10
+
+
 def looped(devices, iterations):
     """A program that sums rows over all devices in each iteration of a loop, and then takes a branch."""
     mesh = make_mesh(1, devices)

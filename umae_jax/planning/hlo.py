@@ -18,6 +18,9 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _OPERATION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+# Iterations of loops that the data end, by a name in their scope; others of that kind count once. NMS of 256 boxes of
+# trained detectors took 3.6 rounds on average, and at most 6.
+_TYPICAL_TRIPS = {"nms": 8}
 _KERNEL = re.compile(r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"(\d+)","bytes_accessed":"(\d+)"')
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(_COLLECTIVE_KINDS)})(-start)?\(")
 _LOOP = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
@@ -77,6 +80,8 @@ class Kernel(NamedTuple):
 class ProgramStats(NamedTuple):
     """Totals of a compiled program for one device; the body of a loop counts once per iteration.
 
+    A loop that the data end counts a typical number of times: 8 for NMS, else 1.
+
     Attributes:
         cycles: scheduled, by scope; without collectives, Pallas kernels and the branches of `lax.cond`.
         worst_case_cycles: over all scopes, with the longest branch of each `lax.cond`.
@@ -101,6 +106,13 @@ class _CollectiveCall(NamedTuple):
     chain: str
 
 
+class _Loop(NamedTuple):
+    condition: str  # computation
+    body: str
+    trips: int | None  # iterations, if the compiler states them
+    typical_trips: int  # if the data end the loop
+
+
 class _Computation:
     """The operations of one HLO computation, and the computations that it calls."""
 
@@ -112,7 +124,7 @@ class _Computation:
         self.kernels: Counter[Kernel] = Counter()
         self.called: list[str] = []
         self.fused: list[str] = []
-        self.loops: list[tuple[str, str, int | None]] = []  # condition, body, iterations if stated
+        self.loops: list[_Loop] = []
         self.conditionals: list[list[str]] = []  # branches of each
         self.loop_bound = 1  # the largest integer constant, for a loop's condition
 
@@ -130,6 +142,10 @@ def read_program(text: str, num_devices: int) -> ProgramStats:
     calls: Counter[_CollectiveCall] = Counter()
     kernels: Counter[Kernel] = Counter()
 
+    def trips(loop: _Loop) -> int:
+        stated = loop.trips or computations[loop.condition].loop_bound
+        return stated if stated > 1 else loop.typical_trips
+
     def add(name: str, repeats: int, *, fused: bool = False) -> None:
         computation = computations[name]
         for scope, count in computation.cycles.items():
@@ -146,17 +162,14 @@ def read_program(text: str, num_devices: int) -> ProgramStats:
             add(callee, repeats, fused=fused)
         for callee in computation.fused:
             add(callee, repeats, fused=True)
-        for condition, body, trips in computation.loops:
-            add(body, repeats * (trips or computations[condition].loop_bound))
+        for loop in computation.loops:
+            add(loop.body, repeats * trips(loop))
 
     def worst_case(name: str) -> int:
         computation = computations[name]
         callees = sum(map(worst_case, computation.called + computation.fused))
         branches = sum(max(map(worst_case, names)) for names in computation.conditionals)
-        loops = sum(
-            (trips or computations[condition].loop_bound) * worst_case(body)
-            for condition, body, trips in computation.loops
-        )
+        loops = sum(trips(loop) * worst_case(loop.body) for loop in computation.loops)
         return computation.cycles.total() + callees + branches + loops
 
     add(entry, 1)
@@ -195,7 +208,8 @@ def _parse(text: str, num_devices: int) -> tuple[dict[str, _Computation], str]:
             computation.loop_bound = max(computation.loop_bound, int(bound[1]))
         if loop := _LOOP.search(line):
             trips = _TRIP_COUNT.search(line)
-            computation.loops.append((loop[1], loop[2], int(trips[1]) if trips else None))
+            typical = max((_TYPICAL_TRIPS.get(part, 1) for part in scope.split("/")), default=1)
+            computation.loops.append(_Loop(loop[1], loop[2], int(trips[1]) if trips else None, typical))
         elif branches := _BRANCHES.search(line):
             names = branches[1].split(",") if branches[1] else branches.groups()[1:]
             computation.conditionals.append([branch.strip(" %") for branch in names])
