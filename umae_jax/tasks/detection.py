@@ -126,10 +126,6 @@ class Task(BaseTask):
             config.augment.copy_paste = 0.0
         self.class_names = self.source.classes
 
-    def open_images(self) -> None:
-        """See `BaseTask.open_images`."""
-        annotated.open_training(self.config)
-
     def prepare(self) -> None:
         """See `BaseTask.prepare`."""
         self.validation = annotated.open_validation(self.config, self.source, "validation.source")
