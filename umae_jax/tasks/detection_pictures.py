@@ -11,23 +11,23 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from umae_jax.annotated import draw_instances, draw_sheet, encode_png
 from umae_jax.console import duration, say, warn
 from umae_jax.data.annotations import AnnotatedSource, without_annotations
 from umae_jax.data.sources import open_images
 from umae_jax.detection.coco import paste
+from umae_jax.drawing import draw_instances, draw_sheet, encode_png
 from umae_jax.errors import UserError, printable
 from umae_jax.files import AnyPath, write_atomic
 from umae_jax.multihost import all_gather_json, is_primary
 from umae_jax.tasks.annotated import eval_batch_size
-from umae_jax.tasks.detecting import Finder, Found
+from umae_jax.tasks.detecting import Finder, ImageDetections
 from umae_jax.training.task import Prediction
 from umae_jax.weights.stored_run import StoredRun
 
 MIN_SCORE = 0.3  # of a detection that is drawn
 
 
-def draw_found(source: AnnotatedSource, found: Found, classes: Sequence[str]) -> np.ndarray:
+def draw_found(source: AnnotatedSource, found: ImageDetections, classes: Sequence[str]) -> np.ndarray:
     """Draw the detections of an image whose score is at least MIN_SCORE: uint8 [H, W, 3]."""
     pixels = source.decode(source[found.record].data)
     shown = np.flatnonzero(found.scores >= MIN_SCORE)
@@ -38,7 +38,7 @@ def draw_found(source: AnnotatedSource, found: Found, classes: Sequence[str]) ->
     return draw_instances(pixels, boxes, labels, classes, scores=scores, masks=masks)
 
 
-def draw_examples(examples: Sequence[tuple[AnnotatedSource, Found]], classes: Sequence[str]) -> bytes | None:
+def draw_examples(examples: Sequence[tuple[AnnotatedSource, ImageDetections]], classes: Sequence[str]) -> bytes | None:
     """Draw the detections of some images on one sheet, PNG; None without images."""
     if not examples:
         return None
@@ -94,7 +94,7 @@ def predict_objects(run: StoredRun, path: Path, mesh: Mesh, batch_size: int, fol
         warn(f"{len(source) - len(rows):,} of {len(source):,} images cannot be read and are left out")
 
 
-def _objects(found: Found, classes: Sequence[str]) -> list[dict[str, Any]]:
+def _objects(found: ImageDetections, classes: Sequence[str]) -> list[dict[str, Any]]:
     """Return the detections of an image: class, score, and box x1 y1 x2 y2 in pixels of the image file."""
     columns = (found.labels.tolist(), found.scores.tolist(), found.boxes.tolist())
     return [
