@@ -134,7 +134,8 @@ def _parse(argv: Sequence[str], max_arguments: int) -> list[str]:
     try:
         rest = flags.FLAGS([word for word in words if word not in HELP_FLAGS] if asks_help else words)
         if unset:
-            flags.FLAGS["config"].value.update_from_flattened_dict(dict.fromkeys(unset))
+            config: Any = flags.FLAGS["config"].value
+            config.update_from_flattened_dict(dict.fromkeys(unset))
     except (flags.Error, AttributeError, KeyError) as error:
         _leave(explain_flag_error(error, argv), 2)
     if asks_help:
