@@ -118,9 +118,25 @@ def test_choices_of_flags_are_those_of_the_modules_that_jax_needs():
     ("value", "sentence"),
     [
         ("batch_size=abc", "--config.batch_size must be an integer from 1 to 1048576, not 'abc'"),
-        ("picture_every=None", "--config.picture_every must be an integer from 0 to 1000000000000, not 'None'"),
+        ("picture_every=x", "--config.picture_every must be an integer from 0 to 1000000000000, or None, not 'x'"),
+        ("batch_size=None", "--config.batch_size must be an integer from 1 to 1048576, not 'None'"),
+        ("early_stop=None", "early_stop is a key of classifier only"),
     ],
 )
 def test_a_value_of_another_type_is_named_with_what_is_accepted(value, sentence):
     _, errors = commands.run("pretrain", "--config", "quickstart", f"--config.{value}", status=2)
     assert errors == f"error: {sentence}\n"
+
+
+def test_none_is_a_value_of_optional_keys():
+    """Also of tuples, which absl would parse as (None,)."""
+    overrides = ("optimizer.decay_at=None", "total_epochs", "None", "seed=1", "init=a", "init=None")
+    overrides = [word if word == "None" else f"--config.{word}" for word in overrides]
+    later = ["--config.optimizer.clip_norm=None", "--config.optimizer.clip_norm=2.0"]
+    status, output, _ = imported("detect", "--config", "detect_tiny", *overrides, *later, "--help")
+    assert status == 0
+    rows = dict(re.findall(r"^  ([a-z_0-9.]+)  +(\S+)", output, re.MULTILINE))
+    values = {
+        name: rows[name] for name in ("optimizer.decay_at", "total_epochs", "seed", "init", "optimizer.clip_norm")
+    }
+    assert list(values.values()) == ["None", "None", "1", "None", "2.0"]

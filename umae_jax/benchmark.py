@@ -4,7 +4,7 @@
     python -m umae_jax.benchmark --config configs/pretrain_swin_tiny.py --config.data.source=folder:PATH --loader
 
 Contenders take turns, so other load on the machine affects all alike. Steps are timed on one batch that stays on the
-devices. Peers are steps in PyTorch (pip install "umae_jax[peers]").
+devices, which lies in the largest canvas of a detector. Peers are steps in PyTorch (pip install "umae_jax[peers]").
 """
 
 import importlib.util

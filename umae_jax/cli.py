@@ -7,6 +7,7 @@ does not import JAX, and imports the rest in its main function.
 import functools
 import itertools
 import logging as python_logging
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from umae_jax import process
 from umae_jax.cluster_flags import ClusterFlags
-from umae_jax.config import flat, load_config
+from umae_jax.config import find_key, flat, load_config
 from umae_jax.console import LogHandler, result, say
 from umae_jax.errors import Preempted, UserError
 from umae_jax.files import AnyPath, explain, locate
@@ -100,12 +101,41 @@ def _leave(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
+def _split_none(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split off the overrides `--config.KEY=None` of optional keys, which no parser of flags accepts.
+
+    Returns:
+        The other words of the command line, and the keys to set to None: those without a later override.
+    """
+    words: list[str] = []
+    for word in argv:
+        if word == "None" and re.fullmatch(r"--?config\.[\w.]+", words[-1] if words else ""):
+            words[-1] += "=None"
+        else:
+            words.append(word)
+    rest: list[str] = []
+    keys: list[str] = []
+    for index, word in enumerate(words):
+        override = re.fullmatch(r"--?config\.([\w.]+)=None", word)
+        known = find_key(override[1]) if override else None
+        configured = any(re.match(r"--?config(=|$)", before) for before in rest)
+        if override is None or known is None or not known.check.optional or not configured:
+            rest.append(word)
+        elif not any(re.match(rf"--?config\.{re.escape(override[1])}(=|$)", other) for other in words[index + 1 :]):
+            keys.append(override[1])
+    return rest, keys
+
+
 def _parse(argv: Sequence[str], max_arguments: int) -> list[str]:
     """Parse flags and up to `max_arguments` arguments; leave with one sentence if something is wrong."""
     before_arguments = list(itertools.takewhile(lambda word: word != "--", argv))
     asks_help = not HELP_FLAGS.isdisjoint(before_arguments)
+    words, unset = _split_none(argv)
     try:
-        rest = flags.FLAGS([word for word in argv if word not in HELP_FLAGS] if asks_help else argv)
+        rest = flags.FLAGS([word for word in words if word not in HELP_FLAGS] if asks_help else words)
+        if unset:
+            config: Any = flags.FLAGS["config"].value
+            config.update_from_flattened_dict(dict.fromkeys(unset))
     except (flags.Error, AttributeError, KeyError) as error:
         _leave(explain_flag_error(error, argv), 2)
     if asks_help:

@@ -18,6 +18,18 @@ class UserError(ValueError):
     """
 
 
+class MissingDataError(UserError):
+    """Data that do not exist here, but may elsewhere: a plan assumes their size.
+
+    Attributes:
+        key: configuration key that names them.
+    """
+
+    def __init__(self, message: str, key: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 class Preempted(Exception):  # noqa: N818 - not an error
     """A signal stopped a run, after its state was saved.
 

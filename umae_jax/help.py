@@ -109,8 +109,7 @@ def explain_flag_error(error: Exception, argv: Sequence[str]) -> str:
     if isinstance(error, flags.Error):
         override = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error))
         if override and (key := find_key(override[1])):
-            wording = key.check.wording.removesuffix(", or None")  # which no flag can give
-            return f"--config.{override[1]} must be {wording}, not {override[2]!r}"
+            return f"--config.{override[1]} must be {key.check.wording}, not {override[2]!r}"
         return str(error)
     # ml_collections names only the part of an overridden key that does not exist.
     part, known = missing_key(error), all_keys()

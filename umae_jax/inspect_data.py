@@ -8,8 +8,8 @@ A source is coco:FOLDER, coco:ANNOTATIONS.json@IMAGES or tfds:NAME. The picture 
 from absl import flags
 
 from umae_jax import cli, console
-from umae_jax.annotated import encode_png
 from umae_jax.data.annotations import open_annotated
+from umae_jax.drawing import encode_png
 from umae_jax.files import locate_local, write_atomic
 from umae_jax.inspection import describe, draw
 

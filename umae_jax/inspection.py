@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from umae_jax import console
-from umae_jax.annotated import draw_instances, draw_sheet
 from umae_jax.data.annotations import AnnotatedSource
 from umae_jax.data.coco_json import CROWD
 from umae_jax.data.instances import Mask, Region, rasterize
 from umae_jax.data.transforms import Unreadable, try_load
+from umae_jax.drawing import draw_instances, draw_sheet
 from umae_jax.errors import require
 
 PICTURES = 6

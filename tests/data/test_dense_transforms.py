@@ -204,22 +204,6 @@ def test_copy_paste_needs_masks(tmp_path):
         LoadInstances(source, **OPTIONS, copy_paste=0.5)
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"canvases": ()}, r"canvases: \(\)"),
-        ({"canvases": ((160, 96),)}, "canvases"),
-        ({"canvases": ((96, 100),)}, "multiples of 8"),
-        ({"canvases": ((160, 208), (96, 160))}, "ascending"),
-        ({"short_edge": (60, 161)}, "short_edge.*1..160"),
-        ({"short_edge": (60, 50)}, "short_edge"),
-    ],
-)
-def test_wrong_canvases_are_named(source, changed, message):
-    with pytest.raises(UserError, match=message):
-        LoadInstances(source, **(OPTIONS | changed))
-
-
 @pytest.mark.parametrize("jitter", [None, (0.5, 2.0)])
 def test_semantic_maps_follow_the_image(source, tmp_path, jitter):
     folder = tmp_path / "semantic"

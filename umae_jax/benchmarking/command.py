@@ -12,6 +12,7 @@ from umae_jax.benchmarking import profile, reading, steps
 from umae_jax.config import check, load_config
 from umae_jax.errors import UserError
 from umae_jax.planning.parts import by_part, time_table
+from umae_jax.tasks import make_task
 
 PROFILED_STEPS = 3
 
@@ -52,7 +53,9 @@ def time_steps(
         _set_batch_size(config, batch)
         config.dtype = first.dtype
         check(config)
-        console.say(f"{Path(name).stem}: compiling")
+        shapes = make_task(config).batches()
+        largest = f"; it is timed on the largest of {len(shapes)} canvases" if len(shapes) > 1 else ""
+        console.say(f"{Path(name).stem}: compiling{largest}")
         contenders.append(steps.jax_step(Path(name).stem, config))
     contenders += [steps.peer_step(name, first) for name in peers]
     steps.time_interleaved(contenders, rounds, console.say)

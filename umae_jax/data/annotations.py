@@ -17,7 +17,7 @@ from umae_jax.data.coco_json import LeftOut, Tables, check, parse, read_coco
 from umae_jax.data.decode import EncodedImage
 from umae_jax.data.instances import Instances
 from umae_jax.data.sources import FILE_NAME, NO_LABEL, ImageFiles, Record, open_source
-from umae_jax.errors import UserError, printable, require
+from umae_jax.errors import MissingDataError, UserError, printable, require
 from umae_jax.files import AnyPath, files_in_bucket, in_bucket, locate, read_file
 
 MIN_IMAGE_SIDE = 32  # pixels; smaller images do not train
@@ -277,14 +277,16 @@ def _find(rest: str, split: str, prefix: str) -> tuple[AnyPath, AnyPath]:
     json_path, separator, images = rest.rpartition("@")
     if separator and json_path.endswith(".json"):
         annotations, folder = locate(json_path, key), locate(images, key)
-        require(annotations.is_file(), f"{key}: there is no file {printable(json_path)}; write {KINDS}")
+        if not annotations.is_file():
+            raise MissingDataError(f"{key}: there is no file {printable(json_path)}; write {KINDS}", key)
         require(folder.is_dir(), f"{key}: there is no folder {printable(images)} of images; write {KINDS}")
         return annotations, folder
     message = f"{key}: coco:{printable(rest)} lacks the folder of images; write {KINDS}"
     require(not rest.endswith(".json"), message)
     require(split in SPLITS, f"{prefix}split: {split!r} is no split of coco:FOLDER; choose {' or '.join(SPLITS)}")
     root = locate(rest, key)
-    require(root.is_dir(), f"{key}: there is no folder {printable(rest)}; write {KINDS}")
+    if not root.is_dir():
+        raise MissingDataError(f"{key}: there is no folder {printable(rest)}; write {KINDS}", key)
     layouts = (
         (root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"),
         (root / f"annotations_{split}.json", root / "images"),

@@ -45,8 +45,10 @@ class LoadInstances:
     If a record cannot be read, the sample draws another one of the same orientation from its own generator. After
     READ_TRIES of them the image is black and has no objects.
 
+    `umae_jax.tasks.annotated` checks canvases and ranges.
+
     Raises:
-        UserError: if a canvas or a range is invalid, or objects without masks would be pasted.
+        UserError: if objects without masks would be pasted.
     """
 
     source: AnnotatedSource
@@ -60,10 +62,6 @@ class LoadInstances:
     semantic_folder: str | None = None  # of PNG files with a class per pixel, named like the images
 
     def __post_init__(self) -> None:
-        check_canvases(self.canvases)
-        (low, high), largest = self.short_edge, self.canvases[-1][0]
-        message = f"short_edge: {self.short_edge} is invalid; write a range inside of 1..{largest}, the largest canvas"
-        require(1 <= low <= high <= largest, message)
         message = f"copy_paste: {self.copy_paste} needs masks, but the annotations have boxes only; set it to 0"
         require(not self.copy_paste or self.source.has_masks, message)
 
@@ -212,17 +210,6 @@ def check_size(source: AnnotatedSource, record_index: int, size: Size) -> None:
     height, width = source.sizes[record_index].tolist()
     if size != (height, width):
         raise ValueError(f"it has {size[1]} x {size[0]} pixels, but its annotations say {width} x {height}")
-
-
-def check_canvases(canvases: tuple[Size, ...]) -> None:
-    """Check the heights and widths of landscape canvases; a UserError if they are invalid."""
-    heights = [height for height, _ in canvases]
-    sides = all(0 < height <= width and (height % 8, width % 8) == (0, 0) for height, width in canvases)
-    require(
-        bool(heights) and heights == sorted(heights) and sides,
-        f"canvases: {canvases} are invalid; write heights and widths of landscape canvases, multiples of 8, by "
-        "ascending height, such as ((1120, 1600), (1408, 1600))",
-    )
 
 
 def _limit(layer: Layer, rng: random.Random) -> Layer:

@@ -13,7 +13,7 @@ import numpy as np
 
 from umae_jax.data.folders import Found, find_images
 from umae_jax.data.formats import suffixes
-from umae_jax.errors import UserError, listing, printable, require
+from umae_jax.errors import MissingDataError, UserError, listing, printable, require
 from umae_jax.files import locate, read_file
 
 NO_LABEL = -1
@@ -148,7 +148,8 @@ def open_source(
 def _open_photographs() -> ImageFiles:
     package = importlib.util.find_spec("skimage")
     if package is None or package.origin is None:
-        raise UserError('data.source: photos come with scikit-image; install it with pip install "umae_jax[demo]"')
+        message = 'data.source: photos come with scikit-image; install it with pip install "umae_jax[demo]"'
+        raise MissingDataError(message, "data.source")
     folder = Path(package.origin).parent / "data"
     names = [name for name in PHOTOGRAPHS if (folder / name).is_file()]
     require(bool(names), f"data.source: {folder} has none of the expected photographs; reinstall scikit-image")
@@ -171,7 +172,9 @@ def open_folder(path: str, key: str = "data.source") -> ImageFiles:
         key: configuration key or flag that names the folder, for error messages.
     """
     root = locate(path, key)
-    require(root.is_dir(), f"there is no folder {printable(path)}; write the path of a folder with images")
+    if not root.is_dir():
+        message = f"there is no folder {printable(path)}; write the path of a folder with images"
+        raise MissingDataError(message, key)
     found = find_images(root)
     left_out = found.describe_left_out()
     require(
@@ -210,9 +213,10 @@ def _open_tfds(name: str, split: str, data_dir: str | None, key: str) -> TfdsIma
     if data_dir is not None:
         data_dir = str(locate(data_dir, "data.data_dir"))
     directory = data_dir or "TFDS's default directory"
-    unprepared = UserError(
+    unprepared = MissingDataError(
         f"{key}.source: there is no prepared data set {name} in {directory}; set data.data_dir to its directory, "
-        f"or prepare it with tfds build {name} --file_format=array_record"
+        f"or prepare it with tfds build {name} --file_format=array_record",
+        f"{key}.source",
     )
     is_folder = locate(name, f"{key}.source").is_dir()
     try:

@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from umae_jax.errors import UserError
+from umae_jax.errors import MissingDataError
 from umae_jax.tasks import make_task
 from umae_jax.training.programs import global_batch
 from umae_jax.training.run import build_step
@@ -59,13 +59,14 @@ def count_images(config: ConfigDict) -> tuple[int, bool]:
     A task with classes also completes `config`, from the data or from those that it assumes.
 
     Raises:
-        UserError: if the data do not match the configuration.
+        UserError: if the data are damaged, or do not match the configuration.
     """
     config.unlock()
     task = make_task(config)
     try:
-        task.open_images()
-    except UserError:
+        task.open()
+    except MissingDataError as error:
+        if error.key != "data.source":
+            raise
         return task.assume_data(), False
-    task.open()
     return task.num_samples, True

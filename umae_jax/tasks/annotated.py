@@ -26,6 +26,7 @@ from umae_jax.data.placement import Size, oriented
 from umae_jax.errors import UserError, printable, require
 from umae_jax.files import first_line
 from umae_jax.models.pyramid import STRIDES
+from umae_jax.training.memory import tree_bytes
 from umae_jax.training.sharding import batch_sharding
 from umae_jax.training.task import Batch
 
@@ -153,23 +154,23 @@ def training_arrays(config: ConfigDict, size: Size) -> dict[str, jax.ShapeDtypeS
     return {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
 
 
-class View(NamedTuple):
-    """A batch in one canvas: all its images have one orientation."""
+class Group(NamedTuple):
+    """Images of one orientation, which share a canvas in evaluation; see also `Groups`, of training."""
 
     canvas: Size
-    source: AnnotatedSource  # the images of this orientation
+    source: AnnotatedSource
 
 
-def views(config: ConfigDict, source: AnnotatedSource) -> Iterator[View]:
+def groups(config: ConfigDict, source: AnnotatedSource) -> Iterator[Group]:
     """Yield the images of each orientation with their canvas for evaluation; a square canvas takes all."""
     size = tuple(config.image_size)
     if size[0] == size[1]:
-        yield View(size, source)
+        yield Group(size, source)
         return
     for portrait in (False, True):
         chosen = np.flatnonzero(source.portrait == portrait)
         if len(chosen):
-            yield View(oriented(size, portrait), source.select(chosen))
+            yield Group(oriented(size, portrait), source.select(chosen))
 
 
 def scaled_canvases(config: ConfigDict, canvas: Size) -> list[tuple[Size, int]]:
@@ -182,34 +183,38 @@ def scaled_canvases(config: ConfigDict, canvas: Size) -> list[tuple[Size, int]]:
     return sizes
 
 
-def eval_loader(config: ConfigDict, view: View, mesh: Mesh, batch_size: int, named: set[str]) -> EvalLoader:
-    """Load every image of a view once, in all sizes; see `LoadForDetection`, `LoadViews` and `EvalLoader`."""
+def eval_loader(config: ConfigDict, group: Group, mesh: Mesh, batch_size: int, named: set[str]) -> EvalLoader:
+    """Load every image of a group once, in all sizes; see `LoadForDetection`, `LoadViews` and `EvalLoader`."""
     loaders = (
-        LoadForDetection(view.source, canvas, short_edge, max(canvas))
-        for canvas, short_edge in scaled_canvases(config, view.canvas)
+        LoadForDetection(group.source, canvas, short_edge, max(canvas))
+        for canvas, short_edge in scaled_canvases(config, group.canvas)
     )
     return EvalLoader(
-        len(view.source),
+        len(group.source),
         LoadViews(tuple(loaders)),
         batch_size=batch_size,
         sharding=batch_sharding(mesh),
         named=named,
-        readers=readers(config),
+        readers=readers(config, tree_bytes(eval_arrays(config, group.canvas))),
     )
 
 
-def abstract_eval_batch(config: ConfigDict, canvas: Size, mesh: Mesh, batch_size: int) -> Batch:
-    """Return shape, dtype and sharding of the arrays of a batch of `eval_loader`."""
+def eval_arrays(config: ConfigDict, canvas: Size) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return shape and dtype of the arrays of one image that `eval_loader` loads."""
     arrays: dict[str, jax.ShapeDtypeStruct] = {}
     for number, (size, _) in enumerate(scaled_canvases(config, canvas)):
         image, image_size = view_names(number)
         arrays[image] = jax.ShapeDtypeStruct((*size, config.model.channels), jnp.uint8)
         arrays[image_size] = jax.ShapeDtypeStruct((2,), jnp.int32)
-    arrays |= {
+    return arrays | {
         "original_size": jax.ShapeDtypeStruct((2,), jnp.int32),
         "record": jax.ShapeDtypeStruct((), jnp.int32),
-        "valid": jax.ShapeDtypeStruct((), jnp.bool_),
     }
+
+
+def abstract_eval_batch(config: ConfigDict, canvas: Size, mesh: Mesh, batch_size: int) -> Batch:
+    """Return shape, dtype and sharding of the arrays of a batch of `eval_loader`."""
+    arrays = eval_arrays(config, canvas) | {"valid": jax.ShapeDtypeStruct((), jnp.bool_)}
     return abstract_batch(arrays, batch_size, batch_sharding(mesh))
 
 

@@ -106,10 +106,6 @@ class Task(BaseTask):
         config.model.classes = classes
         self.class_names = tuple(self.source.classes)
 
-    def open_images(self) -> None:
-        """See `BaseTask.open_images`."""
-        labelled.open_training(self.config)
-
     def prepare(self) -> None:
         """See `BaseTask.prepare`."""
         config = self.config

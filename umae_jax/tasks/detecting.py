@@ -23,8 +23,8 @@ from umae_jax.training.task import Batch, Params
 MAX_ROWS = 20  # of the table of classes
 
 
-class Found(NamedTuple):
-    """The detections of one image, in pixels of the image file."""
+class ImageDetections(NamedTuple):
+    """The detections of one image, on the host, in pixels of the image file; `Detected` are those of a batch."""
 
     record: int
     size: tuple[int, int]  # height and width of the image file
@@ -41,7 +41,7 @@ class Results(NamedTuple):
     images: int  # number of readable images
     unreadable: int
     detections: list[Detection]  # of all processes
-    examples: list[tuple[AnnotatedSource, "Found"]]  # of this process, for pictures
+    examples: list[tuple[AnnotatedSource, "ImageDetections"]]  # of this process, for pictures
 
     def table(self) -> str:
         """Return AP per class, the worst classes if there are many."""
@@ -96,18 +96,18 @@ class Finder:
             return found, {key: batch[key] for key in ("image_size", "original_size", "record", "valid")}
 
         jitted = jax.jit(detect, out_shardings=batch_sharding(mesh))
-        self._views = []
+        self._groups = []
         named: set[str] = set()
-        for view in annotated.views(config, source):
-            shapes = annotated.abstract_eval_batch(config, view.canvas, mesh, batch_size)
+        for group in annotated.groups(config, source):
+            shapes = annotated.abstract_eval_batch(config, group.canvas, mesh, batch_size)
             with jax.set_mesh(mesh):
                 compiled = jitted.lower(params, shapes).compile()
-            self._views.append((annotated.eval_loader(config, view, mesh, batch_size, named), compiled, view.source))
+            self._groups.append((annotated.eval_loader(config, group, mesh, batch_size, named), compiled, group.source))
         self._check = check
 
-    def __call__(self, params: Params) -> Iterator[tuple[AnnotatedSource, Found]]:
+    def __call__(self, params: Params) -> Iterator[tuple[AnnotatedSource, ImageDetections]]:
         """Yield the detections of each readable image of this process, and the source of its record."""
-        for loader, compiled, source in self._views:
+        for loader, compiled, source in self._groups:
             pending = None
             for batch in loader:
                 self._check()
@@ -119,7 +119,7 @@ class Finder:
                 yield from ((source, found) for found in _to_host(*pending))
 
 
-def _to_host(found: Detected, batch: dict[str, jax.Array]) -> Iterator[Found]:
+def _to_host(found: Detected, batch: dict[str, jax.Array]) -> Iterator[ImageDetections]:
     """Yield the detections of the valid images of a batch that this process holds."""
     results, rows = jax.tree.map(local_rows, (found, batch))
     for row in np.flatnonzero(rows["valid"]):
@@ -129,7 +129,7 @@ def _to_host(found: Detected, batch: dict[str, jax.Array]) -> Iterator[Found]:
         boxes = results.boxes[row][kept] * np.tile(scale[::-1], 2).astype(np.float32)
         masks = None if results.masks is None else results.masks[row][kept]
         scores, labels = results.scores[row][kept], results.labels[row][kept]
-        yield Found(int(rows["record"][row]), (height, width), boxes, scores, labels, masks)
+        yield ImageDetections(int(rows["record"][row]), (height, width), boxes, scores, labels, masks)
 
 
 def make_evaluator(
@@ -155,13 +155,13 @@ def make_evaluator(
     def measure(params: Params) -> Results:
         own: list[Detection] = []
         images: list[int] = []
-        examples: list[tuple[AnnotatedSource, Found]] = []
-        for view, found in find(params):
+        examples: list[tuple[AnnotatedSource, ImageDetections]] = []
+        for part, found in find(params):
             if len(examples) < config.pictures:
-                examples.append((view, found))
-            image = int(view.image_ids[found.record])
+                examples.append((part, found))
+            image = int(part.image_ids[found.record])
             images.append(image)
-            categories = view.category_ids[found.labels]
+            categories = part.category_ids[found.labels]
             own += to_detections(image, found.size, found.boxes, found.scores, categories, found.masks)
         gathered = all_gather_json([images, own])
         seen = [image for part, _ in gathered for image in part]

@@ -126,10 +126,6 @@ class Task(BaseTask):
             config.augment.copy_paste = 0.0
         self.class_names = self.source.classes
 
-    def open_images(self) -> None:
-        """See `BaseTask.open_images`."""
-        annotated.open_training(self.config)
-
     def prepare(self) -> None:
         """See `BaseTask.prepare`."""
         self.validation = annotated.open_validation(self.config, self.source, "validation.source")
@@ -184,8 +180,8 @@ class Task(BaseTask):
     def hooks(self, context: RunContext) -> Sequence[Hook]:
         """Return the hook that measures COCO's metrics on the validation images, and draws detections on the first."""
         config, validation = self.config, self.validation
-        if validation is None:
-            console.say("there are no validation images: AP is not measured")
+        if validation is None or not config.validation.every_epochs:
+            console.say("there are no validations: AP is not measured")
             return ()
         batch_size = annotated.eval_batch_size(context.mesh, config.batch_size // config.grad_accum_steps)
         measure = make_evaluator(

@@ -1,5 +1,6 @@
 """Pictures of detections, in validations and for images without annotations."""
 
+import itertools
 import json
 import sys
 import time
@@ -7,27 +8,28 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from umae_jax.annotated import draw_instances, draw_sheet, encode_png
 from umae_jax.console import duration, say, warn
 from umae_jax.data.annotations import AnnotatedSource, without_annotations
 from umae_jax.data.sources import open_images
 from umae_jax.detection.coco import paste
-from umae_jax.errors import UserError, printable
+from umae_jax.drawing import draw_instances, draw_sheet, encode_png
+from umae_jax.errors import UserError, printable, require
 from umae_jax.files import AnyPath, write_atomic
 from umae_jax.multihost import all_gather_json, is_primary
 from umae_jax.tasks.annotated import eval_batch_size
-from umae_jax.tasks.detecting import Finder, Found
+from umae_jax.tasks.detecting import Finder, ImageDetections
 from umae_jax.training.task import Prediction
 from umae_jax.weights.stored_run import StoredRun
 
 MIN_SCORE = 0.3  # of a detection that is drawn
 
 
-def draw_found(source: AnnotatedSource, found: Found, classes: Sequence[str]) -> np.ndarray:
+def draw_found(source: AnnotatedSource, found: ImageDetections, classes: Sequence[str]) -> np.ndarray:
     """Draw the detections of an image whose score is at least MIN_SCORE: uint8 [H, W, 3]."""
     pixels = source.decode(source[found.record].data)
     shown = np.flatnonzero(found.scores >= MIN_SCORE)
@@ -38,7 +40,7 @@ def draw_found(source: AnnotatedSource, found: Found, classes: Sequence[str]) ->
     return draw_instances(pixels, boxes, labels, classes, scores=scores, masks=masks)
 
 
-def draw_examples(examples: Sequence[tuple[AnnotatedSource, Found]], classes: Sequence[str]) -> bytes | None:
+def draw_examples(examples: Sequence[tuple[AnnotatedSource, ImageDetections]], classes: Sequence[str]) -> bytes | None:
     """Draw the detections of some images on one sheet, PNG; None without images."""
     if not examples:
         return None
@@ -51,7 +53,7 @@ def predict_objects(run: StoredRun, path: Path, mesh: Mesh, batch_size: int, fol
     """Yield the detections of each image, and draw those of score MIN_SCORE and above.
 
     The pictures are FOLDER/NAME.png; FOLDER/detections.json holds all detections. Images that cannot be read are named
-    on the terminal, and counted at the end.
+    on the terminal, and counted at the end. Several processes yield the detections of all of them at the end.
 
     Args:
         run: of a detector, its parameters replicated on the mesh.
@@ -61,29 +63,35 @@ def predict_objects(run: StoredRun, path: Path, mesh: Mesh, batch_size: int, fol
         folder: to write to.
 
     Raises:
-        UserError: at the end, if no image can be read.
+        UserError: if the folder is a file or, at the end, if no image can be read.
     """
+    require(
+        folder.suffix != ".csv" and not folder.is_file(),
+        f"--output: a detector draws pictures, and {folder} is a file; write a folder",
+    )
     images = open_images(path)
+    folder.mkdir(parents=True, exist_ok=True)
     images.max_pixels = run.config.data.max_pixels
     source = without_annotations(images)
     classes = run.classes or tuple(f"class {number}" for number in range(run.config.model.classes))
     batch_size = eval_batch_size(mesh, min(batch_size, len(source)))
     find = Finder(run.config, run.graph, run.params, source, mesh, batch_size)
-    folder.mkdir(parents=True, exist_ok=True)
+    pictures = picture_names([source.file_name(index) for index in range(len(source))])
     start, rows = time.monotonic(), []
     hidden = not (is_primary() and sys.stderr.isatty())
     with tqdm(total=len(source), unit="image", dynamic_ncols=True, leave=False, disable=hidden) as bar:
         for view, found in find(run.params):
             name = view.file_name(found.record)
-            picture = folder / f"{name.replace('/', '_')}.png"
+            picture = folder / pictures[int(view.image_ids[found.record])]  # ids count the images
             write_atomic(picture, encode_png(draw_found(view, found, classes)))
             objects = _objects(found, classes)
             rows.append({"image": name, "picture": str(picture), "objects": objects})
             bar.update()
-            drawn = [one for one in objects if one["score"] >= MIN_SCORE]
-            line = ", ".join(f"{printable(one['class'])} {one['score']:.1%}" for one in drawn) or "nothing"
-            yield f"{printable(name)}: {line}", rows[-1]
+            if jax.process_count() == 1:
+                yield _describe(rows[-1]), rows[-1]
     rows = [row for part in all_gather_json(rows) for row in part]
+    if jax.process_count() > 1:
+        yield from ((_describe(row), row) for row in rows)
     if not rows:
         raise UserError("--images: none of the images can be read; repair them or name others")
     if is_primary():
@@ -94,7 +102,27 @@ def predict_objects(run: StoredRun, path: Path, mesh: Mesh, batch_size: int, fol
         warn(f"{len(source) - len(rows):,} of {len(source):,} images cannot be read and are left out")
 
 
-def _objects(found: Found, classes: Sequence[str]) -> list[dict[str, Any]]:
+def picture_names(names: Sequence[str]) -> list[str]:
+    """Return a file name for the picture of each image, without folders; no two are equal, also in capitals."""
+    pictures: list[str] = []
+    taken: set[str] = set()
+    for name in names:
+        stem = name.replace("/", "_")
+        numbered = (f"{stem}_{number}" for number in itertools.count(2))
+        stem = next(one for one in itertools.chain([stem], numbered) if one.lower() not in taken)
+        taken.add(stem.lower())
+        pictures.append(f"{stem}.png")
+    return pictures
+
+
+def _describe(row: dict[str, Any]) -> str:
+    """Return the drawn objects of an image in one line."""
+    drawn = [one for one in row["objects"] if one["score"] >= MIN_SCORE]
+    line = ", ".join(f"{printable(one['class'])} {one['score']:.1%}" for one in drawn) or "nothing"
+    return f"{printable(row['image'])}: {line}"
+
+
+def _objects(found: ImageDetections, classes: Sequence[str]) -> list[dict[str, Any]]:
     """Return the detections of an image: class, score, and box x1 y1 x2 y2 in pixels of the image file."""
     columns = (found.labels.tolist(), found.scores.tolist(), found.boxes.tolist())
     return [

@@ -45,10 +45,6 @@ class Task(BaseTask):
         """See `BaseTask.open`."""
         self.source = labelled.open_training(self.config)
 
-    def open_images(self) -> None:
-        """See `BaseTask.open_images`."""
-        labelled.open_training(self.config)
-
     def prepare(self) -> None:
         """See `BaseTask.prepare`."""
         require(

@@ -141,16 +141,9 @@ class BaseTask(abc.ABC):
         """Open the training data, check them against the configuration, and complete the configuration from them.
 
         Raises:
+            MissingDataError: if the data do not exist.
             UserError: naming the key and what to write.
         """
-
-    def open_images(self) -> None:
-        """Open the training data without checking them against the configuration, for a plan.
-
-        Raises:
-            UserError: if they do not exist.
-        """
-        self.open()
 
     def prepare(self) -> None:  # noqa: B027 - not every task has validation data
         """Open further data that only a training run needs, such as validation data; called after `open`.

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from umae_jax.annotated import CELL, MIN_SIDE, class_color, draw_instances, draw_sheet, encode_png
 from umae_jax.data.instances import Region
+from umae_jax.drawing import CELL, MIN_SIDE, class_color, draw_instances, draw_sheet, encode_png
 
 BOXES = np.array([[10, 20, 60, 80], [50, 10, 110, 40]], np.float32)
 LABELS = np.array([0, 1])
