@@ -189,11 +189,11 @@ def test_training(name, monkeypatch):
         keys = jax.random.split(jax.random.key(0), 2)
         losses = model.rpn.losses(pyramid, *predicted, targets, image_size, keys)
         losses |= model.roi_heads.losses(pyramid, proposals, targets, image_size, keys)
-        found = model.rpn.propose(pyramid, *predicted, image_size, train=True)
+        found = jax.jit(lambda predicted: model.rpn.propose(pyramid, *predicted, image_size, train=True))(predicted)
         statistics = nnx.state(model, nnx.BatchStat)
         return total_loss(losses), (losses, pyramid, predicted, found, list(seen), statistics, dict(outputs))
 
-    compute = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    compute = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     (total, auxiliary), (grads, map_grads) = compute(params, maps)
     losses, pyramid, predicted, found, assigned, statistics, recorded_outputs = auxiliary
 

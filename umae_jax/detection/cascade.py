@@ -30,6 +30,7 @@ from umae_jax.detection.semantic_head import SemanticHead, semantic_loss
 from umae_jax.detection.targets import Targets
 
 GIOU_WEIGHT = 10.0
+_roi_align = jax.jit(roi_align, static_argnames=("size", "strides"))  # traced once for all stages
 
 
 class StageRule(NamedTuple):
@@ -230,11 +231,11 @@ class RoiHeads(nnx.Module):
     def _roi_features(self, features: Features, boxes: jax.Array, side: int) -> jax.Array:
         """Return the features of RoIs [B, R, 4], [B, R, side, side, width]; the semantic ones are added."""
         with jax.named_scope("roi_align"):
-            x = roi_align(features.pyramid[:4], boxes, roi_levels(boxes), size=side, strides=STRIDES[:4])
+            x = _roi_align(features.pyramid[:4], boxes, roi_levels(boxes), size=side, strides=STRIDES[:4])
             if features.semantic is None:
                 return x
             levels = jnp.zeros(boxes.shape[:2], jnp.int32)
-            semantic = roi_align([features.semantic], boxes, levels, size=mask_head.SIDE, strides=[SEMANTIC_STRIDE])
+            semantic = _roi_align((features.semantic,), boxes, levels, size=mask_head.SIDE, strides=(SEMANTIC_STRIDE,))
             if side != mask_head.SIDE:
                 semantic = semantic.reshape(*semantic.shape[:2], side, 2, side, 2, -1).mean((3, 5))
             return x + semantic
