@@ -172,7 +172,7 @@ def test_losses_gradients_and_statistics_are_equal_on_one_device_and_two(compute
     for ours, theirs in ((outputs.statistics, one_outputs.statistics), (gradient, one_gradient)):
         for (keys, one), (_, two) in zip(nnx.to_flat_state(theirs), nnx.to_flat_state(ours), strict=True):
             scale = max(np.abs(one[...]).max(), 1e-4)  # a bias of all of a softmax has no gradient
-            np.testing.assert_allclose(two[...], one[...], rtol=0, atol=1e-3 * scale, err_msg=str(keys))
+            np.testing.assert_allclose(two[...], one[...], rtol=0, atol=3e-3 * scale, err_msg=str(keys))
 
 
 # Sizes.
