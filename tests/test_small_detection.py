@@ -12,7 +12,6 @@ from tests import experiments
 from tests.annotated_images import coco, write
 from tests.commands import ROOT, xla_flags
 from tests.images import picture
-from tests.slow import slow
 
 TINY = (*("widths=(8,8,16,16)", "depths=(1,1,1,1)", "heads=(1,1,2,2)", "window=4", "position_width=4"),)
 TINY_DETECTOR = (
@@ -111,7 +110,6 @@ def test_simmim_gets_the_processor_time_of_um_mae(experiment, tmp_path, monkeypa
     assert trial.pretrain_steps("SimMIM") == 300
 
 
-@slow
 def test_a_row_pretrains_and_trains_a_detector_once(experiment, archives, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

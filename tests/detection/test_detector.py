@@ -1,21 +1,22 @@
 """The whole detector: variants, padding, devices, and the sizes of its parts."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, Mesh
 
 from tests import tiny_detector
 from tests.detection import scenes
 from tests.rngs import ConstantRngs
-from tests.slow import slow
 from umae_jax.config import default_config, load_config
 from umae_jax.detection.detector import Detected, total_loss
 from umae_jax.tasks.detection import Task
-from umae_jax.training.sharding import batch_sharding, replicated
+from umae_jax.training.sharding import batch_sharding, make_mesh, replicated
 from umae_jax.training.step import loss_function
+from umae_jax.training.task import Params
 
 ENCODERS = {
     "pvt": {"encoder": "pvt", "sr_ratios": (8, 4, 2, 1)},
@@ -45,11 +46,10 @@ def split(config):
 VARIANTS = {
     "faster_rcnn_pvt": ("pvt", {"stages": 1, "masks": False, "box_convs": 0, "box_loss": "smooth_l1"}),
     "mask_rcnn_vit": ("vit", {"stages": 1, "interleaved": False, "mask_flow": False, "box_convs": 0}),
-    "cascade": (None, {"stages": 2, "interleaved": False, "mask_flow": False, "semantic_classes": 4}),
+    "cascade": ("vit", {"stages": 2, "interleaved": False, "mask_flow": False, "semantic_classes": 4}),
 }
 
 
-@slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_trains_all_of_its_parts(name):
     encoder, model = VARIANTS[name]
@@ -81,58 +81,39 @@ def test_every_variant_trains_all_of_its_parts(name):
     assert (None if found.masks is None else found.masks.shape) == masks
 
 
+class Computed(NamedTuple):
+    """Losses, statistics and gradients of a batch that leaves a part of the canvas empty."""
+
+    batch: dict[str, np.ndarray]
+    params: Params
+    step: Callable  # (params, pixels, batch) -> (loss, outputs), gradients of parameters and pixels
+    compiled: Callable  # the step on one device
+    results: tuple
+
+    def __call__(self, **changes):
+        batch = self.batch | changes
+        return self.compiled(self.params, batch["image"], batch)
+
+
 @pytest.fixture(scope="module")
-def padded():
-    """A batch that leaves a part of the canvas empty; (batch, pixels) -> losses and both gradients, compiled."""
-    config = config_of(stages=1)
+def computed():
+    config = config_of(stages=1, box_convs=2)
     task, graph, params = split(config)
     batch = scenes.draw(config, 2)
-    pixels = scenes.normalised(nnx.merge(graph, params), batch["image"])
+    batch["image"] = np.asarray(scenes.normalised(nnx.merge(graph, params), batch["image"]))
+    params = perturbed(params)  # the initial ones give almost equal features, whose BatchNorm amplifies rounding
 
-    def compute(pixels, batch):
-        def loss(params, pixels):
-            return loss_function(task, graph)(params, batch | {"image": pixels})
+    def loss(params, pixels, batch):
+        return loss_function(task, graph)(params, batch | {"image": pixels})
 
-        return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, pixels)
-
-    compiled = jax.jit(compute)
-    return pixels, batch, compiled, compiled(pixels, batch)
-
-
-@slow
-def test_no_gradient_reaches_pixels_beyond_the_content(padded):
-    _, batch, _, (_, (_, gradient)) = padded
-    gradient = np.abs(gradient)
-    height, width = batch["image_size"][0]
-    assert (gradient[:, :height, :width].max((1, 2, 3)) > 0).all()
-    assert gradient[:, height:].max() == 0
-    assert gradient[:, :, width:].max() == 0
+    step = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    compiled = jax.jit(step)
+    return Computed(batch, params, step, compiled, compiled(params, batch["image"], batch))
 
 
 def equal(one, other):
     """Return whether all arrays of two pytrees are equal, bit for bit."""
     return all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b), one, other)))
-
-
-@slow
-def test_pixels_beyond_the_content_change_nothing(padded):
-    pixels, batch, compute, expected = padded
-    height, width = batch["image_size"][0]
-    changed = np.asarray(jax.random.normal(jax.random.key(0), pixels.shape)).copy()
-    changed[:, :height, :width] = pixels[:, :height, :width]
-    assert equal(compute(jnp.asarray(changed), batch), expected)
-    changed[0, 0, 0] += 1
-    assert not equal(compute(jnp.asarray(changed), batch), expected)
-
-
-@slow
-def test_objects_beyond_the_last_change_nothing(padded):
-    pixels, batch, compute, expected = padded
-    changed = scenes.with_noise_in_invalid_slots(batch, classes=2)
-    assert not all(np.array_equal(changed[name], batch[name]) for name in ("boxes", "labels", "masks"))
-    assert equal(compute(pixels, changed), expected)
-    changed["boxes"][0, 0] += 1
-    assert not equal(compute(pixels, changed), expected)
 
 
 def perturbed(params, spread=0.2):
@@ -149,39 +130,49 @@ def perturbed(params, spread=0.2):
     return jax.tree.map(draw, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def mesh_of(data, fsdp):
-    devices = np.array(jax.devices()[: data * fsdp]).reshape(data, fsdp)
-    return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+def test_no_gradient_reaches_pixels_beyond_the_content(computed):
+    _, (_, gradient) = computed.results
+    gradient = np.abs(gradient)
+    height, width = computed.batch["image_size"][0]
+    assert (gradient[:, :height, :width].max((1, 2, 3)) > 0).all()
+    assert gradient[:, height:].max() == 0
+    assert gradient[:, :, width:].max() == 0
 
 
-@slow
-def test_losses_gradients_and_statistics_are_equal_on_1_and_8_devices():
+def test_pixels_beyond_the_content_change_nothing(computed):
+    pixels = computed.batch["image"]
+    height, width = computed.batch["image_size"][0]
+    changed = np.random.default_rng(0).normal(size=pixels.shape).astype(np.float32)
+    changed[:, :height, :width] = pixels[:, :height, :width]
+    assert equal(computed(image=changed), computed.results)
+    changed[0, 0, 0] += 1
+    assert not equal(computed(image=changed), computed.results)
+
+
+def test_objects_beyond_the_last_change_nothing(computed):
+    changed = scenes.with_noise_in_invalid_slots(computed.batch, classes=2)
+    assert not all(np.array_equal(changed[name], computed.batch[name]) for name in ("boxes", "labels", "masks"))
+    assert equal(computed(**changed), computed.results)
+    changed["boxes"][0, 0] += 1
+    assert not equal(computed(**changed), computed.results)
+
+
+def test_losses_gradients_and_statistics_are_equal_on_one_device_and_two(computed):
     """BatchNorm over the RoIs of one device alone would change all three."""
-    config = config_of(stages=1, box_convs=2)
-    config.batch_size = 8
-    task, graph, params = split(config)
-    params = perturbed(params)  # the initial ones give almost equal features, whose BatchNorm amplifies rounding
-    batch = scenes.draw(config, 8)
-    results = []
-    for shape in ((1, 1), (4, 2)):
-        mesh = mesh_of(*shape)
-        step = jax.jit(
-            jax.value_and_grad(loss_function(task, graph), has_aux=True),
-            in_shardings=(replicated(mesh), batch_sharding(mesh)),
-            out_shardings=replicated(mesh),
-        )
-        with jax.set_mesh(mesh):
-            placed = jax.device_put(params, replicated(mesh)), jax.device_put(batch, batch_sharding(mesh))
-            results.append(jax.device_get(step(*placed)))
-    ((one, one_outputs), one_gradient), ((eight, outputs), gradient) = results
-    np.testing.assert_allclose(eight, one, rtol=1e-5)
+    (one, one_outputs), (one_gradient, _) = computed.results
+    mesh = make_mesh(devices=jax.devices()[:2])
+    sharded = batch_sharding(mesh)
+    step = jax.jit(computed.step, in_shardings=(replicated(mesh), sharded, sharded), out_shardings=replicated(mesh))
+    with jax.set_mesh(mesh):
+        (two, outputs), (gradient, _) = step(computed.params, computed.batch["image"], computed.batch)
+    np.testing.assert_allclose(two, one, rtol=1e-5)
     for name, value in one_outputs.scalars.items():
         np.testing.assert_allclose(outputs.scalars[name], value, rtol=1e-4, atol=1e-7, err_msg=name)
     assert len(jax.tree.leaves(outputs.statistics)) == 2 * 2  # mean and variance, convolutions
     for ours, theirs in ((outputs.statistics, one_outputs.statistics), (gradient, one_gradient)):
-        for (keys, one), (_, eight) in zip(nnx.to_flat_state(theirs), nnx.to_flat_state(ours), strict=True):
+        for (keys, one), (_, two) in zip(nnx.to_flat_state(theirs), nnx.to_flat_state(ours), strict=True):
             scale = max(np.abs(one[...]).max(), 1e-4)  # a bias of all of a softmax has no gradient
-            np.testing.assert_allclose(eight[...], one[...], rtol=0, atol=1e-3 * scale, err_msg=str(keys))
+            np.testing.assert_allclose(two[...], one[...], rtol=0, atol=3e-3 * scale, err_msg=str(keys))
 
 
 # Sizes.

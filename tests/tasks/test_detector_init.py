@@ -8,7 +8,6 @@ from flax import nnx
 from tests import small, tiny, tiny_detector
 from tests.rngs import ConstantRngs
 from tests.runs import store
-from tests.slow import slow
 from umae_jax import load_encoder
 from umae_jax.detection.mmdet import to_tensors
 from umae_jax.errors import UserError
@@ -19,8 +18,6 @@ from umae_jax.weights.encoder_file import encode_encoder
 from umae_jax.weights.exchange import export_weights
 from umae_jax.weights.files import Weights, encode_weights, read_weights
 from umae_jax.weights.names import to_reference
-
-pytestmark = slow
 
 ENCODER = ("backbone", "encoder")
 

@@ -1,5 +1,6 @@
 """Assignment of boxes to ground truth by IoU (DET 1.4, 1.8)."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ class Assignment(NamedTuple):
     max_iou: jax.Array  # float32 [N], the best IoU with any valid gt; 0 without gts
 
 
+@partial(jax.jit, static_argnames=("positive", "negative", "low_quality", "min_positive"))
 def assign(
     priors: jax.Array,
     gts: jax.Array,
