@@ -57,6 +57,12 @@ def test_captions_stay_inside_the_picture():
         assert (picture == class_color(label)).all(-1).sum() > 400
 
 
+def test_strips_are_enlarged_less_and_captions_may_hold_any_character():
+    picture = draw_instances(np.zeros((2, 3000, 3), np.uint8), np.zeros((0, 4)), np.zeros(0, int), ())
+    assert picture.shape == (2, 3000, 3)
+    draw_sheet([picture], ["a\nb\udce9.png"])
+
+
 def test_images_without_objects_are_drawn():
     picture = draw_instances(gray(500, 600), np.zeros((0, 4)), np.zeros(0, int), CLASSES, scores=np.zeros(0))
     np.testing.assert_array_equal(picture, gray(500, 600))

@@ -8,8 +8,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from umae_jax.data.instances import Region
+from umae_jax.errors import printable
 
 MIN_SIDE = 480  # pixels; smaller images are enlarged by a whole number, so that text is legible
+MAX_ENLARGED_SIDE = 4096  # pixels of the longer side; a strip is enlarged less
 MASK_OPACITY = 0.45
 GOLDEN_RATIO = 0.618  # of the hue circle; colours of neighbouring classes differ
 CELL = (640, 480)  # width and height of an image on a sheet, pixels
@@ -52,7 +54,7 @@ def draw_instances(
             part = pixels[mask.top : mask.top + rows, mask.left : mask.left + columns]
             shown = mask.pixels[: part.shape[0], : part.shape[1], None] > 0
             np.copyto(part, (1 - MASK_OPACITY) * part + MASK_OPACITY * np.array(color, np.float32), where=shown)
-    zoom = max(1, -(-MIN_SIDE // max(1, min(image.shape[:2]))))
+    zoom = max(1, min(-(-MIN_SIDE // max(1, min(image.shape[:2]))), MAX_ENLARGED_SIDE // max(1, *image.shape[:2])))
     picture = Image.fromarray(pixels.round().astype(np.uint8).repeat(zoom, 0).repeat(zoom, 1))
     side = min(picture.size)
     font, width = ImageFont.load_default(max(13, side // 40)), max(2, side // 300)
@@ -110,6 +112,7 @@ def draw_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], columns:
         picture = Image.fromarray(pixels)
         picture.thumbnail(CELL)
         sheet.paste(picture, (left, top))
+        caption = printable(caption)
         while caption and canvas.textlength(caption, font) > CELL[0]:
             caption = caption[1:]  # the end of a path says more
         canvas.text((left, top + picture.height + 2), caption, TEXT, font)

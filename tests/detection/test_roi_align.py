@@ -147,8 +147,25 @@ def test_pooled_features_are_means_of_more_bins():
     assert_close("pooled", align(size=7, pool=2), bins.mean((3, 5)), 1e-5)
 
 
-def test_a_batch_equals_its_images_with_values_and_gradients():
+@pytest.mark.parametrize("count", [0, 5])
+def test_any_number_of_boxes_also_within_jit(count):
+    maps, boxes, levels = random_case(6)
+    tiles = cut([level[None] for level in maps], STRIDES)
+    some = jnp.asarray(boxes)[None, 9 : 9 + count], jnp.asarray(levels)[None, 9 : 9 + count]
+    features = jax.jit(roi_align, static_argnames=("size", "chunk"))(tiles, *some, size=7, chunk=4)
+    assert features.shape == (1, count, 7, 7, 5)
+    whole = [
+        roi_align_whole(level[None], some[0], size=7, stride=stride)
+        for level, stride in zip(maps, STRIDES, strict=True)
+    ]
+    expected = sum(jnp.where((some[1] == k)[..., None, None, None], one, 0) for k, one in enumerate(whole))
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+
+
+def test_a_batch_equals_its_images_with_values_and_gradients(monkeypatch):
     # Image 1 needs many more windows than image 0.
+    monkeypatch.setattr(module, "TILE", 4)
+    monkeypatch.setattr(module, "WINDOW", 1)
     maps, boxes, levels = (list(part) for part in zip(random_case(1), random_case(2), strict=True))
     boxes[0] = np.concatenate([boxes[0][9:], boxes[0][9:18]]) / 8
     boxes, levels, maps = jnp.stack(boxes), jnp.stack(levels), [jnp.stack(level) for level in zip(*maps, strict=True)]
@@ -175,8 +192,8 @@ def test_bfloat16_features_are_summed_in_float32():
     check_bfloat16(lambda maps: align_cut(maps, boxes, levels, size=7), maps, feature_atol=1e-6, gradient_atol=1e-6)
 
 
-def test_a_whole_map_in_bfloat16_rounds_the_weights_only_once_more():
-    """Weights and rows are rounded; sums over boxes are float32."""
+def test_a_whole_map_in_bfloat16_is_close_to_float32():
+    """Weights and rows are rounded, and the gradient of each chunk is."""
     (level, *_), boxes, _ = random_case(4)
     boxes = jnp.asarray(boxes)[None]
     maps = [jnp.asarray(level, jnp.bfloat16)[None]]

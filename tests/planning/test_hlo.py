@@ -81,7 +81,7 @@ ENTRY %main (x: pred[8]) -> pred[8] {
 """
 
 
-@pytest.mark.parametrize(("scope", "trips"), [("proposals/nms/vmap()", 8), ("box_head/roi_align", 1)])
+@pytest.mark.parametrize(("scope", "trips"), [("proposals/nms/vmap()", 8), ("box_head/roi_align", 2), ("decoder", 1)])
 def test_loops_that_the_data_end_count_a_typical_number_of_times(scope, trips):
     program = read_program(UNBOUNDED.replace("SCOPE", scope), 1)
     assert program.cycles == {"round": trips * 10}

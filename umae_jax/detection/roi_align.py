@@ -7,6 +7,7 @@ of it, so the matrices multiply the whole map. Both are exact for every box.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -17,8 +18,8 @@ from jax import lax
 
 LEVELS = 4
 FIRST_SIDE = 56  # boxes of twice this side and more, in pixels, leave the first level
-# Samples are more than half a cell apart where a bin has several, so that less than 4 of them touch a cell. Two more
-# allow for rounding.
+# Samples are more than half a cell apart where a bin has several, so that at most 4 of them touch a cell. The first one
+# looked at may touch none, and one more allows for rounding.
 MAX_TOUCHING = 6
 TILE = 8  # rows and columns of cells: the memory of a TPU is laid out in eights
 WINDOW = 4  # rows and columns of tiles that a box reads at a time
@@ -31,12 +32,14 @@ def roi_levels(boxes: jax.Array) -> jax.Array:
     return jnp.clip(level, 0, LEVELS - 1).astype(jnp.int32)
 
 
-class Tiles(NamedTuple):
-    """Levels of a pyramid, cut into tiles."""
+@partial(jax.tree_util.register_dataclass, data_fields=["cells"], meta_fields=["sizes", "strides"])
+@dataclass(frozen=True)
+class Tiles:
+    """Levels of a pyramid, cut into tiles; a pytree of one array."""
 
     cells: jax.Array  # [B, tiles, TILE, TILE, C]; the last tiles of a row or column are filled with zeros
-    sizes: np.ndarray  # int32 [L, 2], rows and columns of cells of each level
-    strides: np.ndarray  # float32 [L], pixels per cell
+    sizes: tuple[tuple[int, int], ...]  # rows and columns of cells of each level
+    strides: tuple[int, ...]  # pixels per cell
 
 
 def cut(maps: Sequence[jax.Array], strides: Sequence[int]) -> Tiles:
@@ -47,14 +50,15 @@ def cut(maps: Sequence[jax.Array], strides: Sequence[int]) -> Tiles:
         padded = jnp.pad(level, ((0, 0), (0, -height % TILE), (0, -width % TILE), (0, 0)))
         split = padded.reshape(batch, padded.shape[1] // TILE, TILE, -1, TILE, channels).swapaxes(2, 3)
         tiles.append(split.reshape(batch, -1, TILE, TILE, channels))
-    sizes = np.array([level.shape[1:3] for level in maps], np.int32)
-    return Tiles(jnp.concatenate(tiles, 1), sizes, np.array(strides, np.float32))
+    sizes = tuple((level.shape[1], level.shape[2]) for level in maps)
+    return Tiles(jnp.concatenate(tiles, 1), sizes, tuple(strides))
 
 
 def roi_align(tiles: Tiles, boxes: jax.Array, levels: jax.Array, *, size: int, chunk: int = 64) -> jax.Array:
-    """Return the features of boxes on a pyramid, [B, R, size, size, C] of its dtype, summed in float32.
+    """Return the features of boxes on a pyramid, [B, R, size, size, C] of its dtype.
 
-    Samples more than a cell outside a map count as 0. Empty boxes have features 0. No gradient flows to the boxes.
+    The sums are float32; products round as the platform's default precision does. Samples more than a cell outside a
+    map count as 0. Empty boxes have features 0. No gradient flows to the boxes.
 
     Args:
         tiles: the levels.
@@ -63,14 +67,15 @@ def roi_align(tiles: Tiles, boxes: jax.Array, levels: jax.Array, *, size: int, c
         size: rows and columns of the result.
         chunk: boxes that are computed at a time; changes only speed and memory.
     """
-    rows, columns = _locate(boxes, jnp.asarray(tiles.strides)[levels], jnp.asarray(tiles.sizes)[levels], size)
-    grid = -(-tiles.sizes // TILE)
+    sizes = np.array(tiles.sizes, np.int32)
+    rows, columns = _locate(boxes, jnp.array(tiles.strides, jnp.float32)[levels], jnp.asarray(sizes)[levels], size)
+    grid = -(-sizes // TILE)
     corners = np.cumsum([0, *grid.prod(1)[:-1]], dtype=np.int32)
     spans = [1 + (axis.last // TILE - axis.first // TILE) // WINDOW for axis in (rows, columns)]
     empty = (rows.samples == 0) | (columns.samples == 0)
     windows = jnp.where(empty[..., None], 0, jnp.stack(spans, -1))
     placed = _Boxes(rows, columns, jnp.asarray(corners)[levels], jnp.asarray(grid)[levels], windows)
-    return _align(_Options(size, min(chunk, boxes.shape[1])), tiles.cells, placed).astype(tiles.cells.dtype)
+    return _align(_Options(size, max(1, min(chunk, boxes.shape[1]))), tiles.cells, placed).astype(tiles.cells.dtype)
 
 
 def roi_align_whole(
@@ -78,11 +83,19 @@ def roi_align_whole(
 ) -> jax.Array:
     """Return the features of boxes on a single map, [B, H, W, C], after mean pooling; otherwise as `roi_align`.
 
-    `pool` is the side of the pooling window; `size` is that of the result.
+    Weights, and the sums over the rows of the map, have the map's dtype.
+
+    Args:
+        level: the map.
+        boxes: float32 [B, R, 4].
+        size: rows and columns of the result.
+        stride: pixels per cell.
+        pool: side of the pooling window, in bins.
+        chunk: boxes that are computed at a time; changes only speed and memory.
     """
     count, level32 = boxes.shape[1], level.astype(jnp.float32)
     limits = jnp.broadcast_to(jnp.array(level.shape[1:3], jnp.int32), (*boxes.shape[:2], 2))
-    axes = _locate(boxes, jnp.full(boxes.shape[:2], float(stride)), limits, size * pool)
+    axes = _locate(boxes, jnp.full(boxes.shape[:2], stride, jnp.float32), limits, size * pool)
 
     def weights_of(axis: BoxAxis, cells: int) -> jax.Array:
         places = jnp.arange(cells, dtype=jnp.int32)
@@ -91,11 +104,11 @@ def roi_align_whole(
 
     def read(axes: tuple[BoxAxis, BoxAxis]) -> jax.Array:
         rows, columns = map(weights_of, axes, level.shape[1:3])
-        # The gradient of the map adds up over the chunks in float32.
+        # The gradient of the map adds up over chunks in float32.
         half = jnp.einsum("brph,bhwc->brpwc", rows, level32.astype(level.dtype))
         return jnp.einsum("brqw,brpwc->brpqc", columns, half, preferred_element_type=jnp.float32).astype(level.dtype)
 
-    chunk = min(chunk, count)
+    chunk = max(1, min(chunk, count))
     return _join(lax.map(read, jax.tree.map(lambda x: _split(chunk, _pad(chunk, x)), axes)))[:, :count]
 
 
@@ -267,6 +280,7 @@ def _window(options: _Options, box: _Boxes, number: jax.Array) -> tuple[jax.Arra
         tiles = axis.first // TILE + place * WINDOW + jnp.arange(WINDOW, dtype=jnp.int32)
         cells = tiles[:, None] * TILE + jnp.arange(TILE, dtype=jnp.int32)[None]
         weights.append(axis_weights(axis, cells.reshape(-1), options.size))
-        places.append(jnp.clip(tiles, 0, box.grid[k] - 1))  # the cells of tiles beyond the map have weights 0
+        # The cells of tiles beyond the map have weights 0. Boxes that fill up a chunk have a grid of 0 tiles.
+        places.append(jnp.minimum(tiles, jnp.maximum(box.grid[k], 1) - 1))
     tiles = box.corner + places[0][None] * box.grid[1] + places[1][:, None]
     return tiles.reshape(-1), weights[0], weights[1]

@@ -20,8 +20,11 @@ from umae_jax.planning.hardware import CHIPS, GPUS, Chip, Topology, parse_topolo
 from umae_jax.training.memory import is_exhausted
 from umae_jax.training.sharding import make_mesh
 
-# Gathers on a SparseCore make programs whose text JAX's own XLA cannot read.
-_READABLE: dict[str, str | bool] = {"xla_tpu_offload_gather_to_sparsecore": "false"}
+# Gathers and scatters on a SparseCore make programs whose text JAX's own XLA cannot read.
+_READABLE: dict[str, str | bool] = {
+    "xla_tpu_offload_gather_to_sparsecore": "false",
+    "xla_tpu_enable_offloading_scatter_to_sparsecore": "false",
+}
 
 
 @dataclass(frozen=True)

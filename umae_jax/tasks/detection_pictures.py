@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import operator
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,7 @@ MIN_SCORE = 0.3  # of a detection that is drawn
 def draw_found(source: AnnotatedSource, found: ImageDetections, classes: Sequence[str]) -> np.ndarray:
     """Draw the detections of an image whose score is at least MIN_SCORE: uint8 [H, W, 3]."""
     pixels = source.decode(source[found.record].data)
-    shown = np.flatnonzero(found.scores >= MIN_SCORE)
+    shown = np.flatnonzero(found.scores.astype(np.float64).round(4) >= MIN_SCORE)  # as written to files
     boxes, scores, labels = (array[shown] for array in (found.boxes, found.scores, found.labels))
     masks = (
         [] if found.masks is None else [paste(found.masks[index], found.boxes[index], *found.size) for index in shown]
@@ -77,29 +78,32 @@ def predict_objects(run: StoredRun, path: Path, mesh: Mesh, batch_size: int, fol
     batch_size = eval_batch_size(mesh, min(batch_size, len(source)))
     find = Finder(run.config, run.graph, run.params, source, mesh, batch_size)
     pictures = picture_names([source.file_name(index) for index in range(len(source))])
-    start, rows = time.monotonic(), []
+    start = time.monotonic()
+    rows: dict[int, dict[str, Any]] = {}
     hidden = not (is_primary() and sys.stderr.isatty())
     with tqdm(total=len(source), unit="image", dynamic_ncols=True, leave=False, disable=hidden) as bar:
         for view, found in find(run.params):
             name = view.file_name(found.record)
-            picture = folder / pictures[int(view.image_ids[found.record])]  # ids count the images
+            index = int(view.image_ids[found.record])  # ids count the images
+            picture = folder / pictures[index]
             write_atomic(picture, encode_png(draw_found(view, found, classes)))
             objects = _objects(found, classes)
-            rows.append({"image": name, "picture": str(picture), "objects": objects})
+            rows[index] = {"image": name, "picture": str(picture), "objects": objects}
             bar.update()
             if jax.process_count() == 1:
-                yield _describe(rows[-1]), rows[-1]
-    rows = [row for part in all_gather_json(rows) for row in part]
+                yield _describe(rows[index]), rows[index]
+    gathered = [row for part in all_gather_json(list(rows.items())) for row in part]
+    ordered = [row for _, row in sorted(gathered, key=operator.itemgetter(0))]
     if jax.process_count() > 1:
-        yield from ((_describe(row), row) for row in rows)
-    if not rows:
+        yield from ((_describe(row), row) for row in ordered)
+    if not ordered:
         raise UserError("--images: none of the images can be read; repair them or name others")
     if is_primary():
-        write_atomic(folder / "detections.json", json.dumps(rows).encode())
+        write_atomic(folder / "detections.json", json.dumps(ordered).encode())
     seconds = time.monotonic() - start
-    say(f"{len(rows):,} pictures in {folder}, in {duration(seconds)}; scores below {MIN_SCORE} are not drawn")
-    if len(rows) < len(source):
-        warn(f"{len(source) - len(rows):,} of {len(source):,} images cannot be read and are left out")
+    say(f"{len(ordered):,} pictures in {folder}, in {duration(seconds)}; scores below {MIN_SCORE} are not drawn")
+    if len(ordered) < len(source):
+        warn(f"{len(source) - len(ordered):,} of {len(source):,} images cannot be read and are left out")
 
 
 def picture_names(names: Sequence[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """A run's directory: its configuration, class names and checkpoints, read without the training code.
 
-DIR/config.json, DIR/classes.json (classifiers)
+DIR/config.json, DIR/classes.json (classifiers and detectors)
 DIR/checkpoints/STEP/state      arrays: step, params, optimizer, bad_steps, skipped_updates, average (if kept)
 DIR/checkpoints/STEP/data       JSON: the position in the data; "best": the validation metric, if it was the best
 DIR/checkpoints_best/STEP       of runs of the first version: the best checkpoint; its data holds the metric
