@@ -18,6 +18,8 @@ STEP = "jit(train_step)/"
         (STEP + "jvp(loss)/jit(_var)/reduce_sum", "loss"),
         (STEP + "optimizer/mul", "optimizer"),
         (STEP + "jvp(encoder)/jit(_where)/select_n", "encoder"),
+        (STEP + "transpose(jvp(box_head))/roi_align/while/body/closed_call/dot_general", "box head, roi align"),
+        (STEP + "jvp(proposals)/nms/vmap(vmap())/while", "proposals, nms"),
         ("", "other"),
     ],
 )

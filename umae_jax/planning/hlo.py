@@ -209,7 +209,7 @@ def _parse(text: str, num_devices: int) -> tuple[dict[str, _Computation], str]:
             computation.loop_bound = max(computation.loop_bound, int(bound[1]))
         if loop := _LOOP.search(line):
             trips = _TRIP_COUNT.search(line)
-            typical = max((_TYPICAL_TRIPS.get(part, 1) for part in scope.split("/")), default=1)
+            typical = max((_TYPICAL_TRIPS.get(word, 1) for word in re.findall(r"\w+", scope)), default=1)
             computation.loops.append(_Loop(loop[1], loop[2], int(trips[1]) if trips else None, typical))
         elif branches := _BRANCHES.search(line):
             names = branches[1].split(",") if branches[1] else branches.groups()[1:]
