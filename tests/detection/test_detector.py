@@ -43,10 +43,12 @@ def split(config):
     return task, graph, params
 
 
+PLAIN = {"interleaved": False, "mask_flow": False, "global_block": False, "nms": "hard"}  # all before HTC
+LINEAR = {"box_convs": 0, "box_loss": "smooth_l1"}  # as the first box heads were
 VARIANTS = {
-    "faster_rcnn_pvt": ("pvt", {"stages": 1, "masks": False, "box_convs": 0, "box_loss": "smooth_l1"}),
-    "mask_rcnn_vit": ("vit", {"stages": 1, "interleaved": False, "mask_flow": False, "box_convs": 0}),
-    "cascade": ("vit", {"stages": 2, "interleaved": False, "mask_flow": False, "semantic_classes": 4}),
+    "faster_rcnn_pvt": ("pvt", {"stages": 1, "masks": False, **PLAIN, **LINEAR}),
+    "mask_rcnn_vit": ("vit", {"stages": 1, **PLAIN, **LINEAR}),
+    "cascade": ("vit", {"stages": 2, **PLAIN, "semantic_classes": 4}),
 }
 
 
