@@ -91,6 +91,11 @@ def finetune(workdir, *overrides, config="tests/tiny_classifier.py", **options):
     return run("finetune", "--config", config, "--workdir", workdir, *overrides, **options)
 
 
+def lines_of(errors):
+    """Return the lines on the terminal, without what XLA prints when processes connect."""
+    return [line for line in errors.splitlines() if "[Gloo]" not in line]
+
+
 def lines(workdir):
     """A run's metrics without those that time tells."""
     read = [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]

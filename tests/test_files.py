@@ -20,7 +20,7 @@ from umae_jax.errors import UserError
 from umae_jax.files import absolute, explain, locate, locate_local, move_folder, write_atomic, write_together
 from umae_jax.training import metrics
 
-COMMON = ("--config.total_steps=6", "--config.checkpoint_every=2", "--config.checkpoint_keep=2")
+COMMON = ("--config.checkpoint_every=4", "--config.checkpoint_keep=2", "--config.picture_every=6")
 
 
 @pytest.fixture(scope="module")
@@ -205,34 +205,54 @@ def losses_in(workdir):
     return [(line["step"], line["loss"]) for line in map(json.loads, written)]
 
 
-def test_two_processes_share_a_bucket(images, on_disk):
-    workdir = "gs://bucket/together"
+def test_two_processes_train_as_one_in_a_bucket_and_one_process_continues_their_run(
+    images, on_disk, tmp_path, monkeypatch
+):
+    workdir = epath.Path("gs://bucket/together")
     arguments = ("--config", "tests/tiny.py", "--workdir", workdir, f"--config.data.source=folder:{images[1]}", *COMMON)
-    commands.end(commands.start_together("pretrain", *arguments, "--config.mesh.fsdp=8"))
+    with monkeypatch.context() as patch:
+        patch.delenv("JAX_COMPILATION_CACHE_DIR")
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        started = commands.start_together("pretrain", *arguments, "--config.mesh.fsdp=8")
+    ((output, errors), (_, others)) = commands.end(started)
+    assert not list(tmp_path.rglob("*-cache"))  # programs of several processes on CPUs have a new key each time
     np.testing.assert_allclose(losses_in(workdir), commands.losses(on_disk), rtol=1e-5)
+    assert output.splitlines()[-1] == str(workdir / "reconstructions" / "0000012.png")
+    assert "8 cpu of 2 processes" in errors
+    assert [line for line in commands.lines_of(others) if "_TOKEN_FOR_TESTING" not in line] == []
+    for folder in ("", "checkpoints", "reconstructions"):
+        written, expected = (
+            {path.name for path in (where / folder).iterdir()} for where in (workdir, epath.Path(on_disk))
+        )
+        assert written == expected
     assert load_encoder(workdir).widths == (8, 16)
+    # With two devices instead of eight.
+    (workdir / "checkpoints" / "12").rmtree()
+    _, errors = commands.run("pretrain", *arguments, devices=2)
+    assert "continuing at step 8" in errors
+    np.testing.assert_allclose(losses_in(workdir), commands.losses(on_disk), rtol=1e-5)
 
 
 def test_a_run_in_a_bucket_is_the_same_as_one_on_disk(images, on_disk, tmp_path):
     workdir = "gs://bucket/run"
     arguments = ("--config", "tests/tiny.py", "--workdir", workdir, f"--config.data.source=folder:{images[1]}", *COMMON)
-    process = commands.start("pretrain", *arguments, "--config.picture_every=6")
+    process = commands.start("pretrain", *arguments)
     printed = []
     for line in process.stderr:
         printed.append(line)
-        if line.startswith("step 3/"):
+        if line.startswith("step 6/"):
             process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM, (printed, errors)
     # A damaged checkpoint is moved aside; the run continues from the one before.
     newest = max(int(path.name) for path in (epath.Path(workdir) / "checkpoints").glob("*"))
     (epath.Path(workdir) / "checkpoints" / str(newest) / "state" / "manifest.ocdbt").write_bytes(b"")
-    _, errors = commands.run("pretrain", *arguments, "--config.picture_every=6")
-    assert f"continuing at step {newest // 2 * 2 if newest % 2 else newest - 2} of 6" in errors
+    _, errors = commands.run("pretrain", *arguments)
+    assert f"continuing at step {(newest - 1) // 4 * 4} of 12" in errors
     assert [path.name for path in (epath.Path(workdir) / "checkpoints_unreadable").glob("*")] == [str(newest)]
 
     assert losses_in(workdir) == commands.losses(on_disk)
-    assert (epath.Path(workdir) / "reconstructions" / "0000006.png").read_bytes().startswith(b"\x89PNG")
+    assert (epath.Path(workdir) / "reconstructions" / "0000012.png").read_bytes().startswith(b"\x89PNG")
     assert any("tfevents" in path.name for path in (epath.Path(workdir) / "tensorboard").glob("*"))
     for name in ("loss.png", "progress.png"):
         assert (epath.Path(workdir) / name).read_bytes().startswith(b"\x89PNG")

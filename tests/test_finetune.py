@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import commands
+import umae_jax
+from tests import commands, tiny, tiny_classifier
 from tests.images import write_folder
+from umae_jax.config import read_config
+from umae_jax.errors import UserError
 from umae_jax.weights.stored_run import best_checkpoint
 
 CLASSES = ("cat", "dog", "owl")
@@ -43,6 +46,13 @@ def finished(tmp_path_factory, folders, pretrained):
     """An uninterrupted run: its directory, standard output and standard error."""
     workdir = tmp_path_factory.mktemp("finished")
     return workdir, *commands.finetune(workdir, *folders, *EVERY_4_STEPS, f"--config.init={pretrained}")
+
+
+def configure(*options):
+    """Return tests/tiny_classifier.py with options of a command whose values are strings."""
+    config = tiny_classifier.get_config()
+    config.update_from_flattened_dict(dict(option.removeprefix("--config.").split("=") for option in options))
+    return config
 
 
 def test_pretraining_measures_knn_accuracy(pretrained):
@@ -117,11 +127,10 @@ def test_a_run_stopped_in_its_last_validation_repeats_it_when_continued(folders,
     assert "stopped by SIGTERM at step 4" in errors
     validated = [line["step"] for line in commands.lines(tmp_path) if "validation_top1" in line]
     assert validated == [0]
-    commands.finetune(tmp_path, folders[0], *options)
+    umae_jax.finetune(read_config(tmp_path / "config.json"), tmp_path)
     line = commands.lines(tmp_path)[-1]
     assert (line["step"], line["validation_images"]) == (4, 600)
-    output, _ = commands.run("evaluate", "--workdir", tmp_path, "--json")
-    assert json.loads(output)["top1"] == line["validation_top1"]
+    assert umae_jax.evaluate(tmp_path)["top1"] == line["validation_top1"]
 
 
 def test_losses_do_not_depend_on_the_number_of_devices(finished, folders, pretrained, tmp_path):
@@ -132,11 +141,8 @@ def test_losses_do_not_depend_on_the_number_of_devices(finished, folders, pretra
 def test_evaluation_agrees_with_the_run_for_any_number_of_devices_and_batch_size(finished):
     workdir = finished[0]
     last = next(line for line in reversed(commands.lines(workdir)) if "validation_top1" in line)
-    for devices, batch_size in ((1, 3), (8, 64)):
-        output, _ = commands.run(
-            "evaluate", "--workdir", workdir, "--json", f"--batch_size={batch_size}", devices=devices
-        )
-        values = json.loads(output)
+    output, _ = commands.run("evaluate", "--workdir", workdir, "--json", "--batch_size=3", devices=1)
+    for values in (json.loads(output), umae_jax.evaluate(workdir, batch_size=64)):  # here with 8 devices
         classes = values.pop("classes")
         assert {name: counts["images"] for name, counts in classes.items()} == {"cat": 7, "dog": 6, "owl": 7}
         correct = sum(counts["images"] * counts["top1"] for counts in classes.values())
@@ -171,8 +177,7 @@ def test_evaluate_prints_class_probabilities_per_image(finished, folders, tmp_pa
 
 
 def test_any_stage_of_any_run_can_be_probed(pretrained):
-    output, _ = commands.run("evaluate", "--workdir", pretrained, "--probe", "knn", "--json")
-    values = json.loads(output)
+    values = umae_jax.evaluate(pretrained, probe="knn")
     assert (values["training_images"], values["images"], values["unreadable"], values["neighbors"]) == (36, 20, 1, 20)
     measured = [line["knn_top1"] for line in commands.lines(pretrained) if "knn_top1" in line]
     assert values["top1"] == pytest.approx(measured[-1])
@@ -188,21 +193,31 @@ def error_line(module, *arguments):
     return errors.splitlines()[-1]
 
 
-def test_every_user_error_is_one_line(finished, folders, pretrained, tmp_path):
+def test_errors_of_the_commands_are_one_line(finished, folders, tmp_path):
     config = ("--config", "tests/tiny_classifier.py", "--workdir", tmp_path / "run")
-    others = (*folders, f"--config.init={pretrained}", "--config.model.heads=(2,2)")
-    assert "other sizes (model.heads is (1, 2), not (2, 2))" in error_line("finetune", *config, *others)
     assert "there is no file or directory nowhere" in error_line("finetune", *config, *folders, "--config.init=nowhere")
-    assert "model.method: um_mae" in error_line("finetune", "--config", "tests/tiny.py", "--workdir", tmp_path / "run")
-    assert "choose knn or linear" in error_line("evaluate", "--workdir", pretrained)
-    other = write_folder(tmp_path / "others", 4, ("cat", "dog", "emu"))
     assert "--output belongs to --images" in error_line("evaluate", "--workdir", finished[0], "--output", "a.csv")
-    assert "holds no best checkpoint" in error_line("evaluate", "--workdir", pretrained, "--probe", "knn", "--best")
     assert "--source and --stage" in error_line("evaluate", "--workdir", finished[0], "--stage", "0")
+
+
+def test_every_user_error_names_what_is_wrong(finished, folders, pretrained, tmp_path):
+    def raises(message):
+        return pytest.raises(UserError, match=re.escape(message))
+
+    config = configure(*folders, f"--config.init={pretrained}")
+    config.model.heads = (2, 2)
+    with raises("other sizes (model.heads is (1, 2), not (2, 2))"):
+        umae_jax.finetune(config, tmp_path / "run")
+    with raises("model.method: um_mae"):
+        umae_jax.finetune(tiny.get_config(), tmp_path / "run")
+    with raises("choose knn or linear"):
+        umae_jax.evaluate(pretrained)
+    with raises("holds no best checkpoint"):
+        umae_jax.evaluate(pretrained, probe="knn", best=True)
     before = sorted(path.name for path in pretrained.iterdir())
-    message = error_line("finetune", "--config", "tests/tiny_classifier.py", "--workdir", pretrained, *folders)
-    assert "another model (model.method is um_mae, not classifier)" in message
+    with raises("another model (model.method is um_mae, not classifier)"):
+        umae_jax.finetune(configure(*folders), pretrained)
     assert sorted(path.name for path in pretrained.iterdir()) == before
-    assert "was not trained on these classes" in error_line(
-        "evaluate", "--workdir", finished[0], "--validation", f"folder:{other}"
-    )
+    other = write_folder(tmp_path / "others", 4, ("cat", "dog", "emu"))
+    with raises("was not trained on these classes"):
+        umae_jax.evaluate(finished[0], validation=f"folder:{other}")

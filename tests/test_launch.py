@@ -103,14 +103,11 @@ def notebook():
 def test_the_notebook_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     for folder in ("configs", "launch"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    for name in ("quickstart.py", "finetune_quickstart.py"):
-        path = tmp_path / "configs" / name
-        path.write_text(path.read_text().replace("(128, 128)", "(64, 64)"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("XLA_FLAGS", xla_flags())
     notebook = notebook.copy()
     (settings,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
-    settings.source += "\nPRETRAIN_STEPS, CROPS, FINETUNE_EPOCHS = 2, 2, 1"
+    settings.source += "\nSIDE, PRETRAIN_STEPS, CROPS, FINETUNE_EPOCHS = 64, 2, 2, 1"
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path / "launch")}}).execute()
     written = tmp_path / "umae_colab"
     assert (written / "pretrained" / "reconstructions" / "0000002.png").is_file()

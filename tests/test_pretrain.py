@@ -16,10 +16,9 @@ import pytest
 from PIL import Image
 
 import umae_jax
-from tests import commands
+from tests import commands, tiny
 from tests.images import write_folder
-
-LONGER = ("--config.total_steps=40", "--config.checkpoint_every=4")
+from umae_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +27,6 @@ def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished")
     output, errors = commands.pretrain(workdir, "--config.picture_every=6")
     return workdir, output, errors
-
-
-@pytest.fixture(scope="module")
-def never_stopped(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("never_stopped")
-    commands.pretrain(workdir, *LONGER)
-    return commands.losses(workdir)
 
 
 def test_a_run_writes_metrics_pictures_checkpoints_and_its_configuration(finished):
@@ -81,88 +73,110 @@ def test_repeating_the_command_after_the_last_step_changes_nothing(finished):
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_losses_do_not_depend_on_the_number_of_devices(finished, tmp_path):
-    commands.pretrain(tmp_path, devices=1)
+def test_losses_do_not_depend_on_the_numbers_of_devices_and_worker_processes(finished, tmp_path):
+    commands.pretrain(tmp_path, "--config.data.workers=2", devices=1)
     ours, theirs = commands.losses(tmp_path), commands.losses(finished[0])
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
-def test_a_run_killed_several_times_ends_with_the_same_losses(tmp_path, never_stopped):
+def test_a_run_stopped_by_signals_and_killed_ends_with_the_same_losses(tmp_path):
+    """The signals come before the first periodic checkpoint, so only they can have written one."""
     rng = random.Random(0)
-    continued, step = 0, 0
-    for _ in range(2):
-        kill_step = step + rng.randint(5, 11)
-        with commands.start("pretrain", "--config", "tests/tiny.py", "--workdir", tmp_path, *LONGER) as process:
+    config = tiny.get_config()
+    config.total_steps = 60
+    umae_jax.pretrain(config, tmp_path / "never_stopped")
+    workdir, longer = tmp_path / "run", "--config.total_steps=60"
+    stops = (
+        (signal.SIGTERM, os.kill, ["--config.checkpoint_every=1000"]),
+        (signal.SIGINT, os.killpg, ["--config.checkpoint_every=1000", "--config.data.workers=1"]),  # to the worker too
+        (signal.SIGKILL, os.kill, ["--config.checkpoint_every=4"]),
+    )
+    step = 0
+    for number, send, options in stops:
+        command = ("--config", "tests/tiny.py", "--workdir", workdir, longer, *options)
+        last = step + rng.randint(5, 11)
+        with commands.start("pretrain", *command) as process:
+            continued = False
             for line in process.stderr:
-                continued += line.startswith("continuing at step")
-                if line.startswith("step ") and (step := int(line.split()[1].split("/")[0])) >= kill_step:
+                continued |= line.startswith("continuing at step")
+                if line.startswith("step ") and (step := int(line.split()[1].split("/")[0])) >= last:
                     break
             time.sleep(rng.uniform(0, 0.05))
-            process.send_signal(signal.SIGKILL)
-    _, errors = commands.pretrain(tmp_path, *LONGER)
-    assert continued + ("continuing at step" in errors) == 2
-    assert commands.losses(tmp_path) == never_stopped
-
-
-@pytest.mark.parametrize(("number", "send"), [(signal.SIGTERM, os.kill), (signal.SIGINT, os.killpg)])
-def test_a_signal_to_a_run_or_its_process_group_saves_and_exits(tmp_path, never_stopped, number, send):
-    # The run ends before its first periodic checkpoint, so only the signal can have written one.
-    rare = ("--config.total_steps=40", "--config.checkpoint_every=1000", "--config.data.workers=1")
-    with commands.start("pretrain", "--config", "tests/tiny.py", "--workdir", tmp_path, *rare) as process:
-        for line in process.stderr:
-            if line.startswith("step 3/"):
-                break
-        send(process.pid, number)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert f"stopped by {number.name} at step" in errors
-    assert "the same command continues" in errors
-    _, errors = commands.pretrain(tmp_path, *rare)
+            send(process.pid, number)
+            _, errors = process.communicate(timeout=60)
+        assert continued == (number != signal.SIGTERM)
+        if number == signal.SIGKILL:
+            assert process.returncode == -number
+        else:
+            assert process.returncode == 128 + number
+            assert f"stopped by {number.name} at step" in errors
+            assert "the same command continues" in errors
+    _, errors = commands.pretrain(workdir, longer)
     assert "continuing at step" in errors
-    assert commands.losses(tmp_path) == never_stopped
+    assert commands.losses(workdir) == commands.losses(tmp_path / "never_stopped")
 
 
-def test_a_truncated_checkpoint_falls_back_to_the_newest_readable_one(finished, tmp_path):
+def test_pictures_can_be_enabled_later_and_a_truncated_checkpoint_falls_back_to_the_one_before(
+    finished, tmp_path, capsys
+):
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)
+    shutil.rmtree(workdir / "reconstructions")
+    config = tiny.get_config()
+    config.picture_every = 5
+    umae_jax.pretrain(config, workdir)
+    assert "has reached step 12 already" in capsys.readouterr().err
+    assert not (workdir / "reconstructions").exists()
     for path in (workdir / "checkpoints" / "12").rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    _, errors = commands.pretrain(workdir)
+    printed, errors = commands.pretrain(workdir, "--config.picture_every=5")
+    assert printed.strip().endswith("0000012.png")
     assert "checkpoint 12 cannot be read" in errors
     assert "continuing at step 10" in errors
     assert "Traceback" not in errors
     assert commands.losses(workdir) == commands.losses(finished[0])
 
 
-def test_broken_images_are_skipped_counted_and_named(tmp_path):
+def test_broken_images_are_skipped_counted_and_named(tmp_path, caplog):
     folder = write_folder(tmp_path / "images", 12)
     (folder / "003.jpg").write_bytes(b"not an image")
-    _, errors = commands.pretrain(tmp_path / "run", f"--config.data.source=folder:{folder}")
+    config = tiny.get_config()
+    config.data.source = f"folder:{folder}"
+    umae_jax.pretrain(config, tmp_path / "run")
+    errors = caplog.text
     assert errors.count("skipped an image that cannot be read: ") == 1
     assert "003.jpg (not an image that Pillow can read)" in errors
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["skipped_images"] >= 16  # once in each of 16 epochs, and when it is drawn as a substitute for itself
 
 
-def test_losses_do_not_depend_on_the_number_of_worker_processes(finished, tmp_path):
-    commands.pretrain(tmp_path, "--config.data.workers=2")
-    assert commands.losses(tmp_path) == commands.losses(finished[0])
+BAD_CONFIGURATIONS = [
+    ("image_size", (40, 32), "height 40 is not a multiple of 16.*choose 32 or 48"),
+    ("data.source", "web", "unknown source 'web'; write photos, folder:PATH or tfds:NAME"),
+    ("data.source", "folder:/no/such", "there is no folder /no/such"),
+    ("total_steps", 0, "the run has no steps"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), BAD_CONFIGURATIONS)
+def test_a_bad_configuration_is_an_error_in_one_sentence(tmp_path, key, value, message):
+    config = tiny.get_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=message) as failed:
+        umae_jax.pretrain(config, tmp_path)
+    assert "\n" not in str(failed.value)
 
 
 BAD_INPUT = {
-    "image size": (["--config.image_size=(40,32)"], "height 40 is not a multiple of 16.*choose 32 or 48"),
     "key": (["--config.model.widht=8"], "unknown key.*widht"),
     "value": (["--config.batch_size=many"], "batch_size.*many"),
-    "source": (["--config.data.source=web"], "unknown source 'web'; write photos, folder:PATH or tfds:NAME"),
-    "folder": (["--config.data.source=folder:/no/such"], "there is no folder /no/such"),
     "batch": (["--config.batch_size=12"], "12 does not divide among 8 devices; choose a multiple of 8"),
     "config": (["--config=configs/none.py"], "no file configs/none.py"),
     "flag": (["--wordkir=x"], "wordkir"),
     "unwritable": (["--workdir=/proc/nobody/writes/here"], "/proc/nobody"),
     "a file": (["--workdir=pyproject.toml"], "pyproject.toml"),
     "no workdir": (["--workdir="], "--workdir is missing"),
-    "no steps": (["--config.total_steps=0"], "the run has no steps"),
 }
 
 
@@ -208,17 +222,6 @@ def test_another_batch_size_is_rejected(finished):
     _, errors = commands.pretrain(finished[0], "--config.batch_size=8", status=2)
     assert "batch_size is 16 in" in errors
     assert "Traceback" not in errors
-
-
-def test_pictures_can_be_enabled_later(finished, tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(finished[0], workdir)
-    shutil.rmtree(workdir / "reconstructions")
-    printed, errors = commands.pretrain(workdir, "--config.picture_every=5")
-    assert "has reached step 12 already" in errors
-    assert not printed
-    printed, _ = commands.pretrain(workdir, "--config.picture_every=5", "--config.total_steps=14")
-    assert printed.strip().endswith("0000014.png")
 
 
 @pytest.mark.parametrize(

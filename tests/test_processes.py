@@ -1,27 +1,24 @@
-"""Several processes train as one, stop together, and end when one of them fails."""
+"""Several processes fine-tune as one, stop together, and end when one of them fails.
+
+tests/test_files.py pre-trains with two processes.
+"""
 
 import json
-import shutil
 import signal
 import time
 
 import numpy as np
 
 import umae_jax
-from tests import commands, tiny, tiny_classifier
+from tests import commands, tiny_classifier
 from tests.images import write_folder
 
-TINY = ("--config", "tests/tiny.py")
+TINY = ("--config", "tests/tiny.py", "--config.model.depths=(1,1)")  # each process compiles anew
 ENDLESS = ("--config.total_steps=100000", "--config.checkpoint_every=100000")
 
 
 def start(workdir, *overrides, **options):
     return commands.start_together("pretrain", *TINY, "--workdir", workdir, *overrides, **options)
-
-
-def lines(errors):
-    """Return the lines on the terminal, without what XLA prints when processes connect."""
-    return [line for line in errors.splitlines() if "[Gloo]" not in line]
 
 
 def wait_for(process, prefix):
@@ -35,35 +32,10 @@ def overrides(values):
     return [f"--config.{key}={value}" for key, value in values.items()]
 
 
-def test_two_processes_train_as_one_and_one_process_continues_their_run(tmp_path, monkeypatch):
-    options, alone, workdir = {"picture_every": 6, "total_steps": 7}, tmp_path / "alone", tmp_path / "run"
-    config = tiny.get_config()
-    config.update(options)
-    umae_jax.pretrain(config, alone)  # with eight devices
-    with monkeypatch.context() as patch:
-        patch.delenv("JAX_COMPILATION_CACHE_DIR")
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-        started = start(workdir, *overrides(options), "--config.mesh.fsdp=8")
-    ((output, errors), (_, others)) = commands.end(started)
-    assert not list(tmp_path.rglob("*-cache"))  # programs of several processes on CPUs have a new key each time
-    np.testing.assert_allclose(commands.losses(workdir), commands.losses(alone), rtol=1e-5)
-    assert output.splitlines()[-1] == str(workdir / "reconstructions" / "0000007.png")
-    assert "8 cpu of 2 processes" in errors
-    assert lines(others) == []
-    for folder in (".", "reconstructions"):
-        written, expected = ({path.name for path in (where / folder).iterdir()} for where in (workdir, alone))
-        assert written == expected
-    # With two devices instead of eight.
-    shutil.rmtree(workdir / "checkpoints" / "7")
-    _, errors = commands.pretrain(workdir, *overrides(options), devices=2)
-    assert "continuing at step 5" in errors
-    np.testing.assert_allclose(commands.losses(workdir), commands.losses(alone), rtol=1e-5)
-
-
 def test_a_signal_to_one_process_makes_all_save_and_leave(tmp_path):
     """Also in a run that continues, and before its first step: JAX agrees on a count, not on a step."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        started = start(tmp_path, *ENDLESS)
+        started = start(tmp_path, *ENDLESS, "--config.mesh.fsdp=8")
         wait_for(started[0], "step " if number == signal.SIGTERM else "continuing at")
         started[1].send_signal(number)
         (_, errors), (_, others) = commands.end(started, [143, 143])
@@ -89,7 +61,7 @@ def test_processes_with_different_settings_do_not_train(tmp_path):
     """An error of all processes is one sentence from each."""
     printed = commands.end(start(tmp_path, differing=[(), ("--config.model.decoder_depth=2",)]), [2, 2])
     for _, errors in printed:
-        (line,) = lines(errors)
+        (line,) = commands.lines_of(errors)
         assert line.startswith("error: process 1 on ")
         assert "model.decoder_depth 2 where process 0 has 1" in line
 
@@ -102,13 +74,13 @@ def test_an_error_of_one_process_ends_all(tmp_path):
     _, errors = second.communicate(timeout=60)
     first.communicate(timeout=60)
     assert 0 not in (first.returncode, second.returncode)
-    assert lines(errors)[0].startswith("error: there is no folder ~/images")
+    assert commands.lines_of(errors)[0].startswith("error: there is no folder ~/images")
 
 
 def test_fine_tuning_reports_and_evaluates_as_one_process_does(tmp_path):
     folder = write_folder(tmp_path / "images", 20, classes=("a", "b"))
     options = {"data.source": f"folder:{folder}", "validation.source": f"folder:{folder}"}
-    options |= {"total_steps": 6, "validation.every_epochs": 2.0}
+    options |= {"model.depths": (1, 1), "total_steps": 6, "validation.every_epochs": 2.0}
     config = tiny_classifier.get_config()
     config.update_from_flattened_dict(options)
     umae_jax.finetune(config, tmp_path / "alone")

@@ -83,7 +83,7 @@ def test_accumulated_parts_mix_the_same_pairs():
     graph, params = small.random_model(config)
     optimizer = optax.identity()
     results = []
-    for parts in (1, 2, 4):
+    for parts in (1, 4):
         step = make_train_step(
             *(loss_of(config, graph), optimizer, lambda step: 0.1),
             grad_accum_steps=parts,
@@ -91,9 +91,9 @@ def test_accumulated_parts_mix_the_same_pairs():
         )
         state, metrics = jax.jit(step)(init_state(params, optimizer), jax.tree.map(jnp.asarray, batch_of(8)))
         results.append((metrics["loss"], state.params["head"]["kernel"][...]))
-    for loss, kernel in results[1:]:
-        np.testing.assert_allclose(loss, results[0][0], rtol=1e-5)
-        np.testing.assert_allclose(kernel, results[0][1], atol=1e-5)
+    (loss, kernel), (expected_loss, expected_kernel) = results
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    np.testing.assert_allclose(kernel, expected_kernel, atol=1e-5)
 
 
 def test_the_number_of_classes_comes_from_the_training_data(tmp_path):

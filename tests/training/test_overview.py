@@ -8,8 +8,8 @@ import pytest
 from etils import epath
 
 from tests import tiny
-from tests.commands import pretrain
 from tests.images import write_folder
+from umae_jax import pretrain
 from umae_jax.config import default_config
 from umae_jax.errors import UserError
 from umae_jax.tasks import make_task
@@ -95,19 +95,22 @@ def test_what_has_changed_since_the_checkpoint_is_said(overview, data, words):
     assert words in printed
 
 
-def test_a_run_says_what_it_reads_and_a_resume_what_has_changed(tmp_path):
+def test_a_run_says_what_it_reads_and_a_resume_what_has_changed(tmp_path, capsys):
     images = write_folder(tmp_path / "images", 20)
     (images / "._000.jpg").write_bytes(b"")
 
     def train(steps):
         """Train in a directory among the images."""
-        return pretrain(images / "run", f"--config.data.source=folder:{images}", f"--config.total_steps={steps}")[1]
+        config = tiny.get_config()
+        config.data.source, config.total_steps = f"folder:{images}", steps
+        pretrain(config, images / "run")
+        return capsys.readouterr().err
 
-    errors = train(2)
+    errors = train(12)
     assert f"data.source: 20 images in {images}; left out: 1 hidden or system (first ._000.jpg)\n" in errors
     assert "checkpoint was written" not in errors
     (images / "000.jpg").rename(images / "new.jpg")
-    errors = train(3)
+    errors = train(13)
     assert "1 written by a run (first run/)" in errors
     assert "as many images as when the checkpoint was written, but with other names" in errors
 
