@@ -20,3 +20,16 @@ def test_statistics_of_a_real_program():
     assert stats.collectives == (Collective("all-reduce", 8, 1, 64 * 4),)
     assert stats.peak_bytes >= stats.argument_bytes
     assert np.isfinite(stats.bytes_accessed)
+
+
+def test_a_program_that_cannot_be_read_has_memory_but_no_cycles(monkeypatch, capsys):
+    compiled = jax.jit(lambda x: x + 1).lower(jnp.zeros(8)).compile()
+
+    def fail():
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    monkeypatch.setattr(compiled, "as_text", fail)
+    stats = analyze(compiled, 1)
+    assert stats.argument_bytes == 32
+    assert (stats.cycles, stats.collectives) == (None, ())
+    assert "cannot be read" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from umae_jax.console import warn
 from umae_jax.planning.hlo import Collective, Kernel, read_program
 from umae_jax.training.memory import step_bytes
 
@@ -43,7 +44,7 @@ def analyze(compiled: jax.stages.Compiled, num_devices: int) -> CompiledStats:
     """Collect the statistics of a compiled program that runs on `num_devices` devices."""
     memory: Any = compiled.memory_analysis()
     costs = compiled.cost_analysis() or {}
-    program = read_program(compiled.as_text() or "", num_devices)
+    program = read_program(_read_text(compiled), num_devices)
     return CompiledStats(
         argument_bytes=memory.argument_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
@@ -56,3 +57,12 @@ def analyze(compiled: jax.stages.Compiled, num_devices: int) -> CompiledStats:
         collectives=program.collectives,
         kernels=dict(program.kernels),
     )
+
+
+def _read_text(compiled: jax.stages.Compiled) -> str:
+    """Return the text of a compiled program; "" and a warning if JAX's XLA cannot read a program of libtpu's."""
+    try:
+        return compiled.as_text() or ""
+    except jax.errors.JaxRuntimeError:
+        warn("the compiled program cannot be read: no cycles, collectives or kernels are known")
+        return ""
