@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 
@@ -15,6 +14,7 @@ from PIL import Image
 
 from tests import annotated_images, commands, smallest_detector
 from tests.detection import scenes
+from tests.stopping_detector import Stops
 from umae_jax.detection import box_head, layers
 from umae_jax.errors import Preempted
 from umae_jax.multihost import StopSignal
@@ -24,7 +24,6 @@ from umae_jax.training import run as run_module
 from umae_jax.training.run import train
 from umae_jax.training.state import init_state
 from umae_jax.training.step import loss_function, make_train_step
-from umae_jax.training.task import Hook
 from umae_jax.weights.stored_run import read_arrays, read_run
 
 STEPS = 4
@@ -136,28 +135,11 @@ def plain(alone):
 # Runs.
 
 
-class Stops(Task):
-    """Asks to stop after step 2."""
-
-    def __init__(self, config, stop):
-        super().__init__(config)
-        self.stop = stop
-
-    def hooks(self, context):
-        def ask(step, params):
-            if step == 2:
-                self.stop.received = signal.SIGTERM
-            context.check()
-            return {}
-
-        return [*super().hooks(context), Hook(2, ask)]
-
-
 def test_a_run_with_semantic_maps_and_a_moving_average_continues_as_if_never_stopped(alone, data, tmp_path):
     config = config_of(data)
     config.validation.source = None  # so that no evaluation is compiled
     with StopSignal() as stop, pytest.raises(Preempted, match="step 2"):
-        train(Stops(config, stop), tmp_path, stop)
+        train(Stops(config, stop, 2), tmp_path, stop)
     with StopSignal() as stop:
         train(Task(config), tmp_path, stop)
     ours, theirs = commands.lines(tmp_path), commands.lines(alone)[:STEPS]

@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-import signal
 from collections import Counter
 
 import jax
@@ -15,6 +14,8 @@ from flax import nnx
 from PIL import Image
 
 from tests import annotated_images, tiny_detector
+from tests.commands import lines
+from tests.stopping_detector import Stops
 from umae_jax import load_encoder
 from umae_jax.config import to_json
 from umae_jax.detection.detector import Detected, Detector
@@ -25,7 +26,6 @@ from umae_jax.tasks.detection import Task
 from umae_jax.training import programs as programs_module
 from umae_jax.training import run as run_module
 from umae_jax.training.run import train
-from umae_jax.training.task import Hook
 from umae_jax.weights.stored_run import best_checkpoint, read_run
 
 LANDSCAPE, PORTRAIT = (60, 90), (90, 60)
@@ -114,11 +114,6 @@ def run(task, workdir):
     with StopSignal() as stop:
         train(task, workdir, stop)
     return task
-
-
-def lines(workdir):
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in row if key not in ("images_per_second", "data_wait")} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -230,26 +225,9 @@ def test_an_unreadable_image_is_skipped_counted_and_named_once(finished):
 # Stop and continue.
 
 
-class Stops(Task):
-    """Asks to stop at step 7, in a hook."""
-
-    def __init__(self, config, stop):
-        super().__init__(config)
-        self.stop = stop
-
-    def hooks(self, context):
-        def ask(step, params):
-            if step == 7:
-                self.stop.received = signal.SIGTERM
-            context.check()
-            return {}
-
-        return [Hook(7, ask)]
-
-
 def test_a_run_stopped_and_continued_equals_one_never_stopped(finished, data, tmp_path):
     with StopSignal() as stop, pytest.raises(Preempted, match="step 7"):
-        train(Stops(config_for(data), stop), tmp_path, stop)
+        train(Stops(config_for(data), stop, 7), tmp_path, stop)
     assert lines(tmp_path)[-1]["step"] == 7
     run(Task(config_for(data)), tmp_path)
     assert lines(tmp_path) == lines(finished[0])

@@ -1,6 +1,5 @@
 """The engine, driven by a task that the package does not know."""
 
-import json
 import signal
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests import tiny, tiny_classifier, toy
+from tests.commands import lines
 from umae_jax.config import METHODS, default_config
 from umae_jax.errors import Preempted, UserError
 from umae_jax.multihost import StopSignal
@@ -41,11 +41,6 @@ def run(workdir, task=None, **changes):
     with StopSignal() as stop:
         train(task or toy_task(**changes), workdir, stop)
     return workdir
-
-
-def lines(workdir):
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in row if key not in ("images_per_second", "data_wait")} for row in rows]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What the experiments in configs/ share: settings that stay, and commands that continue where they stopped."""
+"""Settings that stay, and commands that continue where they stopped, for the experiments in configs/."""
 
 import json
 import os
